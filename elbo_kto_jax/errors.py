@@ -1,0 +1,9 @@
+"""The two ways in which a command ends early on purpose; everything else that is raised is a bug or the machine's fault."""
+
+
+class UserError(Exception):
+    """The user's input is wrong: exit status 2, and this message (one or two lines: what, where, what to do) on stderr."""
+
+
+class Interrupted(Exception):
+    """A signal asked the command to stop and its work is saved: exit status 75; the same command goes on."""
