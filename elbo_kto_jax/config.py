@@ -1,0 +1,226 @@
+"""The resolved configuration: frozen dataclasses, and the only code that reads a config mapping.
+
+A config file (configs/*.py) states every key. `from_mapping` refuses what it does not know, what is missing, and every
+value of the wrong type or out of range, by the key's name, before anything is loaded. There are no defaults here.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from elbo_kto_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Closed interval of allowed values; `open_low` excludes the lower end."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == float("inf"):
+            return f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+AxisSize = Annotated[int, Range(-1)]
+Fraction = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str  # Hugging Face folder, hub id or converted checkpoint
+    dtype: Dtype  # of the activations and matrix products
+    param_dtype: Dtype  # of the stored parameters and of Adam's moments
+    remat: Literal["full", "dots", "none"]  # what the backward pass keeps of a layer, model/llada.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: str  # JSONL or Parquet file, folder of such, or hub data set id
+    eval: str  # the same, held out; "" for none
+    max_length: Count  # tokens; longer examples are cut, and packed rows have this length
+    packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
+    append_eot: bool  # append the end-of-turn token to each completion
+    desirable_fraction: Fraction  # n_D: part of the desirable examples that is kept
+    undesirable_fraction: Fraction  # n_U
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    name: Literal["elbo_kto", "sft"]
+    beta: NonNegative  # 1/nats
+    desirable_weight: NonNegative  # lambda_D
+    undesirable_weight: NonNegative  # lambda_U
+    reference_point: Literal["global_mean", "zero"]  # z0
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    draws: Count  # K, masks per example
+    scheme: Literal["uniform", "bernoulli", "stratified", "complementary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    mode: Literal["precomputed", "online"]
+    path: str  # "": model.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: NonNegative  # peak
+    warmup_fraction: Fraction  # of all steps
+    b1: Annotated[float, Range(0, 0.999999)]
+    b2: Annotated[float, Range(0, 0.999999)]
+    weight_decay: NonNegative
+    clip_norm: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    epochs: CountOrZero  # 0: train.steps counts instead
+    steps: CountOrZero  # 0: train.epochs counts instead
+    global_batch_size: Count  # examples per optimizer step
+    microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
+    checkpoint_every: Count  # steps; the last step is always saved
+    eval_every: CountOrZero  # steps; 0: never
+    log_every: Count  # steps
+    samples: CountOrZero  # prompts answered before and after training, for report.html
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: AxisSize  # -1 in one place: the rest of the devices
+    fsdp: AxisSize
+    tensor: AxisSize
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: CountOrZero  # 0: full fine-tuning
+    alpha: Positive
+    base_quantization: Literal["none", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    gen_length: Count  # tokens
+    steps: Count  # denoising steps in all, spread evenly over the blocks
+    block_length: Count  # tokens; gen_length is pure diffusion
+    temperature: NonNegative
+    cfg_scale: NonNegative
+    remasking: Literal["low_confidence", "random"]
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
+    threshold: Fraction  # 0: off; otherwise fill every position whose confidence exceeds it
+    cache: Literal["none", "prefix", "dual"]  # reuse of keys and values within a block
+    batch_size: Count  # prompts decoded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Unit and meaning of every key stand beside it."""
+
+    seed: CountOrZero
+    model: Model
+    data: Data
+    objective: Objective
+    estimator: Estimator
+    reference: Reference
+    optimizer: Optimizer
+    train: Train
+    mesh: Mesh
+    lora: Lora
+    sampler: Sampler
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
+        """The configuration that `mapping` (nested, as ml_collections.ConfigDict.to_dict() gives it) states.
+
+        Raises:
+          UserError: a key is unknown or missing, or a value has the wrong type or is out of range or at odds with another.
+        """
+        config = _build(cls, mapping, "config")
+        _check_together(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """One "key: old -> new" line for each leaf in which two nested mappings differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{prefix}.{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, name)
+        elif a != b:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(cls, mapping: Any, path: str):
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{path}: expected a group of keys, got {mapping!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in mapping:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean `{path}.{close[0]}`?" if close else f"known keys: {', '.join(hints)}"
+            raise UserError(f"unknown config key `{path}.{key}`; {hint}")
+    for key in hints:
+        if key not in mapping:
+            raise UserError(f"config key `{path}.{key}` is missing; state it in the config file")
+    return cls(**{key: _value(hint, mapping[key], f"{path}.{key}") for key, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"{path}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        return value
+    allowed = None
+    if typing.get_origin(hint) is Annotated:
+        hint, allowed = typing.get_args(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
+    if allowed is not None and value not in allowed:  # also refuses NaN
+        raise UserError(f"{path}: expected a number {allowed}, got {value!r}")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    train, sampler, mesh = config.train, config.sampler, config.mesh
+    if bool(train.epochs) == bool(train.steps):
+        raise UserError("config.train: set one of `epochs` and `steps`, and the other to 0")
+    sizes = dataclasses.asdict(mesh)
+    if sum(size == -1 for size in sizes.values()) > 1 or 0 in sizes.values():
+        raise UserError(f"config.mesh: expected positive sizes and -1 at most once, got {sizes}")
+    if sampler.gen_length % sampler.block_length:
+        raise UserError(
+            f"config.sampler.block_length: {sampler.block_length} does not divide gen_length {sampler.gen_length}"
+        )
+    blocks = sampler.gen_length // sampler.block_length
+    if sampler.steps % blocks:
+        raise UserError(f"config.sampler.steps: {sampler.steps} steps cannot be spread evenly over {blocks} blocks")
+    if config.lora.rank or config.lora.base_quantization != "none":
+        raise UserError("config.lora: adapters and a quantized base are not available yet; set rank=0 and 'none'")

@@ -1,0 +1,151 @@
+"""The LLaDA mask predictor: a Llama-like pre-norm transformer without a causal mask (METHOD 4).
+
+The parameters are one tree, the layers' parameters stacked along a first axis and scanned over, so that the compiled
+program does not grow with the depth. Names follow the published checkpoint:
+
+    wte/embedding [v d]   blocks/{attn_norm,ff_norm}/scale [n d]   blocks/{q_proj,k_proj,v_proj,attn_out}/kernel [n in out]
+    blocks/{ff_proj,up_proj,ff_out}/kernel [n in out]   ln_f/scale [d]   head/kernel [d v]
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from elbo_kto_jax.model import rope
+from elbo_kto_jax.model.attention import attention
+from elbo_kto_jax.model.config import ModelConfig
+
+Params = Any  # the tree above
+
+# What a layer's backward pass keeps of its forward pass. "full" keeps only the layer's input and computes the rest again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back to x's dtype, then times the weight."""
+
+    config: ModelConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attn_out(attention(...)), then x + ff_out(silu(ff_proj) * up_proj)."""
+
+    config: ModelConfig
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x, cos, sin, segment_ids):
+        cfg = self.config
+        norm = functools.partial(RMSNorm, cfg, self.param_dtype)
+        dense = functools.partial(
+            nn.Dense,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=matmul_precision(self.dtype),
+            kernel_init=nn.initializers.normal(0.02),
+        )
+        heads = lambda y, n: y.reshape(*y.shape[:2], n, cfg.head_dim)  # noqa: E731
+
+        h = norm(name="attn_norm")(x)
+        q = heads(dense(cfg.n_heads * cfg.head_dim, name="q_proj")(h), cfg.n_heads)
+        k = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="k_proj")(h), cfg.n_kv_heads)
+        v = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="v_proj")(h), cfg.n_kv_heads)
+        mixed = attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, segment_ids)
+        x = x + dense(cfg.d_model, name="attn_out")(mixed.reshape(*x.shape[:2], -1))
+
+        h = norm(name="ff_norm")(x)
+        h = nn.silu(dense(cfg.mlp_hidden_size, name="ff_proj")(h)) * dense(cfg.mlp_hidden_size, name="up_proj")(h)
+        return x + dense(cfg.d_model, name="ff_out")(h), None
+
+
+class LLaDA(nn.Module):
+    """tokens -> hidden states; `logits` turns hidden states into logits.
+
+    The two are apart because the loss needs logits at masked positions only, and computes them in chunks
+    (diffusion/elbo.py).
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "full"
+
+    def setup(self):
+        cfg = self.config
+        init = nn.initializers.normal(0.02)
+        self.wte = nn.Embed(
+            cfg.embedding_size, cfg.d_model, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init
+        )
+        layer = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.n_layers,
+        )
+        self.blocks = scanned(cfg, self.dtype, self.param_dtype)
+        self.ln_f = RMSNorm(cfg, self.param_dtype)
+        self.head = nn.Dense(
+            cfg.embedding_size,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=matmul_precision(self.dtype),
+            kernel_init=init,
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "b s"] | None = None,
+        segment_ids: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Hidden states after the last norm. Positions default to 0..s-1, segment ids to one segment per row."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        cos, sin = rope.rotation(positions, self.config.head_dim, self.config.rope_theta)
+        x, _ = self.blocks(self.wte(tokens), cos, sin, segment_ids)
+        return self.ln_f(x)
+
+    def logits(
+        self,
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "b s"] | None = None,
+        segment_ids: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b s v"]:
+        """Logits at every position, float32."""
+        return self.head(self(tokens, positions, segment_ids)).astype(jnp.float32)
+
+
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """float32 compute means float32: TPUs and GPUs would otherwise round the operands to bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def init_params(model: LLaDA, key: jax.Array) -> Params:
+    """A freshly initialised parameter tree (normal, standard deviation 0.02)."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32), method=LLaDA.logits)["params"]
+
+
+def abstract_params(model: LLaDA) -> Params:
+    """The tree of `init_params` as shapes and dtypes only."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
