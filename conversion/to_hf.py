@@ -1,0 +1,74 @@
+"""python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors."""
+
+import argparse
+import re
+import shutil
+import time
+from pathlib import Path
+
+import jax
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoint import huggingface, names, store
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: list[str]) -> dict:
+    """Converts and returns the summary: published tensors, bytes of tensors written, seconds."""
+    parser = cli.Flags("conversion.to_hf", "Converts a checkpoint of ours into the published form.")
+    parser.add_argument("--source", required=True, help="converted checkpoint, step of a training run or its workdir")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument(
+        "--shard-size", type=shard_size, default="5GB", help="bytes per file: a number and KB, MB or GB (default: 5GB)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
+    flags, _ = parser.parse(argv)
+
+    started = time.monotonic()
+    jax.config.update("jax_platforms", "cpu")
+    out = Path(flags.out).expanduser()
+    store.check_destination(out, flags.overwrite, huggingface.is_published)
+    model = store.load_model(flags.source, flag="--source")
+    sizes = write(out, model, flags.shard_size)
+    return {"tensors": len(sizes), "bytes": sum(sizes.values()), "seconds": time.monotonic() - started}
+
+
+def write(out: Path, model: store.Model, shard_size: int) -> dict[str, int]:
+    """Writes `model` in its published form, replacing `out` at the end; returns the bytes of each tensor by its name.
+
+    Args:
+      shard_size: most bytes of tensors in one file.
+    """
+    tensors = names.published_tensors(model.config)
+
+    def read(name: str):
+        return huggingface.published_tensor(model.params, tensors[name])
+
+    sizes = {name: read(name).nbytes for name in tensors}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, content in model.assets.items():
+            (partial / name).write_bytes(content)
+        huggingface.write_shards(partial, sizes, read, shard_size)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sizes
+
+
+def shard_size(text: str) -> int:
+    """Bytes in a size such as 5GB or 1.5MB (powers of ten, as in Hugging Face)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB, 500MB or 100KB, got {text!r}")
+    return size
+
+
+if __name__ == "__main__":
+    cli.run(main)

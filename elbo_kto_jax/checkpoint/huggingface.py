@@ -1,0 +1,292 @@
+"""Reading and writing the published form of a LLaDA checkpoint: a folder of safetensors, config.json and tokenizer.
+
+Nothing is read before it is asked for: opening a folder reads the headers of its safetensors files, and every tensor is
+then read slice by slice, so that each process of a mesh reads only what it owns.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from elbo_kto_jax.checkpoint import names
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.config import ModelConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+# What a checkpoint carries besides its weights: the configuration, the tokenizer, and the Python files to which the
+# `auto_map` of config.json points (copied so that an exported folder is complete; never executed here).
+_ASSETS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "configuration_llada.py",
+    "modeling_llada.py",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceFolder:
+    """An opened folder whose tensors have all been found, with the expected names and shapes.
+
+    Attributes:
+      path: the folder.
+      config: the architecture, from config.json.
+      files: published tensor name -> safetensors file that holds it.
+      dtypes: published tensor name -> stored dtype.
+    """
+
+    path: Path
+    config: ModelConfig
+    files: Mapping[str, Path]
+    dtypes: Mapping[str, np.dtype]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of the published tensor `name`, in its stored dtype."""
+        with _open(self.files[name]) as file:
+            return file.get_slice(name)[index]
+
+    def read_leaf(self, leaf: names.Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The slice `index` of a leaf of our tree, filled layer by layer into one new array of type `dtype`.
+
+        Raises:
+          UserError: a value is too large for `dtype`.
+        """
+        index = tuple(slice(*axis.indices(size)) for axis, size in zip(index, leaf.shape, strict=True))
+        out = np.empty([axis.stop - axis.start for axis in index], dtype)
+        within_layer = index[1:] if leaf.stacked else index
+        published_index = within_layer[::-1] if leaf.transposed else within_layer
+        rows = zip(leaf.tensors[index[0]], out, strict=True) if leaf.stacked else [(leaf.tensors[0], out)]
+        for name, row in rows:
+            tensor = self.read(name, published_index)
+            tensor = tensor.T if leaf.transposed else tensor
+            with np.errstate(over="ignore"):  # found below, for bfloat16 too, which sets no flag
+                row[...] = tensor
+            if tensor.dtype != dtype and np.any(np.isinf(row) != np.isinf(tensor)):
+                raise UserError(f"{self.files[name]}: tensor {name}: a value is too large for {dtype}; choose bfloat16")
+        return out
+
+
+def is_published(folder: os.PathLike) -> bool:
+    """Whether `folder` looks like a published checkpoint."""
+    return (Path(folder) / CONFIG_FILE).is_file() and any(Path(folder).glob("*.safetensors"))
+
+
+def read_assets(folder: Path) -> dict[str, bytes]:
+    """The configuration and tokenizer files of a published folder, byte for byte."""
+    return {name: (folder / name).read_bytes() for name in _ASSETS if (folder / name).is_file()}
+
+
+def parse_config(assets: Mapping[str, bytes], where: str) -> ModelConfig:
+    """The architecture in the config.json among `assets`; `where` names that file in errors.
+
+    Raises:
+      UserError: it is missing, is not JSON, or describes a network that is not implemented.
+    """
+    if CONFIG_FILE not in assets:
+        raise UserError(f"{where}: no such file; a LLaDA checkpoint needs its config.json")
+    try:
+        mapping = json.loads(assets[CONFIG_FILE])
+    except ValueError as error:
+        raise UserError(f"{where}: not readable as JSON ({error}); download or copy the file again") from error
+    if not isinstance(mapping, dict):
+        raise UserError(f"{where}: expected a JSON object with the keys of a LLaDA config.json")
+    return ModelConfig.from_hf(mapping, where)
+
+
+def download(hub_id: str, flag: str, weights: bool) -> Path:
+    """The local snapshot of a hub model, from the Hugging Face cache or downloaded into it.
+
+    Args:
+      flag: the flag that named the model, for the error.
+      weights: also the safetensors files; otherwise only the configuration and the tokenizer.
+
+    Raises:
+      UserError: it is neither in the cache nor can it be downloaded.
+    """
+    from huggingface_hub import snapshot_download  # here: a local folder does not need the second that it takes
+
+    patterns = [*_ASSETS, INDEX_FILE, "*.safetensors"] if weights else [*_ASSETS]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # the hub's own errors, and those of an HTTP library that changes between its versions
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        folder = hub_id.rpartition("/")[2]
+        raise UserError(
+            f"{flag}={hub_id}: no such folder here, and not available from the Hugging Face hub ({reason})\n"
+            f"Where there is a network: `hf download {hub_id} --local-dir {folder}`; then set {flag}={folder}"
+        ) from error
+
+
+def open_folder(folder: Path) -> HuggingFaceFolder:
+    """Opens a published folder and checks that it holds exactly the tensors that its config.json asks for.
+
+    Raises:
+      UserError: a file is missing or damaged, or a tensor is missing, unknown, mis-shaped or of an unsupported dtype.
+    """
+    config = parse_config(read_assets(folder), str(folder / CONFIG_FILE))
+    expected = names.published_tensors(config)
+    files, shapes, dtypes = {}, {}, {}
+    for shard, listed in _shards(folder).items():
+        with _open(shard) as file:
+            found = set(file.keys())
+            for name in sorted(listed - found):
+                raise UserError(f"{shard}: tensor {name} is missing, {folder / INDEX_FILE} says it is in this file")
+            for name in sorted(found):
+                header = file.get_slice(name)
+                if name not in expected or name in files:
+                    what = (
+                        "twice in this checkpoint" if name in files else "not a tensor of the LLaDA of its config.json"
+                    )
+                    raise UserError(f"{shard}: tensor {name} is {what}; remove it or correct {folder / CONFIG_FILE}")
+                if header.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"{shard}: tensor {name} is stored as {header.get_dtype()}; expected one of {', '.join(DTYPES)}"
+                    )
+                files[name], shapes[name] = shard, tuple(header.get_shape())
+                dtypes[name] = DTYPES[header.get_dtype()]
+    for name, tensor in expected.items():
+        if name not in files:
+            raise UserError(f"{folder}: tensor {name} is missing; its config.json asks for {config.n_layers} layers")
+        if shapes[name] != tensor.shape:
+            raise UserError(
+                f"{files[name]}: tensor {name}: expected shape {tensor.shape} by {folder / CONFIG_FILE}, "
+                f"got {shapes[name]}"
+            )
+    return HuggingFaceFolder(folder, config, files, dtypes)
+
+
+def load_params(
+    folder: HuggingFaceFolder,
+    dtype: np.dtype | None,
+    sharding_of: Callable[[names.TreePath], jax.sharding.Sharding],
+) -> dict:
+    """The parameter tree of an opened folder; each process reads only the slices that its devices hold.
+
+    Args:
+      dtype: dtype of every leaf; None keeps the stored one.
+      sharding_of: path of a leaf -> its sharding.
+
+    Raises:
+      UserError: the layers of one leaf are stored in different dtypes and `dtype` is None.
+    """
+    params = {}
+    leaves = names.parameter_leaves(folder.config)
+    for path, leaf in tqdm(leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
+        leaf_dtype = _stored_dtype(folder, leaf) if dtype is None else dtype
+        read = functools.partial(folder.read_leaf, leaf, dtype=leaf_dtype)
+        params[path] = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
+    return names.unflatten(params)
+
+
+def published_tensor(params: dict, tensor: names.PublishedTensor) -> np.ndarray:
+    """One published tensor, cut out of a parameter tree on this host; a view where the tree is in host memory."""
+    leaf = np.asarray(names.get(params, tensor.path))
+    part = leaf if tensor.layer is None else leaf[tensor.layer]
+    return part.T if tensor.transposed else part
+
+
+def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray], shard_size: int) -> None:
+    """Writes safetensors files of at most `shard_size` bytes of tensors (or one larger tensor) each, and the index.
+
+    Args:
+      folder: existing folder to write into.
+      sizes: published name -> bytes, in the order of writing.
+      read: published name -> the tensor; called once per tensor, one shard in memory at a time.
+    """
+    shards: list[list[str]] = []
+    used = shard_size
+    for name, size in sizes.items():
+        if used + size > shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    # A single file keeps the name that Hugging Face gives it, and has an index too: readers that go by either find it.
+    file_names = [SINGLE_FILE]
+    if len(shards) > 1:
+        file_names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name in shard}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
+        for file_name, shard in zip(file_names, shards, strict=True):
+            save_file(
+                {name: np.ascontiguousarray(read(name)) for name in shard},
+                folder / file_name,
+                metadata={"format": "pt"},
+            )
+            shutil.copymode(folder / INDEX_FILE, folder / file_name)  # save_file ignores the umask: owner only
+            bar.update(sum(sizes[name] for name in shard))
+
+
+def _stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
+    """The one dtype in which every layer of `leaf` is stored.
+
+    Raises:
+      UserError: the layers differ.
+    """
+    first = leaf.tensors[0]
+    for name in leaf.tensors:
+        if folder.dtypes[name] != folder.dtypes[first]:
+            raise UserError(
+                f"{folder.files[name]}: tensor {name} is {folder.dtypes[name]} but {first} is {folder.dtypes[first]}; "
+                "layers are stacked and need one dtype: name it (--dtype, model.param_dtype)"
+            )
+    return folder.dtypes[first]
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: damaged or incomplete safetensors file ({error}); download or copy it again"
+        ) from error
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """Safetensors file -> the names that the index promises in it (none promised for a single file)."""
+    if (folder / SINGLE_FILE).is_file():
+        return {folder / SINGLE_FILE: set()}
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if any(folder.glob("*.bin")):
+            raise UserError(
+                f"{folder}: only PyTorch .bin weights, which are not read; "
+                f"save the model with safe_serialization=True to get {SINGLE_FILE}"
+            )
+        raise UserError(f"{folder}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with the files that it lists")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards: dict[Path, set[str]] = {}
+        for name, file_name in weight_map.items():
+            shards.setdefault(folder / file_name, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({error!r}); download or copy it again") from error
+    for shard, listed in shards.items():
+        if not shard.is_file():
+            raise UserError(f"{shard}: no such file; {INDEX_FILE} lists it for tensor {min(listed)}: download it")
+    return shards

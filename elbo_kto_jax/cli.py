@@ -1,0 +1,153 @@
+"""What every command shares: flags, the config file, exit statuses, and the summary on the last line of stdout.
+
+--config=FILE.py[:argument] --config.some.key=value    a file with get_config([argument]) -> ml_collections.ConfigDict
+"""
+
+import argparse
+import ast
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_collections
+
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.files import to_json
+
+log = logging.getLogger("elbo_kto_jax")
+
+
+class Flags(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit with status 2, and which knows `--config` if asked to."""
+
+    def __init__(self, command: str, description: str):
+        super().__init__(prog=f"python -m {command}", description=description, allow_abbrev=False)
+        self._has_config = False
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def add_config(self, workdir: bool = False) -> None:
+        """Adds --config and, for commands that keep a working folder, --workdir."""
+        self._has_config = True
+        self.add_argument(
+            "--config", required=True, metavar="FILE.py[:ARG]", help="config file; --config.KEY=VALUE overrides a key"
+        )
+        if workdir:
+            self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
+
+    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, Config | None]:
+        """The flags and, where `add_config` was called, the resolved config.
+
+        Raises:
+          UserError: an unknown flag or config key, or a value that does not fit.
+        """
+        overrides, rest = {}, []
+        words = iter(argv)
+        for word in words:
+            match = re.fullmatch(r"--config\.([^=]+)(?:=(.*))?", word, flags=re.DOTALL) if self._has_config else None
+            if match:
+                value = match[2] if match[2] is not None else next(words, None)
+                if value is None:
+                    raise UserError(f"{word}: a value is missing; write {word}=VALUE")
+                overrides[match[1]] = value
+            else:
+                rest.append(word)
+        flags = self.parse_args(rest)
+        if not self._has_config:
+            return flags, None
+        config = load_config_file(flags.config)
+        for key, text in overrides.items():
+            _override(config, key, text)
+        if hasattr(flags, "workdir") and not flags.workdir:
+            flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
+        return flags, Config.from_mapping(config.to_dict())
+
+
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
+    """What get_config of the file returns; `spec` is FILE.py or FILE.py:ARGUMENT, as in ml_collections.config_flags.
+
+    Raises:
+      UserError: the file is missing, is not Python, fails, or has no get_config.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"--config={spec}: there is no file {name}")
+    loader = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if loader is None:
+        raise UserError(f"--config={spec}: expected a Python file (*.py)")
+    module = importlib.util.module_from_spec(loader)
+    try:
+        loader.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's: whatever it raises is their error, not ours
+        raise UserError(
+            f"--config={spec}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
+    return config.copy_and_resolve_references().unlock()
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Sets one dotted key from a flag's text, read as a Python literal unless the key holds a string."""
+    group: Any = config
+    *path, last = key.split(".")
+    for name in path:
+        if not isinstance(group, ml_collections.ConfigDict) or name not in group:
+            group = None
+            break
+        group = group[name]
+    if not isinstance(group, ml_collections.ConfigDict) or isinstance(group.get(last), ml_collections.ConfigDict):
+        raise UserError(f"unknown config key `config.{key}`")
+    value: Any = text
+    if not isinstance(group.get(last), str):
+        try:
+            value = (
+                {"true": True, "false": False}[text.lower()]
+                if text.lower() in ("true", "false")
+                else ast.literal_eval(text)
+            )
+        except (ValueError, SyntaxError):
+            value = text
+    with group.ignore_type():
+        group[last] = value
+
+
+def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
+    """Runs main(argv), prints the summary that it returns as the last line of stdout, and exits.
+
+    Exit status 0; 2 for a UserError (its message alone on stderr); 75 for Interrupted or Ctrl-C.
+    """
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    try:
+        summary = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        if stop.args and isinstance(stop.args[-1], dict):
+            print(to_json(stop.args[-1]))
+        print(f"interrupted: {stop.args[0] if stop.args else ''}", file=sys.stderr)
+        sys.exit(75)
+    except KeyboardInterrupt:
+        print("interrupted: the same command starts again", file=sys.stderr)
+        sys.exit(75)
+    print(to_json(summary), flush=True)
+    sys.exit(0)
+
+
+def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:
+    """Raises UserError where `path` exists and --overwrite was not given."""
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"{flag}={path} exists already; choose another name or pass --overwrite")

@@ -1,0 +1,106 @@
+"""The one mask sampler: which completion tokens are hidden in each draw, and how the draw is weighted (METHOD 1, 3).
+
+A draw hides a set M of the completion's L tokens and estimates the ELBO by `weight * sum_{i in M} log p(y_i | rest)`.
+Every scheme makes each single draw an unbiased estimator, so any average of draws is one:
+
+    uniform        l ~ U{1..L}, M uniform among the sets of l tokens, weight L / l          (the paper's, "fixed l")
+    bernoulli      t ~ U(0, 1], each token hidden with probability t, weight 1 / t
+    stratified     uniform, with l_k = 1 + floor(L * frac(u + k / K)): one random shift u spreads the K values of l
+    complementary  draws come in pairs: M with l as in stratified over the pairs, then its complement with L - l (which
+                   is uniform too); where l = L the complement would be empty, and the second draw hides everything again
+
+Masks are a pure function of (seed, example id, epoch, draw), by a counter-based generator (Philox): neither the batch,
+the order, the number of hosts, a restart, packing nor the platform changes them. They are drawn on the host, beside
+the packing that needs them, and reach the device as positions.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, UInt32
+
+_SHARED = 2**32  # counter word of the numbers that all draws of an example share; draws are below it
+
+
+class Draws(NamedTuple):
+    """K masks of one completion of L tokens, True = hidden and scored, and the weight of each draw's sum."""
+
+    mask: Bool[np.ndarray, "k l"]
+    weight: Float32[np.ndarray, " k"]
+
+
+def draw_masks(
+    scheme: str, *, seed: int, id_words: UInt32[np.ndarray, "2"], epoch: int, draws: int, length: int
+) -> Draws:
+    """The `draws` masks of the example `id_words` (64 bits of its id's hash) with `length` >= 1 completion tokens.
+
+    Raises:
+      ValueError: an unknown scheme, or no token to hide.
+    """
+    if length < 1:
+        raise ValueError(f"length: expected at least 1 completion token, got {length}")
+    if scheme not in _SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
+    key = np.frombuffer(hashlib.blake2b(f"masks:{seed}".encode(), digest_size=16).digest(), np.uint64)
+    example = int(id_words[0]) << 32 | int(id_words[1])
+
+    def uniforms(draw: int, count: int) -> np.ndarray:
+        """`count` float64 in [0, 1) of the stream (seed, example, epoch, draw)."""
+        bits = np.random.Philox(key=key, counter=[0, draw, epoch, example]).random_raw(count)
+        return (bits >> np.uint64(11)) * 2.0**-53
+
+    return _SCHEMES[scheme](uniforms, draws, length)
+
+
+def _hide_lowest(noise: np.ndarray, count: int) -> np.ndarray:
+    """The mask of the `count` positions with the lowest noise: a uniform set of that size."""
+    mask = np.zeros(noise.shape, bool)
+    mask[np.argsort(noise, kind="stable")[:count]] = True
+    return mask
+
+
+def _fixed_l(noise: list[np.ndarray], counts: np.ndarray) -> Draws:
+    length = len(noise[0])
+    mask = np.stack([_hide_lowest(row, count) for row, count in zip(noise, counts, strict=True)])
+    return Draws(mask, (length / counts).astype(np.float32))
+
+
+def _uniform(uniforms, draws: int, length: int) -> Draws:
+    numbers = [uniforms(k, 1 + length) for k in range(draws)]
+    counts = np.array([1 + int(row[0] * length) for row in numbers])
+    return _fixed_l([row[1:] for row in numbers], counts)
+
+
+def _bernoulli(uniforms, draws: int, length: int) -> Draws:
+    numbers = [uniforms(k, 1 + length) for k in range(draws)]
+    rate = np.array([1.0 - row[0] for row in numbers])  # in (0, 1]
+    mask = np.stack([row[1:] < t for row, t in zip(numbers, rate, strict=True)])
+    return Draws(mask, (1.0 / rate).astype(np.float32))
+
+
+def _stratified_counts(uniforms, strata: int, length: int) -> np.ndarray:
+    shift = uniforms(_SHARED, 1)[0]
+    return 1 + np.floor((shift + np.arange(strata) / strata) % 1.0 * length).astype(int)
+
+
+def _stratified(uniforms, draws: int, length: int) -> Draws:
+    return _fixed_l([uniforms(k, length) for k in range(draws)], _stratified_counts(uniforms, draws, length))
+
+
+def _complementary(uniforms, draws: int, length: int) -> Draws:
+    pairs = -(-draws // 2)
+    counts = _stratified_counts(uniforms, pairs, length)
+    first = _fixed_l([uniforms(2 * j, length) for j in range(pairs)], counts)
+    everything = (counts == length)[:, None]
+    second = ~first.mask | everything
+    mask = np.stack([first.mask, second], axis=1).reshape(2 * pairs, length)[:draws]
+    return Draws(mask, (length / mask.sum(axis=1)).astype(np.float32))
+
+
+_SCHEMES = {
+    "uniform": _uniform,
+    "bernoulli": _bernoulli,
+    "stratified": _stratified,
+    "complementary": _complementary,
+}

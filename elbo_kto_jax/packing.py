@@ -1,0 +1,124 @@
+"""Rows for the mask predictor: scored sequences, packed several to a row or padded one to a row (METHOD 5).
+
+A `Segment` is one draw of one example: its tokens, and which of its completion tokens are hidden. `pack` lays segments
+into rows of a static length, and rows into micro-batches of a static number of rows. Packed rows show no segment to
+another (block-diagonal attention) and restart positions at each segment; the authors' padding gives every segment a row
+of its own, whose end-of-text padding the attention does see.
+
+Where each segment goes is a pure function of the list of lengths, so the reference pass and training, which see the same
+list, run on bit-identical rows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+
+class Segment(NamedTuple):
+    """One draw of one example."""
+
+    tokens: Int32[np.ndarray, " n"]  # prompt and completion, nothing hidden yet
+    start: int  # where the completion starts
+    mask: Bool[np.ndarray, " l"]  # over the completion's tokens; True = hidden and scored
+    weight: float  # of the sum of log-probabilities, METHOD 1
+    index: int  # where this draw's estimate goes in the flat array of results
+
+
+class Rows(NamedTuple):
+    """A micro-batch of m rows of s tokens; leaves are numpy on the host and sharded along m on devices."""
+
+    tokens: Int32[np.ndarray, "m s"]  # hidden tokens already replaced by the mask token
+    positions: Int32[np.ndarray, "m s"]  # restart at each segment
+    segment_ids: Int32[np.ndarray, "m s"]  # 1, 2, ... ; 0 is padding that no segment sees
+    target_position: Int32[np.ndarray, "m s"]  # where the hidden tokens are, first `num_targets` entries of a row
+    target_token: Int32[np.ndarray, "m s"]  # what stood there
+    target_slot: Int32[np.ndarray, "m s"]  # which of the row's segments it belongs to
+    target_weight: Float32[np.ndarray, "m s"]
+    num_targets: Int32[np.ndarray, " m"]
+    slot_index: Int32[np.ndarray, "m g"]  # Segment.index of each slot, NO_SEGMENT where there is none
+
+
+NO_SEGMENT = np.iinfo(np.int32).max  # an index that is out of range everywhere, so that writes to it are dropped
+_TOKENS_PER_SLOT = 16  # a packed row of s tokens holds at most s / 16 segments
+
+
+class Layout(NamedTuple):
+    """The static shape of a micro-batch and what fills the gaps."""
+
+    rows: int  # m
+    length: int  # s, tokens
+    mask_token: int
+    pad_token: int
+    packed: bool  # False: the authors' padding
+
+    @property
+    def slots(self) -> int:
+        """g, the largest number of segments in a row."""
+        return max(1, self.length // _TOKENS_PER_SLOT) if self.packed else 1
+
+
+def pack(segments: Sequence[Segment], layout: Layout) -> list[Rows]:
+    """The micro-batches that hold `segments`; rows that fill the last one are empty.
+
+    Raises:
+      ValueError: a segment is longer than a row.
+    """
+    longest = max((len(segment.tokens) for segment in segments), default=0)
+    if longest > layout.length:
+        raise ValueError(f"segments: expected at most {layout.length} tokens, got {longest}")
+    if layout.packed:
+        bins = first_fit([len(segment.tokens) for segment in segments], layout.length, layout.slots)
+    else:
+        bins = [[i] for i in range(len(segments))]
+    return [
+        _micro_batch([[segments[i] for i in row] for row in bins[at : at + layout.rows]], layout)
+        for at in range(0, len(bins), layout.rows)
+    ]
+
+
+def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
+    """First-fit decreasing: indices into `lengths` per bin, at most `capacity` in total length and `slots` in number."""
+    space = np.full(len(lengths), capacity)
+    free_slots = np.full(len(lengths), slots)
+    bins: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: ties in the order given
+        target = int(np.argmax((space >= lengths[i]) & (free_slots > 0)))
+        if target == len(bins):
+            bins.append([])
+        bins[target].append(i)
+        space[target] -= lengths[i]
+        free_slots[target] -= 1
+    return bins
+
+
+def _micro_batch(rows: list[list[Segment]], layout: Layout) -> Rows:
+    m, s = layout.rows, layout.length
+    empty = lambda fill=0, dtype=np.int32: np.full((m, s), fill, dtype)  # noqa: E731
+    tokens, positions, segment_ids = empty(layout.pad_token), empty(), empty()
+    position, token, slot, weight = empty(), empty(), empty(), empty(0, np.float32)
+    num_targets = np.zeros(m, np.int32)
+    slot_index = np.full((m, layout.slots), NO_SEGMENT, np.int32)
+    if not layout.packed:
+        positions[:] = np.arange(s)
+        segment_ids[: len(rows)] = 1
+    for r, row in enumerate(rows):
+        at = targets = 0
+        for g, segment in enumerate(row):
+            end = at + len(segment.tokens)
+            hidden = at + segment.start + np.flatnonzero(segment.mask)
+            new = slice(targets, targets + len(hidden))
+            token[r, new] = segment.tokens[hidden - at]
+            position[r, new] = hidden
+            slot[r, new] = g
+            weight[r, new] = segment.weight
+            tokens[r, at:end] = segment.tokens
+            tokens[r, hidden] = layout.mask_token
+            if layout.packed:
+                positions[r, at:end] = np.arange(end - at)
+                segment_ids[r, at:end] = g + 1
+            slot_index[r, g] = segment.index
+            at, targets = end, new.stop
+        num_targets[r] = targets
+    return Rows(tokens, positions, segment_ids, position, token, slot, weight, num_targets, slot_index)

@@ -1,0 +1,115 @@
+"""Two tables: parameter path -> logical axes -> mesh axes. Everything that is sharded follows them.
+
+The mesh has the axes data, fsdp and tensor. Rows of a micro-batch are split over (data, fsdp); parameters, gradients and
+optimizer state over fsdp (their model dimension) and tensor (heads, MLP width, vocabulary). A parameter without a line,
+a line without a parameter and a dimension that does not divide are errors; replication is written down, never fallen
+back to.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from elbo_kto_jax import config
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.config import ModelConfig
+
+# First match wins; the path is the whole path of the parameter.
+PARAMETER_AXES = (
+    (r"wte/embedding", ("vocabulary", "model")),
+    (r"blocks/(attn_norm|ff_norm)/scale", ("layers", "norm")),
+    (r"blocks/q_proj/kernel", ("layers", "model", "heads")),
+    (r"blocks/(k_proj|v_proj)/kernel", ("layers", "model", "kv_heads")),
+    (r"blocks/attn_out/kernel", ("layers", "heads", "model")),
+    (r"blocks/(ff_proj|up_proj)/kernel", ("layers", "model", "mlp")),
+    (r"blocks/ff_out/kernel", ("layers", "mlp", "model")),
+    (r"ln_f/scale", ("norm",)),
+    (r"head/kernel", ("model", "vocabulary")),
+)
+MESH_AXES = {
+    "rows": ("data", "fsdp"),
+    "layers": None,
+    "norm": None,
+    "model": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+}
+
+
+def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over all devices; a size of -1 takes what the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
+    given = math.prod(size for size in shape.values() if size != -1)
+    shape = {name: len(devices) // given if size == -1 else size for name, size in shape.items()}
+    if math.prod(shape.values()) != len(devices):
+        raise UserError(f"config.mesh: {dict(shape)} does not use exactly the {len(devices)} devices of this run")
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 3, devices=np.asarray(devices))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a micro-batch are split."""
+    return math.prod(mesh.shape[axis] for axis in MESH_AXES["rows"])
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(MESH_AXES["rows"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def check_heads(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError where the tensor axis would split a head."""
+    for name in ("n_heads", "n_kv_heads"):
+        if getattr(model, name) % mesh.shape["tensor"]:
+            raise UserError(
+                f"config.mesh.tensor: {mesh.shape['tensor']} does not divide {name} {getattr(model, name)} of the model"
+            )
+
+
+def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each parameter of the tree (arrays or ShapeDtypeStructs).
+
+    Raises:
+      UserError: a dimension is not divisible by its mesh axis.
+      ValueError: a parameter has no line in the table, or a line no parameter.
+    """
+    used = set()
+
+    def sharding(path, leaf):
+        name = "/".join(key.key for key in path)
+        for pattern, axes in PARAMETER_AXES:
+            if re.fullmatch(pattern, name):
+                used.add(pattern)
+                break
+        else:
+            raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
+        if len(axes) != len(leaf.shape):
+            raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")
+        spec = [MESH_AXES[axis] for axis in axes]
+        for dimension, axis, mesh_axis in zip(leaf.shape, axes, spec, strict=True):
+            if mesh_axis is not None and dimension % mesh.shape[mesh_axis]:
+                raise UserError(
+                    f"config.mesh.{mesh_axis}: {mesh.shape[mesh_axis]} does not divide the axis `{axis}` "
+                    f"({dimension}) of parameter {name}"
+                )
+        return NamedSharding(mesh, P(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params)
+    unused = [pattern for pattern, _ in PARAMETER_AXES if pattern not in used]
+    if unused:
+        raise ValueError(f"lines of PARAMETER_AXES without a parameter: {unused}")
+    return shardings

@@ -1,0 +1,182 @@
+"""The tokenised data set in a few flat arrays: a pure function of the records, the tokenizer and the text settings."""
+
+import collections
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, UInt32
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id
+from elbo_kto_jax.text.records import Record, read_records
+
+_BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """`num` tokenised examples; example i has tokens[offsets[i] : offsets[i + 1]], prompt then completion.
+
+    Attributes:
+      tokens: all examples one after the other, not padded.
+      offsets: where each example starts, and the total at the end.
+      prompt_length: tokens of each prompt, at least 0.
+      completion_length: tokens of each completion window, at least 1; with the prompt this is the whole example.
+      is_desirable: the label; True where a record has none.
+      ids: the records' ids.
+      id_words: two words of the BLAKE2b hash of each id, which the mask sampler folds into its key.
+      report: what was read, left out and why, in lines for the log; not part of the digest.
+    """
+
+    tokens: Int32[np.ndarray, "total"]
+    offsets: Int64[np.ndarray, "num_plus_one"]
+    prompt_length: Int32[np.ndarray, "num"]
+    completion_length: Int32[np.ndarray, "num"]
+    is_desirable: Bool[np.ndarray, "num"]
+    ids: list[str]
+    id_words: UInt32[np.ndarray, "num 2"]
+    report: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def digest(self) -> str:
+        """A hash (hex) of everything that a training run sees of these examples."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (
+            self.tokens,
+            self.offsets,
+            self.prompt_length,
+            self.completion_length,
+            self.is_desirable,
+            self.id_words,
+        ):
+            digest.update(f"{array.dtype} {array.shape};".encode())
+            digest.update(np.ascontiguousarray(array))
+        digest.update("\n".join(self.ids).encode())
+        return digest.hexdigest()
+
+
+def load_examples(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    exact_window: bool,
+    append_eot: bool,
+    desirable_fraction: float,
+    undesirable_fraction: float,
+    seed: int,
+    needs_label: bool,
+    skip_bad: bool,
+    progress: bool,
+    flag: str = "--config.data.train",
+) -> Examples:
+    """Reads, tokenises and subsamples a data set (METHOD 2 "n_D / n_U", METHOD 5).
+
+    Rows without a token to score (an empty completion, or a prompt that fills max_length) are dropped first. Of the
+    rest, round(fraction * count) rows of each label are kept, in their order; which ones depends on the seed and on
+    their position among the rows of that label only, and a smaller fraction keeps a subset of a larger one.
+
+    Args:
+      path: see `read_records`.
+      tokenizer: a fast tokenizer.
+      max_length: tokens kept of each row.
+      exact_window: see `text.chat`.
+      append_eot: continue every completion with the end-of-turn token.
+      desirable_fraction: share of the desirable rows to keep, 0 to 1.
+      undesirable_fraction: share of the undesirable rows to keep, 0 to 1.
+      seed: of the subsets.
+      needs_label: refuse records without a label; otherwise they count as desirable.
+      skip_bad: see `read_records`.
+      progress: show a bar on stderr.
+      flag: the command-line flag that gave `path`, for messages.
+
+    Raises:
+      UserError: see `read_records` and `encode_batch`; or no row is left.
+    """
+    needs = ("prompt", "completion", "label") if needs_label else ("prompt", "completion")
+    source = read_records(path, needs=needs, skip_bad=skip_bad, flag=flag)
+    settings = {
+        "max_length": max_length,
+        "exact_window": exact_window,
+        "append_eot": append_eot,
+        "eot_id": find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
+    }
+    encoded: list[Encoded] = []
+    with tqdm(total=len(source.records), desc="tokenise", unit="record", disable=not progress, file=sys.stderr) as bar:
+        for start in range(0, len(source.records), _BATCH):
+            batch = source.records[start : start + _BATCH]
+            encoded += encode_batch(tokenizer, batch, **settings)
+            bar.update(len(batch))
+
+    rows = [row for row in zip(source.records, encoded, strict=True) if row[1].completion_length > 0]
+    is_desirable = np.array([record.label is not False for record, _ in rows], np.bool_)
+    kept = np.zeros(len(rows), np.bool_)
+    for label, fraction in ((True, desirable_fraction), (False, undesirable_fraction)):
+        positions = np.flatnonzero(is_desirable == label)
+        kept[positions[_subset(len(positions), fraction, seed, label)]] = True
+    if not kept.any():
+        raise UserError(
+            f"{flag}: no example is left of the {len(source.records)} records in {path}: {len(rows)} have a completion "
+            f"token within --config.data.max_length {max_length}, and the fractions of the two labels keep 0 of these"
+        )
+    rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length)
+    return _pack(rows, is_desirable[kept], report)
+
+
+def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:
+    """Which round(fraction * count) of `count` rows to keep.
+
+    Ranked by raw Philox words: numpy promises those streams never to change, unlike `Generator.permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence([seed, label])).random_raw(count)
+    return np.argsort(words, kind="stable")[: round(fraction * count)]
+
+
+def _pack(rows: list[tuple[Record, Encoded]], is_desirable: Bool[np.ndarray, "num"], report: str) -> Examples:
+    ids = [record.id for record, _ in rows]
+    hashes = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    return Examples(
+        tokens=np.concatenate([encoded.tokens for _, encoded in rows]),
+        offsets=np.cumsum([0, *(len(encoded.tokens) for _, encoded in rows)], dtype=np.int64),
+        prompt_length=np.array([encoded.prompt_length for _, encoded in rows], np.int32),
+        completion_length=np.array([encoded.completion_length for _, encoded in rows], np.int32),
+        is_desirable=is_desirable,
+        ids=ids,
+        id_words=np.frombuffer(hashes, "<u4").astype(np.uint32).reshape(-1, 2),
+        report=report,
+    )
+
+
+def _report(
+    records: list[Record],
+    skipped: list[str],
+    encoded: list[Encoded],
+    is_desirable: Bool[np.ndarray, "scorable"],
+    kept: Bool[np.ndarray, "scorable"],
+    max_length: int,
+) -> str:
+    """One line per thing that happened to the data, with counts."""
+    dropped = collections.Counter(
+        f"whose prompt fills max_length {max_length}" if row.prompt_length >= max_length else "without a completion"
+        for row in encoded
+        if row.completion_length == 0
+    )
+    num_cut = sum(row.completion_length > 0 and row.text_length > max_length for row in encoded)
+    lines = [
+        f"{len(records)} records read",
+        *(f"{count} dropped {reason}" for reason, count in sorted(dropped.items())),
+        f"{num_cut} completions cut at max_length {max_length}",
+        f"{np.sum(kept & is_desirable)} of {np.sum(is_desirable)} desirable and "
+        f"{np.sum(kept & ~is_desirable)} of {np.sum(~is_desirable)} undesirable examples kept",
+    ]
+    if skipped:
+        lines += [f"{len(skipped)} bad records skipped:", *skipped]
+    return "\n".join(lines)

@@ -1,0 +1,287 @@
+"""A training run: reference pass, steps, checkpoints, samples before and after, report."""
+
+import itertools
+import json
+import logging
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from elbo_kto_jax.checkpoint.store import TrainingCheckpoints, TrainingState
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.model.llada import Params, abstract_params
+from elbo_kto_jax.report.training import write_training_report
+from elbo_kto_jax.sampling.decode import generate, to_text
+from elbo_kto_jax.text.chat import find_eot_id
+from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.train.reference import ReferenceCache
+from elbo_kto_jax.train.setup import Setup, prepare
+from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
+from elbo_kto_jax.train.workdir import MetricsLog, open_workdir, read_metrics, stop_on_signal
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> dict:
+    """Runs the recipe of `config` in `workdir`, going on from its latest checkpoint, and returns the summary.
+
+    Raises:
+      UserError: anything that the user has to mend.
+      Interrupted: SIGTERM or SIGINT came; the state is saved and the summary so far is the second argument.
+    """
+    setup = prepare(config, skip_bad=skip_bad)
+    open_workdir(workdir, config, overwrite)
+    with stop_on_signal() as stop_requested:
+        return _Run(setup, workdir, stop_requested).run()
+
+
+Reference = ReferenceCache | Params | None  # B_ref precomputed, the reference's parameters (online), none (SFT)
+
+
+def reference_of(reference: Reference, step: int) -> Params | np.ndarray | None:
+    """What `train_step` wants to know of the reference in step `step`."""
+    return reference.elbo_ref[step] if isinstance(reference, ReferenceCache) else reference
+
+
+class _Run:
+    """One call of `train`: the state that its parts share."""
+
+    def __init__(self, setup: Setup, workdir: Path, stop_requested):
+        config = setup.config
+        self.setup, self.workdir, self.stop_requested = setup, workdir, stop_requested
+        self.total_steps = setup.total_steps
+        self.tx = train_state.optimizer(config.optimizer, self.total_steps)
+        self.learning_rate = train_state.learning_rate(config.optimizer, self.total_steps)
+        abstract = abstract_params(setup.model)
+        self.shardings = train_state.state_shardings(self.tx, abstract, setup.mesh)
+        self.abstract = train_state.abstract_state(self.tx, abstract, self.shardings)
+        self.programs = build_programs(
+            setup.model,
+            setup.mesh,
+            self.shardings,
+            self.tx,
+            num_examples=setup.data.batch_size,
+            draws=config.estimator.draws,
+            objective=config.objective,
+        )
+        self.checkpoints = TrainingCheckpoints(workdir / "checkpoints")
+        self.progress = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
+        self.samples: list[dict] = []
+
+    def run(self) -> dict:
+        setup, config = self.setup, self.setup.config
+        start = self.checkpoints.latest_step()
+        if start is None:
+            params = setup.load_params(config.model.path, "--config.model.path")
+            state = train_state.init_state(self.tx, params, self.shardings)
+        else:
+            restored = self.checkpoints.restore(start, TrainingState(*self.abstract, progress={}))
+            state = train_state.TrainState(restored.params, restored.opt_state)
+            self.progress = restored.progress
+            log.info("going on from step %d", start)
+        log.info(
+            "%s on %s: %d steps of %d examples, %d draws each; %d rows of %d tokens at once",
+            config.objective.name,
+            ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
+            self.total_steps,
+            setup.data.batch_size,
+            config.estimator.draws,
+            setup.data.layout.rows,
+            setup.data.layout.length,
+        )
+        try:
+            self.sample("before", state.params)
+            reference, eval_reference = self.prepare_reference(state.params if start is None else None)
+            state = self.steps(state, reference, eval_reference)
+            self.sample("after", state.params)
+        except Interrupted as stop:
+            raise Interrupted(*stop.args, self.finish(interrupted=True)) from None
+        return self.finish(interrupted=False)
+
+    def prepare_reference(self, initial: Params | None) -> tuple[Reference, Reference]:
+        """What the rewards of the training and of the held-out batches are measured against.
+
+        `initial` are the parameters that training starts from, where they are at hand: mostly they are the reference.
+        """
+        config = self.setup.config
+        if config.objective.name != "elbo_kto":
+            return None, None
+        path = config.reference.path or config.model.path
+        flag = "--config.reference.path" if config.reference.path else "--config.model.path"
+        if initial is None or path != config.model.path:
+            reference = self.setup.load_params(path, flag)
+        elif config.reference.mode == "online":
+            reference = jax.tree.map(jnp.copy, initial)  # the originals are donated by the first step
+        else:
+            reference = initial
+        if config.reference.mode == "online":
+            return reference, reference
+
+        def cache(folder: str, data: TrainingData | None, steps: int) -> ReferenceCache | None:
+            if data is None:
+                return None
+            cache = ReferenceCache(self.workdir / folder, self.setup.fingerprint(reference, data), data, steps)
+            cache.complete(self.programs, reference, self.stop_requested)
+            return cache
+
+        held_out = self.setup.eval_data if config.train.eval_every else None
+        return (
+            cache("reference", self.setup.data, self.total_steps),
+            cache("reference_eval", held_out, held_out.steps_per_epoch if held_out else 0),
+        )
+
+    def steps(
+        self, state: train_state.TrainState, reference: Reference, eval_reference: Reference
+    ) -> train_state.TrainState:
+        """Takes the remaining steps. Metrics are read one step late, so that the device never waits for the host."""
+        config, data = self.setup.config, self.setup.data
+        first = self.progress["step"]
+        metrics_log = MetricsLog(self.workdir, first)
+        began = time.monotonic() - self.progress["seconds"]
+        late: tuple[dict, dict] | None = None
+        bar = tqdm(total=self.total_steps, initial=first, desc="train", unit="step")
+        try:
+            for step, batch in zip(itertools.count(first), data.batches(first, self.total_steps)):
+                state, metrics = train_step(self.programs, state, batch, reference_of(reference, step))
+                if config.train.eval_every and self.setup.eval_data and (step + 1) % config.train.eval_every == 0:
+                    metrics |= self.evaluate(state.params, eval_reference)
+                if late is not None:
+                    self.log_step(metrics_log, bar, *late)
+                late = (self.count(step, batch, time.monotonic() - began), metrics)
+                last, stopping = step + 1 == self.total_steps, self.stop_requested()
+                if last or stopping or (step + 1) % config.train.checkpoint_every == 0:
+                    self.log_step(metrics_log, bar, *late)
+                    late = None
+                    self.progress["seconds"] = time.monotonic() - began
+                    self.checkpoints.save(
+                        step + 1, TrainingState(*state, progress=dict(self.progress)), self.setup.assets
+                    )
+                if stopping and not last:
+                    self.checkpoints.wait()
+                    raise Interrupted(
+                        f"saved at step {step + 1} of {self.total_steps}; the same command goes on from there"
+                    )
+        finally:
+            bar.close()
+            metrics_log.close()
+        self.checkpoints.wait()
+        return state
+
+    def evaluate(self, params: Params, reference: Reference) -> dict:
+        """Loss and reward margin on the held-out data (means over its examples)."""
+        data, programs = self.setup.eval_data, self.programs
+        losses, counts, rewards, labels = [], [], [], []
+        for step, batch in enumerate(data.batches(0, data.steps_per_epoch)):
+            micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
+            _, metrics = batch_loss(
+                programs, score(programs, params, micro_batches), reference_of(reference, step), batch, micro_batches
+            )
+            here = batch.feedback.is_example
+            losses.append(float(metrics["loss"]))
+            counts.append(int(here.sum()))
+            if "reward" in metrics:
+                rewards.append(np.asarray(metrics["reward"])[here])
+                labels.append(batch.feedback.is_desirable[here])
+        found = {"eval_loss": float(np.average(losses, weights=counts))}
+        if rewards:
+            reward, label = np.concatenate(rewards), np.concatenate(labels)
+            found["eval_reward_margin"] = float(reward[label].mean() - reward[~label].mean())
+        return found
+
+    def count(self, step: int, batch: Batch, seconds: float) -> dict:
+        """Advances the totals by one step, and returns them with what else is known of the step beforehand."""
+        self.progress = {
+            "step": step + 1,
+            "examples": self.progress["examples"] + int(batch.feedback.is_example.sum()),
+            "tokens": self.progress["tokens"] + batch.real_tokens,
+            "seconds": seconds,
+        }
+        positions = sum(rows.tokens.size for rows in batch.micro_batches)
+        return {
+            **self.progress,
+            "learning_rate": float(self.learning_rate(step)),
+            "real_token_fraction": batch.real_tokens / positions,
+        }
+
+    def log_step(self, metrics_log: MetricsLog, bar: tqdm, figures: dict, metrics: dict) -> None:
+        values = {name: float(value) for name, value in metrics.items() if name != "reward"}
+        step = figures["step"]
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+            raise UserError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
+                "lower --config.optimizer.learning_rate and go on from the last checkpoint"
+            )
+        bar.set_postfix(loss=f"{values['loss']:.4f}", margin=f"{values.get('reward_margin', float('nan')):.3f}")
+        bar.update()
+        if step % self.setup.config.train.log_every == 0 or step in (1, self.total_steps):
+            metrics_log.write({"step": step, **values, **{k: v for k, v in figures.items() if k != "step"}})
+
+    def sample(self, when: str, params: Params) -> None:
+        """Answers a few prompts with the present parameters; kept in samples.json for the report."""
+        count, file = self.setup.config.train.samples, self.workdir / "samples.json"
+        if file.is_file():
+            self.samples = json.loads(file.read_text())
+        if not count or (self.samples and when in self.samples[0]):
+            return
+        examples = (self.setup.eval_data or self.setup.data).examples
+        chosen = range(min(count, len(examples)))
+        prompts = [examples.tokens[examples.offsets[i] :][: examples.prompt_length[i]] for i in chosen]
+        tokenizer, options = self.setup.tokenizer, self.setup.config.sampler
+        eot = find_eot_id(tokenizer, "sampler")
+        log.info("sampling %d answers %s training", len(prompts), when)
+        responses = generate(
+            self.setup.model,
+            params,
+            prompts,
+            options,
+            seed=self.setup.config.seed,
+            prompt_ids=[examples.ids[i] for i in chosen],
+            eot_id=eot,
+            mesh=self.setup.mesh,
+        )
+        if not self.samples:
+            self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
+        for sample, response in zip(self.samples, responses.tokens, strict=True):
+            sample[when] = to_text(response, tokenizer, [self.setup.model.config.eos_token_id, eot])
+        atomic_write(file, json.dumps(self.samples, ensure_ascii=False, indent=1))
+
+    def finish(self, interrupted: bool) -> dict:
+        """Writes report.html and returns the summary."""
+        rows = read_metrics(self.workdir)
+        last = rows[-1] if rows else {}
+        seconds = max(self.progress["seconds"], 1e-9)
+        step = self.checkpoints.latest_step()
+        summary = {
+            "steps": self.progress["step"],
+            "examples": self.progress["examples"],
+            "loss": last.get("loss"),
+            "reward_margin": last.get("reward_margin"),
+            "examples_per_second": self.progress["examples"] / seconds,
+            "tokens_per_second": self.progress["tokens"] / seconds,
+            "checkpoint": None if step is None else str(self.workdir / "checkpoints" / str(step)),
+            "interrupted": interrupted,
+            "report": str(self.workdir / "report.html"),
+        }
+        write_training_report(
+            self.workdir / "report.html",
+            title=f"{self.setup.config.objective.name}: {self.workdir.name}",
+            config=self.setup.config.to_dict(),
+            metrics=rows,
+            samples=[s for s in self.samples if "after" in s],
+            summary=summary,
+        )
+        if not interrupted:
+            log.info("report: %s", summary["report"])
+            log.info(
+                "next: python -m conversion.to_hf --source=%s --out=%s",
+                summary["checkpoint"],
+                self.workdir / "huggingface",
+            )
+        return summary

@@ -1,0 +1,128 @@
+"""The precomputed reference: B_ref of every draw of every step, computed once and kept (METHOD 2).
+
+    workdir/reference/KEY/fingerprint.json             everything that B_ref depends on; KEY is its hash
+    workdir/reference/KEY/steps-FIRST-LAST.npy         float32 [steps, b * K], nats
+
+A cache of another model, tokenizer, template, data set, seed, K, scheme or layout has another key, so it is never read; one that
+is incomplete is completed. Parts are renamed into place when they are whole.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+from tqdm import tqdm
+
+from elbo_kto_jax.config import differences
+from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.train.step import Programs, score
+
+log = logging.getLogger(__name__)
+_SAVE_EVERY = 30.0  # seconds between parts
+
+
+class ReferenceCache:
+    """B_ref of the first `steps` steps of a run, as far as it is known."""
+
+    def __init__(self, folder: Path, fingerprint: dict, data: TrainingData, steps: int):
+        """Opens the cache of `fingerprint` below `folder`, and names the caches there that belong to something else.
+
+        Raises:
+          UserError: a part of the cache is damaged.
+        """
+        text = json.dumps(fingerprint, sort_keys=True, indent=1)
+        self.path = folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        self.data = data
+        self.elbo_ref = np.zeros((steps, data.batch_size * data.estimator.draws), np.float32)
+        self.known = np.zeros(steps, bool)
+        for other in sorted(folder.glob("*/fingerprint.json")):
+            if other.parent != self.path:
+                changes = "; ".join(differences(json.loads(other.read_text()), fingerprint, prefix="reference"))
+                log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)
+        for part in sorted(self.path.glob("steps-*.npy")):
+            self._read(part)
+        self._fingerprint = text
+
+    def complete(
+        self, programs: Programs, reference: Params, stop_requested: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Scores every step that is not known yet under the parameters `reference`, and returns how many those were.
+
+        Raises:
+          Interrupted: `stop_requested` became true; what was scored is saved.
+          UserError: the reference gives an estimate that is not finite.
+        """
+        missing = np.flatnonzero(~self.known)
+        if not len(missing):
+            return 0
+        if jax.process_index() == 0:
+            atomic_write(self.path / "fingerprint.json", self._fingerprint)
+        pending: list[tuple[int, jax.Array]] = []
+        first, saved_at = int(missing[0]), time.monotonic()
+        steps = range(first, int(missing[-1]) + 1)
+        bar = tqdm(steps, desc="reference", unit="step")
+        for step, batch in zip(bar, self.data.batches(steps.start, steps.stop), strict=True):
+            if not self.known[step]:
+                pending.append(
+                    (step, score(programs, reference, [programs.place_rows(r) for r in batch.micro_batches]))
+                )
+            if stop_requested() or time.monotonic() - saved_at > _SAVE_EVERY:
+                self._write(pending)
+                pending, saved_at = [], time.monotonic()
+                if stop_requested():
+                    raise Interrupted(f"the reference pass is saved up to step {step + 1} of {len(self.known)}")
+            elif len(pending) > 1:
+                pending[-2][1].block_until_ready()  # keeps the host from running ahead of the device without end
+        self._write(pending)
+        return len(missing)
+
+    def _write(self, pending: list[tuple[int, jax.Array]]) -> None:
+        """Stores the scored steps, in memory and in one part per run of consecutive steps."""
+        runs: list[list[int]] = []
+        for step, estimates in pending:
+            self.elbo_ref[step] = np.asarray(estimates)
+            self._check_finite(step)
+            self.known[step] = True
+            if runs and runs[-1][-1] == step - 1:
+                runs[-1].append(step)
+            else:
+                runs.append([step])
+        if jax.process_index() == 0:
+            for run in runs:
+                buffer = io.BytesIO()
+                np.save(buffer, self.elbo_ref[run[0] : run[-1] + 1])
+                atomic_write(self.path / f"steps-{run[0]:08d}-{run[-1]:08d}.npy", buffer.getvalue())
+
+    def _check_finite(self, step: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(self.elbo_ref[step]))
+        if len(bad):
+            example = self.data.indices(step)[bad[0] // self.data.estimator.draws]
+            raise UserError(
+                f"the reference gives ELBO {self.elbo_ref[step, bad[0]]} nats for example "
+                f"{self.data.examples.ids[example]!r}; check the checkpoint in --config.reference.path"
+            )
+
+    def _read(self, part: Path) -> None:
+        match = re.fullmatch(r"steps-(\d+)-(\d+)\.npy", part.name)
+        try:
+            values: Float32[np.ndarray, "steps bk"] = np.load(part, allow_pickle=False)
+            first, last = int(match[1]), int(match[2])
+            if values.shape != (last - first + 1, self.elbo_ref.shape[1]) or values.dtype != np.float32:
+                raise ValueError(f"shape {values.shape}")
+        except (OSError, ValueError, TypeError, EOFError) as error:
+            raise UserError(f"{part}: damaged part of the reference cache ({error}); delete this file") from None
+        stop = min(last + 1, len(self.known))
+        if first < stop:
+            self.elbo_ref[first:stop] = values[: stop - first]
+            self.known[first:stop] = True

@@ -1,0 +1,129 @@
+"""From a config to everything that a run over a data set needs, cheapest checks first."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint.digest import params_digest
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.text.chat import check_tokenizer
+from elbo_kto_jax.text.examples import load_examples
+from elbo_kto_jax.train.data import TrainingData
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run's model (without weights), devices and data."""
+
+    config: Config
+    model: LLaDA
+    assets: Mapping[str, bytes]
+    tokenizer: PreTrainedTokenizerBase
+    mesh: Mesh
+    data: TrainingData
+    eval_data: TrainingData | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.steps or self.config.train.epochs * self.data.steps_per_epoch
+
+    def load_params(self, path: str, flag: str) -> Params:
+        """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
+        shardings = rules.param_shardings(abstract_params(self.model), self.mesh)
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        log.info("loading %s", path)
+        return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
+
+    def fingerprint(self, reference: Params, data: TrainingData) -> dict:
+        """Everything that the reference's estimates on `data` depend on."""
+        config, layout = self.config, data.layout
+        return {
+            "model": params_digest(reference),
+            "dtype": config.model.dtype,
+            "tokenizer": tokenizer_digest(self.assets),
+            "data": data.examples.digest(),
+            "max_length": layout.length,
+            "packing": layout.packed,
+            "seed": config.seed,
+            "draws": config.estimator.draws,
+            "scheme": config.estimator.scheme,
+            "global_batch_size": data.batch_size,
+            "platform": jax.default_backend(),
+            "jax": jax.__version__,
+        }
+
+
+def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
+    """A hash (hex) of the tokenizer's files, the chat template among them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(assets):
+        if name != "config.json":
+            digest.update(f"{name} {len(assets[name])};".encode())
+            digest.update(assets[name])
+    return digest.hexdigest()
+
+
+def prepare(config: Config, *, skip_bad: bool) -> Setup:
+    """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
+
+    Raises:
+      UserError: anything about them that the user has to mend.
+    """
+    model_config, assets = store.load_config(config.model.path, "--config.model.path")
+    tokenizer = store.build_tokenizer(assets, config.model.path)
+    check_tokenizer(tokenizer, model_config, f"--config.model.path={config.model.path}")
+    mesh = rules.make_mesh(config.mesh)
+    rules.check_heads(model_config, mesh)
+    model = LLaDA(model_config, jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype), config.model.remat)
+    rules.param_shardings(abstract_params(model), mesh)
+    if config.data.max_length > model_config.max_sequence_length:
+        log.warning(
+            "config.data.max_length %d is more than the %d positions that the model was trained with",
+            config.data.max_length,
+            model_config.max_sequence_length,
+        )
+    layout = Layout(
+        rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
+        length=config.data.max_length,
+        mask_token=model_config.mask_token_id,
+        pad_token=model_config.pad_token_id,
+        packed=config.data.packing,
+    )
+
+    def read(path: str, flag: str, desirable_fraction: float, undesirable_fraction: float) -> TrainingData:
+        examples = load_examples(
+            path,
+            tokenizer,
+            max_length=config.data.max_length,
+            exact_window=config.data.packing,
+            append_eot=config.data.append_eot,
+            desirable_fraction=desirable_fraction,
+            undesirable_fraction=undesirable_fraction,
+            seed=config.seed,
+            needs_label=config.objective.name == "elbo_kto",
+            skip_bad=skip_bad,
+            progress=True,
+            flag=flag,
+        )
+        log.info("%s: %s", path, examples.report)
+        return TrainingData(
+            examples, layout, estimator=config.estimator, batch_size=config.train.global_batch_size, seed=config.seed
+        )
+
+    data = read(
+        config.data.train, "--config.data.train", config.data.desirable_fraction, config.data.undesirable_fraction
+    )
+    eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
+    return Setup(config, model, assets, tokenizer, mesh, data, eval_data)

@@ -1,0 +1,76 @@
+"""What training changes: parameters and optimizer state; and how (METHOD 2, the authors' published settings)."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from elbo_kto_jax import config
+from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.sharding import rules
+
+
+class TrainState(NamedTuple):
+    params: Params
+    opt_state: Any
+
+
+def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 over ceil(warmup_fraction * steps), then a cosine to 0; as in the authors' trainer, the very
+    first step has rate 0 where there is a warm-up (moments are updated, parameters are not)."""
+    warmup = math.ceil(options.warmup_fraction * total_steps)
+    if warmup >= total_steps:
+        return optax.linear_schedule(0.0, options.learning_rate, max(1, warmup))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else options.learning_rate,
+        peak_value=options.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=total_steps,
+    )
+
+
+def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with decoupled weight decay on matrices (norm scales are not decayed)."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.adamw(
+            learning_rate(options, total_steps),
+            b1=options.b1,
+            b2=options.b2,
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params),
+        ),
+    )
+
+
+def state_shardings(tx: optax.GradientTransformation, abstract_params: Params, mesh: Mesh) -> TrainState:
+    """Shardings of the whole state: Adam's moments lie where their parameters do, counters everywhere."""
+    params = rules.param_shardings(abstract_params, mesh)
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, abstract_params),
+        params,
+        transform_non_params=lambda _: rules.replicated(mesh),
+    )
+    return TrainState(params, opt_state)
+
+
+def init_state(tx: optax.GradientTransformation, params: Params, shardings: TrainState) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, jax.jit(tx.init, out_shardings=shardings.opt_state)(params))
+
+
+def abstract_state(tx: optax.GradientTransformation, abstract_params: Params, shardings: TrainState) -> TrainState:
+    """The state as shapes, dtypes and shardings, for restoring a checkpoint."""
+    shapes = TrainState(abstract_params, jax.eval_shape(tx.init, abstract_params))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def zeros_like_params(params: Params) -> Params:
+    """A float32 accumulator for each parameter."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)

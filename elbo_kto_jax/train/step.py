@@ -1,0 +1,194 @@
+"""One optimizer step (METHOD 2), as plain Python over four compiled programs.
+
+    SCORE    params, rows           -> one ELBO estimate per (example, draw)      the reference pass runs this one too
+    LOSS     rewards                -> loss, c_b = d loss / d B_theta(b), metrics
+    GRAD     params, rows, c_b      -> gradient += sum over the rows' draws of c_b / K * d B_draw / d params
+    UPDATE   state, gradient        -> state
+
+z0 needs every reward of the global batch before any gradient, hence two passes over the micro-batches; memory is that of
+one micro-batch, whatever the number of draws or examples. Policy and reference share SCORE, its shapes and its rows, so
+a reward is exactly 0 while the two have the same parameters, in bfloat16 too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float32, Int32
+
+from elbo_kto_jax import config
+from elbo_kto_jax.diffusion import elbo
+from elbo_kto_jax.model.llada import LLaDA, Params
+from elbo_kto_jax.packing import Rows
+from elbo_kto_jax.preference import kto
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.train.state import TrainState, zeros_like_params
+
+SATURATED = 4.0  # |s| beyond which an example's gradient is below 7.1% of its maximum, 4 * sigmoid'(4)
+
+
+class Feedback(NamedTuple):
+    """What the loss knows of the b examples of a global batch; b is static, `is_example` is False on the padding."""
+
+    is_desirable: Bool[np.ndarray, " b"]
+    is_example: Bool[np.ndarray, " b"]
+    completion_length: Int32[np.ndarray, " b"]  # tokens
+
+
+class Batch(NamedTuple):
+    """A global batch: its feedback, and their b * K draws laid out in micro-batches."""
+
+    feedback: Feedback
+    micro_batches: Sequence[Rows]
+    real_tokens: int  # positions of the micro-batches that hold text, not padding
+
+
+class Programs(NamedTuple):
+    """The compiled programs; see `build_programs`."""
+
+    score: Callable[[Params, Float32[Array, " bk"], Rows], Float32[Array, " bk"]]
+    loss: Callable[..., tuple[Float32[Array, " b"], dict[str, Array]]]
+    grad: Callable[..., tuple[Params, Float32[Array, " bk"]]]
+    update: Callable[[TrainState, Params], tuple[TrainState, Float32[Array, ""]]]
+    zero_estimates: Callable[[], Float32[Array, " bk"]]
+    zero_grads: Callable[[Params], Params]
+    place_rows: Callable[[Rows], Rows]
+    place: Callable[[Any], Any]
+    objective: str
+
+
+def train_step(
+    programs: Programs, state: TrainState, batch: Batch, reference: Params | Float32[np.ndarray, " bk"] | None
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after one step, and its metrics (still on the device).
+
+    `reference` is B_ref of every draw (precomputed), or the reference's parameters (online); the SFT objective has none.
+    """
+    micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
+    needs_rewards = programs.objective == "elbo_kto"
+    elbo_policy = score(programs, state.params, micro_batches) if needs_rewards else programs.zero_estimates()
+    elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
+    grads, elbo_policy = programs.zero_grads(state.params), programs.zero_estimates()
+    for rows in micro_batches:
+        grads, elbo_policy = programs.grad(state.params, grads, elbo_policy, rows, elbo_cotangent)
+    if not needs_rewards:
+        _, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
+    state, grad_norm = programs.update(state, grads)
+    return state, {**metrics, "grad_norm": grad_norm}
+
+
+def batch_loss(
+    programs: Programs,
+    elbo_policy: Float32[Array, " bk"],
+    reference: Params | Float32[np.ndarray, " bk"] | None,
+    batch: Batch,
+    micro_batches: Sequence[Rows],
+) -> tuple[Float32[Array, " b"], dict[str, Array]]:
+    """c_b and the metrics, given the policy's estimates; for `reference` see `train_step`."""
+    if reference is None:
+        elbo_ref = programs.zero_estimates()
+    elif isinstance(reference, np.ndarray):
+        elbo_ref = programs.place(reference)
+    else:
+        elbo_ref = score(programs, reference, micro_batches)
+    return programs.loss(elbo_policy, elbo_ref, programs.place(batch.feedback))
+
+
+def score(programs: Programs, params: Params, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
+    """The ELBO estimate, in nats, of every draw in the micro-batches (placed on the devices), by Segment.index."""
+    estimates = programs.zero_estimates()
+    for rows in micro_batches:
+        estimates = programs.score(params, estimates, rows)
+    return estimates
+
+
+def build_programs(
+    model: LLaDA,
+    mesh: Mesh,
+    shardings: TrainState | None,
+    tx: optax.GradientTransformation | None,
+    *,
+    num_examples: int,
+    draws: int,
+    objective: config.Objective,
+) -> Programs:
+    """The programs for global batches of at most `num_examples` examples with `draws` draws each.
+
+    Without `shardings` and `tx` only scoring is meant to be called.
+    """
+    everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
+
+    def estimates_of(params: Params, rows: Rows) -> Float32[Array, "m g"]:
+        hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.segment_ids)
+        return elbo.elbo_draws(
+            hidden,
+            params["head"]["kernel"],
+            rows.target_position,
+            rows.target_token,
+            rows.target_slot,
+            rows.target_weight,
+            rows.num_targets,
+            slots=rows.slot_index.shape[1],
+        )
+
+    def score(params, estimates, rows):
+        return estimates.at[rows.slot_index].set(estimates_of(params, rows), mode="drop")
+
+    def kto_loss(elbo_policy, elbo_ref, feedback):
+        reward = jnp.mean(elbo_policy.reshape(-1, draws), axis=1) - jnp.mean(elbo_ref.reshape(-1, draws), axis=1)
+        z0 = kto.reference_point(reward, feedback.is_example, objective.reference_point)
+        loss = kto.loss_and_cotangent(
+            reward,
+            z0,
+            feedback.is_desirable,
+            feedback.is_example,
+            beta=objective.beta,
+            desirable_weight=objective.desirable_weight,
+            undesirable_weight=objective.undesirable_weight,
+        )
+        desirable = kto.masked_mean(reward, feedback.is_desirable & feedback.is_example)
+        undesirable = kto.masked_mean(reward, ~feedback.is_desirable & feedback.is_example)
+        return loss.elbo_cotangent, {
+            "loss": loss.loss,
+            "reward_desirable": desirable,
+            "reward_undesirable": undesirable,
+            "reward_margin": desirable - undesirable,
+            "reference_point": z0,
+            "saturated_fraction": kto.masked_mean(1.0 * (jnp.abs(loss.kto_logit) > SATURATED), feedback.is_example),
+            "reward": reward,
+        }
+
+    def sft_loss(elbo_policy, _, feedback):
+        # Mean over examples of -B_theta / L: the LLaDA fine-tuning objective, nats per completion token.
+        scale = feedback.is_example / (jnp.maximum(feedback.completion_length, 1) * jnp.sum(feedback.is_example))
+        return -scale, {"loss": -jnp.sum(scale * jnp.mean(elbo_policy.reshape(-1, draws), axis=1))}
+
+    def grad(params, grads, estimates, rows, elbo_cotangent):
+        values, pull_back = jax.vjp(lambda p: estimates_of(p, rows), params)
+        per_slot = elbo_cotangent.at[rows.slot_index // draws].get(mode="fill", fill_value=0) / draws
+        (new,) = pull_back(per_slot)
+        grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
+        return grads, estimates.at[rows.slot_index].set(values, mode="drop")
+
+    def update(state, grads):
+        grad_norm = optax.global_norm(grads)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), grad_norm
+
+    param_shardings = shardings.params if shardings else None
+    return Programs(
+        score=jax.jit(score, donate_argnums=1, out_shardings=everywhere),
+        loss=jax.jit(kto_loss if objective.name == "elbo_kto" else sft_loss, out_shardings=everywhere),
+        grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(param_shardings, everywhere)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
+        zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
+        place_rows=lambda rows: jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), rows),
+        place=lambda tree: jax.device_put(tree, everywhere),
+        objective=objective.name,
+    )

@@ -1,0 +1,98 @@
+"""The working folder of a run: its config, and the metrics that survive a restart."""
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+
+import elbo_kto_jax
+from elbo_kto_jax.config import Config, differences
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import atomic_write, to_json
+
+METRICS = "metrics.jsonl"
+
+
+def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
+    """Creates `workdir` for this config, or goes on in it where it holds the same config.
+
+    Raises:
+      UserError: the folder holds a run of a different config (the differences are shown), or something else.
+    """
+    file = workdir / "config.json"
+    if overwrite and file.is_file():
+        shutil.rmtree(workdir)
+    if file.is_file():
+        try:
+            old = json.loads(file.read_text())["config"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: damaged; pass --overwrite to start the run again from nothing") from None
+        changes = differences(old, config.to_dict())
+        if changes:
+            shown = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+            raise UserError(
+                f"--workdir={workdir} holds a run of another config ({shown});\n"
+                "choose another --workdir, or pass --overwrite to delete that run"
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} exists and is not the folder of a run; choose another")
+    else:
+        versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
+        atomic_write(file, json.dumps({"config": config.to_dict(), "versions": versions}, indent=2) + "\n")
+
+
+class MetricsLog:
+    """metrics.jsonl and tensorboard/: one entry per logged step; a restart drops those that it will write again."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._path = workdir / METRICS
+        kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
+        atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, row: dict) -> None:
+        self._file.write(to_json(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    path = workdir / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator:
+    """Within it, SIGTERM and SIGINT set a flag instead of killing; yields the function that reads the flag.
+
+    A second signal acts as usual.
+    """
+    received = []
+
+    def handle(number, _):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,214 @@
+"""Published folders are read exactly, lazily, and refused with the name of what is wrong with them."""
+
+import json
+
+import huggingface_hub
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from jax.sharding import NamedSharding, PartitionSpec
+from published import CONFIG, DTYPES, read_published, same_bits, write_published
+
+from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.config import ModelConfig
+
+Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
+
+
+def assert_holds(params: dict, tensors: dict[str, np.ndarray], config: ModelConfig) -> None:
+    """Every published tensor is where the contract of the parameter tree says, by rules written out here."""
+    for name, tensor in tensors.items():
+        *_, kind, _ = name.split(".")
+        layer = int(name.split(".")[3]) if ".blocks." in name else None
+        if layer is None:
+            path = {"wte": ("wte", "embedding"), "ln_f": ("ln_f", "scale"), "ff_out": ("head", "kernel")}[kind]
+        else:
+            path = ("blocks", kind, "scale" if kind.endswith("norm") else "kernel")
+        leaf = np.asarray(names.get(params, path))
+        mine = leaf if layer is None else leaf[layer]
+        assert same_bits(mine, tensor.T if path[-1] == "kernel" else tensor), name
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_golden_checkpoint_is_read_exactly(golden_dir, which):
+    model = store.load_model(golden_dir / which)
+    assert_holds(model.params, read_published(golden_dir / which), model.config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_stored_dtype_is_read_bit_by_bit(tmp_path, dtype, shards):
+    tensors = write_published(tmp_path, dtype=dtype, shards=shards, bits=True)
+    model = store.load_model(tmp_path)
+    assert_holds(model.params, tensors, model.config)
+
+
+def test_param_dtype_rounds_to_nearest_even(tmp_path):
+    tensors = write_published(tmp_path, dtype="float32")
+    model = store.load_model(tmp_path, param_dtype="bfloat16")
+    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    assert_holds(model.params, rounded, model.config)
+
+
+def test_a_sharded_read_reads_every_element_once(tmp_path, cpu_devices, monkeypatch):
+    tensors = write_published(tmp_path)
+    read_elements = []
+
+    class Spy(huggingface.HuggingFaceFolder):
+        def read(self, name, index):
+            part = super().read(name, index)
+            read_elements.append(part.size)
+            return part
+
+    monkeypatch.setattr(huggingface, "HuggingFaceFolder", Spy)
+    mesh = jax.make_mesh((8,), ("fsdp",), devices=cpu_devices)
+    leaves = names.parameter_leaves(ModelConfig.from_hf(CONFIG, "test"))
+    # The last axis of every leaf but the head's (48 rows of the embedding) is divisible by eight, and so is that.
+    shardings = names.unflatten(
+        {
+            path: NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - 1), "fsdp"))
+            for path, leaf in leaves.items()
+        }
+    )
+    model = store.load_model(tmp_path, shardings=shardings)
+    assert sum(read_elements) == sum(tensor.size for tensor in tensors.values())
+    assert model.params["blocks"]["k_proj"]["kernel"].addressable_shards[0].data.shape == (2, 16, 1)
+    assert_holds(model.params, tensors, model.config)
+
+
+def refused(path, **kwargs) -> str:
+    """The message with which loading `path` is refused: at most two lines."""
+    with pytest.raises(UserError) as caught:
+        store.load_model(path, **kwargs)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2, message
+    return message
+
+
+def test_a_missing_shard_is_named_with_a_tensor_of_it(tmp_path):
+    write_published(tmp_path, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    message = refused(tmp_path)
+    assert "model-00002-of-00003.safetensors" in message
+    assert "model.transformer." in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_a_truncated_shard_is_named(tmp_path, keep):
+    write_published(tmp_path)
+    file = tmp_path / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert str(file) in refused(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda tensors: tensors.pop(Q_PROJ), ["missing"]),
+        (lambda tensors: tensors.update({"model.transformer.rotary.inv_freq": np.ones(2, np.float32)}), ["inv_freq"]),
+        (lambda tensors: tensors.update({Q_PROJ: np.ones((16, 8), np.float32)}), ["(16, 16)", "(16, 8)"]),
+        (lambda tensors: tensors.update({Q_PROJ: np.ones((16, 16), np.int8)}), ["I8"]),
+        (lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(np.float16)}), ["float16", "float32"]),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path, edit, words, shards):
+    write_published(tmp_path, edit=edit, shards=shards)
+    message = refused(tmp_path)
+    assert all(word in message for word in words), message
+    assert "inv_freq" in words or Q_PROJ in message
+
+
+def test_layers_of_different_dtypes_load_where_one_is_asked_for(tmp_path):
+    write_published(tmp_path, edit=lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(np.float16)}))
+    model = store.load_model(tmp_path, param_dtype=np.float32)
+    assert model.params["blocks"]["q_proj"]["kernel"].dtype == np.float32
+
+
+def test_a_tensor_that_the_index_puts_elsewhere_is_named(tmp_path):
+    write_published(tmp_path)
+    index_file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"][Q_PROJ] = "model-00001-of-00002.safetensors"
+    index_file.write_text(json.dumps(index))
+    message = refused(tmp_path)
+    assert Q_PROJ in message
+    assert "model-00001-of-00002.safetensors" in message
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"metadata": {}}'])
+def test_a_damaged_index_is_named(tmp_path, content):
+    write_published(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_config_is_named_before_weights_are_looked_at(tmp_path, content):
+    write_published(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "config.json").write_text(content)
+    assert str(tmp_path / "config.json") in refused(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json"):
+        store.load_config(tmp_path)
+
+
+def test_weights_in_pytorch_files_are_refused_by_name(tmp_path):
+    write_published(tmp_path)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    assert "safetensors" in refused(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "PyTorch .bin" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_value_too_large_for_float16_is_refused(tmp_path, dtype):
+    def edit(tensors):
+        tensors[Q_PROJ][2, 3] = 1e6
+
+    write_published(tmp_path, dtype=dtype, edit=edit)
+    assert Q_PROJ in refused(tmp_path, param_dtype="float16")
+
+
+def test_no_such_folder(tmp_path):
+    message = refused(tmp_path / "nowhere", flag="--source")
+    assert "--source" in message
+    assert "nowhere" in message
+    file = tmp_path / "file.safetensors"
+    file.touch()
+    assert str(file) in refused(file)
+    assert str(tmp_path) in refused(tmp_path)  # an empty folder
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_to_download(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("offline\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refused("GSAI-ML/LLaDA-8B-Instruct", flag="--config.model.path")
+    assert "hf download GSAI-ML/LLaDA-8B-Instruct --local-dir" in message
+    assert "--config.model.path" in message
+
+
+def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, tmp_path):
+    tensors = write_published(tmp_path / "snapshot")
+    asked = []
+
+    def snapshot(hub_id, allow_patterns):
+        asked.append((hub_id, "*.safetensors" in allow_patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    config, _ = store.load_config("somebody/LLaDA-tiny")
+    model = store.load_model("somebody/LLaDA-tiny")
+    assert asked == [("somebody/LLaDA-tiny", False), ("somebody/LLaDA-tiny", True)]  # a config needs no weights
+    assert model.config == config
+    assert_holds(model.params, tensors, config)

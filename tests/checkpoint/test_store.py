@@ -1,0 +1,242 @@
+"""Checkpoints come back bit by bit, whole or not at all, and never wrong."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from published import DTYPES, same_bits, write_published
+
+from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.errors import UserError
+
+
+def assert_same_trees(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture
+def model(tmp_path) -> store.Model:
+    write_published(tmp_path / "published", dtype="bfloat16", bits=True)
+    return store.load_model(tmp_path / "published")
+
+
+@pytest.fixture
+def state(model) -> store.TrainingState:
+    params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), model.params)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    return store.TrainingState(params, optimizer.init(params), {"step": 7, "note": "é"})
+
+
+def abstract(state: store.TrainingState, sharding=None) -> store.TrainingState:
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    as_struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return store.TrainingState(jax.tree.map(as_struct, state.params), jax.tree.map(as_struct, state.opt_state), {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saved_model_comes_back_bit_by_bit_from_wherever_it_was_moved(tmp_path, dtype):
+    write_published(tmp_path / "published", dtype=dtype, bits=True)
+    model = store.load_model(tmp_path / "published")
+    store.save_model(tmp_path / "saved", model)
+    shutil.rmtree(tmp_path / "published")
+    shutil.move(tmp_path / "saved", tmp_path / "elsewhere" / "moved")
+    again = store.load_model(tmp_path / "elsewhere" / "moved")
+    assert_same_trees(again.params, model.params)
+    assert again.assets == model.assets
+    assert again.assets["tokenizer.json"].endswith(b'\xc3\xa9"}\r\n')
+    assert store.load_config(tmp_path / "elsewhere" / "moved") == (model.config, model.assets)
+
+
+def test_a_saved_model_is_loaded_in_another_dtype_and_sharding(tmp_path, model, cpu_devices):
+    store.save_model(tmp_path / "saved", model)
+    mesh = jax.make_mesh((8,), ("fsdp",), devices=cpu_devices)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp")), model.params)
+    again = store.load_model(tmp_path / "saved", param_dtype=jnp.float32, shardings=shardings)
+    assert_same_trees(again.params, jax.tree.map(lambda x: x.astype(jnp.float32), model.params))
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, again.params, shardings))
+
+
+def test_the_tokenizer_survives(golden_dir, tmp_path):
+    model = store.load_model(golden_dir / "policy")
+    store.save_model(tmp_path / "saved", model)
+    tokenizer = store.load_model(tmp_path / "saved").tokenizer()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Grüß dich"}], tokenize=False)
+    ids = tokenizer(text)["input_ids"]
+    assert text.count("<|start_header_id|>") == 2
+    assert tokenizer.decode(ids) == text
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|start_header_id|>")) == 2
+
+
+def test_a_missing_or_damaged_tokenizer_is_refused_with_its_checkpoint(model):
+    with pytest.raises(UserError, match="published"):
+        model.tokenizer()
+    with pytest.raises(UserError, match="here: no tokenizer"):
+        store.build_tokenizer({}, "here")
+
+
+def test_nothing_is_overwritten_unasked_and_only_checkpoints_are(tmp_path, model):
+    store.save_model(tmp_path / "saved", model)
+    with pytest.raises(UserError, match="--overwrite"):
+        store.save_model(tmp_path / "saved", model)
+    zeros = store.Model(model.config, jax.tree.map(jnp.zeros_like, model.params), model.assets, "")
+    store.save_model(tmp_path / "saved", zeros, overwrite=True)
+    assert_same_trees(store.load_model(tmp_path / "saved").params, zeros.params)
+    with pytest.raises(UserError, match="published"):
+        store.save_model(tmp_path / "published", model, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    store.save_model(tmp_path / "empty", model)
+
+
+def test_a_save_that_fails_leaves_nothing_that_loads(tmp_path, model, monkeypatch):
+    def fail(self, directory):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store._TreeHandler, "finalize", fail)
+    with pytest.raises(OSError, match="disk full"):
+        store.save_model(tmp_path / "saved", model)
+    assert not (tmp_path / "saved").exists()
+    for left in tmp_path.glob("saved*"):
+        with pytest.raises(UserError):
+            store.load_model(left)
+    monkeypatch.undo()
+    store.save_model(tmp_path / "saved", model)
+    assert_same_trees(store.load_model(tmp_path / "saved").params, model.params)
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "flip"])
+def test_a_damaged_file_is_refused_or_harmless(tmp_path, model, damage):
+    store.save_model(tmp_path / "saved", model)
+    original = tmp_path / "saved"
+    refused = {}
+    for file in sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file()):
+        copy = tmp_path / "copy"
+        shutil.copytree(original, copy)
+        content = bytearray((copy / file).read_bytes())
+        if damage == "remove" or not content:
+            (copy / file).unlink()
+        elif damage == "truncate":
+            (copy / file).write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 2] ^= 0x55
+            (copy / file).write_bytes(content)
+        try:
+            loaded = store.load_model(copy)
+        except UserError as error:
+            refused[str(file)] = str(error)
+        else:
+            assert_same_trees(loaded.params, model.params)
+        shutil.rmtree(copy)
+    assert all(str(copy) in message and len(message.splitlines()) <= 2 for message in refused.values())
+    assert any(file.startswith("params/ocdbt.process_0/d/") for file in refused)  # where the values are
+    assert "params/manifest.ocdbt" in refused
+    assert damage == "flip" or "assets/config.json" in refused
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, model):
+    store.save_model(tmp_path / "saved", model)
+    file = tmp_path / "saved" / "assets" / "config.json"
+    for key, value, named in (("n_layers", 3, "attn_norm"), ("mlp_hidden_size", 32, "ff_")):
+        config = json.loads(model.assets["config.json"]) | {key: value}
+        file.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=named):
+            store.load_model(tmp_path / "saved")
+
+
+def test_a_newer_format_is_refused(tmp_path, model):
+    store.save_model(tmp_path / "saved", model)
+    file = tmp_path / "saved" / "assets" / store.MANIFEST_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
+    with pytest.raises(UserError, match="version"):
+        store.load_model(tmp_path / "saved")
+
+
+def test_training_resumes_bit_by_bit_on_another_mesh(tmp_path, model, state, cpu_devices):
+    checkpoints = store.TrainingCheckpoints(tmp_path / "work" / "checkpoints", keep=2)
+    assert checkpoints.latest_step() is None
+    expected = jax.tree.map(np.array, state)
+    for step in (1, 5, 7):
+        checkpoints.save(step, state, model.assets)
+    # The next training step reuses the memory while the save is still running.
+    jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)(state.params)
+    checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "work" / "checkpoints")) == ["5", "7"]
+
+    checkpoints = store.TrainingCheckpoints(tmp_path / "work" / "checkpoints")
+    assert checkpoints.latest_step() == 7
+    mesh = jax.make_mesh((8,), ("fsdp",), devices=cpu_devices)
+    again = checkpoints.restore(7, abstract(state, NamedSharding(mesh, PartitionSpec())))
+    assert again.progress == state.progress
+    assert_same_trees(again.params, expected.params)
+    assert_same_trees(again.opt_state, expected.opt_state)
+    assert again.params["wte"]["embedding"].sharding.device_set == set(cpu_devices)
+    checkpoints.close()
+
+
+def test_a_step_and_a_workdir_load_as_models(tmp_path, model, state):
+    work = tmp_path / "work"
+    checkpoints = store.TrainingCheckpoints(work / "checkpoints")
+    work.joinpath("config.json").write_text('{"seed": 0}')  # the workdir's own, which is no architecture
+    with pytest.raises(UserError, match="without a finished step"):
+        store.load_model(work)
+    checkpoints.save(9, state, model.assets)
+    later = state._replace(params=jax.tree.map(lambda x: x + 1, state.params))
+    checkpoints.save(10, later, model.assets)
+    checkpoints.wait()
+    assert_same_trees(store.load_model(work / "checkpoints" / "9").params, state.params)
+    latest = store.load_model(work)
+    assert_same_trees(latest.params, later.params)
+    assert latest.assets == model.assets
+    assert latest.source == str(work / "checkpoints" / "10")
+    checkpoints.close()
+
+
+def test_an_interrupted_save_is_neither_latest_nor_loaded(tmp_path, model, state):
+    steps = tmp_path / "work" / "checkpoints"
+    checkpoints = store.TrainingCheckpoints(steps)
+    checkpoints.save(3, state, model.assets)
+    checkpoints.close()
+    partial = steps / "4.orbax-checkpoint-tmp"
+    shutil.copytree(steps / "3", partial)
+    assert store.load_model(tmp_path / "work").source == str(steps / "3")
+    with pytest.raises(UserError, match="incomplete"):
+        store.load_model(partial)
+    checkpoints = store.TrainingCheckpoints(steps)
+    assert checkpoints.latest_step() == 3
+    checkpoints.save(4, state, model.assets)
+    checkpoints.close()
+    assert sorted(os.listdir(steps)) == ["3", "4"]
+
+
+@pytest.mark.parametrize("piece", ["params", "opt_state", "progress", "assets", "opt_state/manifest.ocdbt"])
+def test_a_missing_piece_of_a_step_is_named(tmp_path, model, state, piece):
+    steps = tmp_path / "checkpoints"
+    checkpoints = store.TrainingCheckpoints(steps)
+    checkpoints.save(3, state, model.assets)
+    checkpoints.wait()
+    path = steps / "3" / piece
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=str(steps / "3")) as caught:
+        checkpoints.restore(3, abstract(state))
+    assert len(str(caught.value).splitlines()) <= 2
+    checkpoints.close()
+
+
+def test_a_state_of_another_form_is_refused(tmp_path, model, state):
+    checkpoints = store.TrainingCheckpoints(tmp_path / "checkpoints")
+    checkpoints.save(3, state, model.assets)
+    checkpoints.wait()
+    other_optimizer = abstract(state)._replace(opt_state=abstract(state).opt_state[1])
+    with pytest.raises(UserError, match="opt_state"):
+        checkpoints.restore(3, other_optimizer)
+    wider = abstract(state)
+    wider.params["ln_f"]["scale"] = jax.ShapeDtypeStruct((17,), jnp.float32)
+    with pytest.raises(UserError, match="ln_f/scale"):
+        checkpoints.restore(3, wider)
+    checkpoints.close()

@@ -1,0 +1,40 @@
+"""What every test shares: eight CPU devices, run-time checks of every array annotation, and the golden folder.
+
+The environment is set here, at import, because XLA reads it once, when jax is first imported, and because the jaxtyping
+hook checks only modules that are imported after it.
+"""
+
+import os
+from pathlib import Path
+
+NUM_CPU_DEVICES = 8
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".strip()
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("elbo_kto_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def cpu_devices() -> list[jax.Device]:
+    """The eight CPU devices on which sharded code is tested."""
+    devices = jax.devices("cpu")
+    assert len(devices) >= NUM_CPU_DEVICES, f"expected {NUM_CPU_DEVICES} CPU devices, got {len(devices)}"
+    return devices[:NUM_CPU_DEVICES]
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of golden values: GOLDEN_DIR, by default ../shared/golden from the project's root."""
+    folder = Path(os.environ.get("GOLDEN_DIR", PROJECT_ROOT.parent / "shared" / "golden"))
+    if not (folder / "goldens.npz").is_file():
+        pytest.skip(f"no golden values in {folder}; set GOLDEN_DIR")
+    return folder

@@ -1,0 +1,180 @@
+"""The conversion commands: there and back is byte for byte, and verify finds and names a single flipped bit."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from published import DTYPES, read_published, same_bits, write_published
+
+from conversion import from_hf, to_hf, verify
+from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.errors import UserError
+
+
+def round_trip(source, folder, shard_size="5GB") -> tuple[dict, dict]:
+    forth = from_hf.main([f"--source={source}", f"--out={folder / 'ours'}"])
+    back = to_hf.main([f"--source={folder / 'ours'}", f"--out={folder / 'theirs'}", f"--shard-size={shard_size}"])
+    return forth, back
+
+
+def assert_same_checkpoint(source, result) -> None:
+    expected, got = read_published(source), read_published(result)
+    assert expected.keys() == got.keys()
+    assert all(same_bits(expected[name], got[name]) for name in expected)
+    index = json.loads((result / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    assert index["weight_map"].keys() == expected.keys()
+    assert set(index["weight_map"].values()) == {file.name for file in result.glob("*.safetensors")}
+    for file in source.glob("*.json"):
+        if not file.name.startswith("model"):
+            assert (result / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_golden_checkpoints_go_there_and_back(golden_dir, tmp_path, which):
+    forth, back = round_trip(golden_dir / which, tmp_path, shard_size="400KB")
+    assert_same_checkpoint(golden_dir / which, tmp_path / "theirs")
+    assert forth.keys() >= {"tensors", "bytes", "seconds"} <= back.keys()
+    assert forth["tensors"] == back["tensors"] == len(read_published(golden_dir / which))
+    assert forth["bytes"] == back["bytes"] == sum(t.nbytes for t in read_published(golden_dir / which).values())
+    verified = verify.main([f"--source={golden_dir / which}", f"--checkpoint={tmp_path / 'ours'}"])
+    assert verified["tensors"] == forth["tensors"]
+    assert verified["equal"] is True
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_dtype_goes_there_and_back_bit_by_bit(tmp_path, dtype, shards):
+    write_published(tmp_path / "source", dtype=dtype, shards=shards, bits=True)
+    round_trip(tmp_path / "source", tmp_path)
+    assert_same_checkpoint(tmp_path / "source", tmp_path / "theirs")
+    assert verify.main([f"--source={tmp_path / 'theirs'}", f"--checkpoint={tmp_path / 'ours'}"])["equal"]
+
+
+def test_shards_respect_the_size_unless_one_tensor_is_larger(tmp_path):
+    tensors = write_published(tmp_path / "source")
+    round_trip(tmp_path / "source", tmp_path, shard_size="2KB")
+    files = sorted((tmp_path / "theirs").glob("*.safetensors"))
+    sizes = [[tensors[name].nbytes for name in read_published_file(file)] for file in files]
+    assert [file.name for file in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    assert all(sum(shard) <= 2000 or len(shard) == 1 for shard in sizes)
+    assert max(len(shard) for shard in sizes) > 1
+
+
+def read_published_file(file) -> list[str]:
+    index = json.loads((file.parent / "model.safetensors.index.json").read_text())
+    return [name for name, shard in index["weight_map"].items() if shard == file.name]
+
+
+def test_dtype_rounds_once_and_verify_says_so(tmp_path, capsys):
+    tensors = write_published(tmp_path / "source")
+    summary = from_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'ours'}", "--dtype=bfloat16"])
+    assert summary["bytes"] == sum(tensor.nbytes for tensor in tensors.values()) // 2
+    to_hf.main([f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}"])
+    for name, tensor in read_published(tmp_path / "theirs").items():
+        assert same_bits(tensor, tensors[name].astype(jnp.bfloat16))
+    with pytest.raises(UserError, match="differ"):
+        verify.main([f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'ours'}"])
+    assert "float32 in the source, bfloat16 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "before", "after"), [((1, 2, 3), 1.0, np.nextafter(np.float32(1), np.float32(2))), ((0, 0, 0), 0.0, -0.0)]
+)
+def test_verify_names_the_one_tensor_with_a_flipped_bit(tmp_path, capsys, place, before, after):
+    layer, row, column = place
+    name = f"model.transformer.blocks.{layer}.k_proj.weight"
+
+    def edit(tensors):
+        tensors[name][column, row] = before
+
+    write_published(tmp_path / "source", edit=edit)
+    model = store.load_model(tmp_path / "source")
+    k_proj = model.params["blocks"]["k_proj"]
+    k_proj["kernel"] = k_proj["kernel"].at[place].set(after)
+    store.save_model(tmp_path / "ours", model)
+    with pytest.raises(UserError, match="1 of 21"):
+        verify.main([f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'ours'}"])
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [f"{name}: 1 of 128 values differ"]
+    assert json.loads(printed.out.splitlines()[-1]) == {"tensors": 21, "equal": False, "different": 1}
+
+
+def test_a_training_step_becomes_a_published_checkpoint(tmp_path):
+    tensors = write_published(tmp_path / "source")
+    model = store.load_model(tmp_path / "source")
+    checkpoints = store.TrainingCheckpoints(tmp_path / "work" / "checkpoints")
+    opt_state = jax.tree.map(jnp.zeros_like, model.params)
+    checkpoints.save(1, store.TrainingState(model.params, opt_state, {}), model.assets)
+    checkpoints.close()
+    summary = to_hf.main([f"--source={tmp_path / 'work'}", f"--out={tmp_path / 'theirs'}"])
+    assert summary["tensors"] == len(tensors)
+    assert_same_checkpoint(tmp_path / "source", tmp_path / "theirs")
+
+
+def test_only_a_checkpoint_of_the_same_kind_is_replaced_and_only_on_request(tmp_path):
+    write_published(tmp_path / "source")
+    round_trip(tmp_path / "source", tmp_path)
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "letter").touch()
+    for command, source, same, others in (
+        (from_hf, "source", "ours", ("theirs", "home")),
+        (to_hf, "ours", "theirs", ("ours", "home")),
+    ):
+        arguments = [f"--source={tmp_path / source}", f"--out={tmp_path / same}"]
+        with pytest.raises(UserError, match="--overwrite"):
+            command.main(arguments)
+        command.main([*arguments, "--overwrite"])
+        for other in others:
+            with pytest.raises(UserError, match=other):
+                command.main([f"--source={tmp_path / source}", f"--out={tmp_path / other}", "--overwrite"])
+    assert (precious / "letter").exists()
+    assert_same_checkpoint(tmp_path / "source", tmp_path / "theirs")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+    write_published(tmp_path / "source")
+    model = store.load_model(tmp_path / "source")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(to_hf.huggingface, "write_shards", fail)
+    with pytest.raises(OSError, match="disk full"):
+        to_hf.write(tmp_path / "theirs", model, 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("2 KB", 2000)])
+def test_shard_sizes(text, size):
+    assert to_hf.shard_size(text) == size
+
+
+@pytest.mark.parametrize("argument", ["5", "GB", "0GB", "-1GB", "5TB", "nanGB"])
+def test_a_bad_shard_size_is_refused(tmp_path, argument):
+    with pytest.raises(UserError, match="shard-size"):
+        to_hf.main(["--source=nowhere", f"--out={tmp_path / 'out'}", f"--shard-size={argument}"])
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_exit_statuses_and_the_last_line(tmp_path):
+    write_published(tmp_path / "source")
+    done = run("conversion.from_hf", f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'ours'}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tensors"] == 21
+    (tmp_path / "source" / "model-00001-of-00002.safetensors").write_bytes(b"cut")
+    refused = run("conversion.verify", f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'ours'}")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert "model-00001-of-00002.safetensors" in refused.stderr
+    assert "Traceback" not in refused.stderr

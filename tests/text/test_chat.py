@@ -1,0 +1,205 @@
+"""Tokens against the authors' (METHOD 5), exact windows, and tokenizers that do not fit."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.text.chat import (
+    check_tokenizer,
+    encode,
+    encode_batch,
+    encode_prompt,
+    find_eot_id,
+    load_tokenizer,
+)
+from elbo_kto_jax.text.records import Record, read_records
+
+AUTHORS = {"exact_window": False, "append_eot": False, "eot_id": -1}
+EXACT = {"exact_window": True, "append_eot": False, "eot_id": -1}
+UNCUT = 1 << 20
+
+
+@pytest.fixture(params=[("records.jsonl", ""), ("records_extra.jsonl", "extra.")], ids=["records", "extra"])
+def golden_records(request, golden_dir):
+    """(records, prefix of their keys in the npz)."""
+    name, prefix = request.param
+    return read_records(golden_dir / name).records, prefix
+
+
+@pytest.fixture(scope="session")
+def model_config(golden_dir):
+    path = golden_dir / "policy" / "config.json"
+    return ModelConfig.from_hf(json.loads(path.read_text()), str(path))
+
+
+def assert_golden(encoded, goldens, prefix, pad_id):
+    padded = np.full_like(goldens[f"{prefix}input_ids"], pad_id)
+    for row, one in zip(padded, encoded, strict=True):
+        row[: len(one.tokens)] = one.tokens
+    np.testing.assert_array_equal(padded, goldens[f"{prefix}input_ids"])
+    for name in ("prompt_length", "completion_length", "text_length"):
+        np.testing.assert_array_equal([getattr(one, name) for one in encoded], goldens[f"{prefix}{name}"], err_msg=name)
+
+
+def completion_text(record):
+    return record.completion if isinstance(record.completion, str) else record.completion[0]["content"]
+
+
+def test_one_string_tokens_are_the_authors(tokenizer, goldens, golden_records):
+    records, prefix = golden_records
+    max_length = goldens[f"{prefix}input_ids"].shape[1]
+    encoded = encode_batch(tokenizer, records, max_length=max_length, **AUTHORS)
+    assert_golden(encoded, goldens, prefix, tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("as_messages", ["prompt", "completion", "both"])
+def test_string_beside_messages_is_a_conversation(tokenizer, goldens, golden_dir, as_messages):
+    plain = [r for r in read_records(golden_dir / "records_extra.jsonl").records if isinstance(r.prompt, str)]
+    assert plain
+    if as_messages != "completion":
+        plain = [dataclasses.replace(r, prompt=[{"role": "user", "content": r.prompt}]) for r in plain]
+    if as_messages != "prompt":
+        plain = [dataclasses.replace(r, completion=[{"role": "assistant", "content": r.completion}]) for r in plain]
+    max_length = goldens["extra_plain_as_chat.input_ids"].shape[1]
+    encoded = encode_batch(tokenizer, plain, max_length=max_length, **AUTHORS)
+    assert_golden(encoded, goldens, "extra_plain_as_chat.", tokenizer.pad_token_id)
+
+
+def test_prompt_tokens_are_the_first_of_the_exact_form(tokenizer, golden_records):
+    for record in golden_records[0]:
+        encoded = encode(tokenizer, record, max_length=UNCUT, **EXACT)
+        prompt = encode_prompt(tokenizer, record.prompt)
+        assert encoded.prompt_length == len(prompt)
+        assert encoded.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_exact_window_is_the_completion(tokenizer, golden_records):
+    for record in golden_records[0]:
+        encoded = encode(tokenizer, record, max_length=UNCUT, **EXACT)
+        window = encoded.tokens[encoded.prompt_length :]
+        assert len(window) == encoded.completion_length
+        assert tokenizer.decode(window, clean_up_tokenization_spaces=False) == completion_text(record)
+
+
+def test_prompt_tokens_differ_only_where_a_token_straddles_the_border(tokenizer, goldens, golden_records):
+    records, prefix = golden_records
+    for record, is_prefix in zip(records, goldens[f"{prefix}prompt_is_prefix"], strict=True):
+        exact, authors = (encode(tokenizer, record, max_length=UNCUT, **mode) for mode in (EXACT, AUTHORS))
+        assert exact.prompt_length == authors.prompt_length
+        prompt = slice(exact.prompt_length)
+        assert np.array_equal(exact.tokens[prompt], authors.tokens[prompt]) == is_prefix, record.id
+        assert tokenizer.decode(exact.tokens) == tokenizer.decode(authors.tokens)
+
+
+@pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])
+def test_cut_keeps_the_left_and_counts_what_is_left(tokenizer, golden_records, mode):
+    for record in golden_records[0]:
+        whole = encode(tokenizer, record, max_length=UNCUT, **mode)
+        for max_length in (whole.prompt_length - 1, whole.prompt_length, whole.prompt_length + 1, whole.text_length):
+            cut = encode(tokenizer, record, max_length=max_length, **mode)
+            np.testing.assert_array_equal(cut.tokens, whole.tokens[:max_length])
+            assert cut.completion_length == max(0, min(max_length, whole.text_length) - whole.prompt_length)
+            assert (cut.prompt_length, cut.text_length) == (whole.prompt_length, whole.text_length)
+
+
+@pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])
+def test_end_of_turn_is_part_of_the_window(tokenizer, golden_records, mode):
+    eot_id = find_eot_id(tokenizer, "tokenizer")
+    for record in golden_records[0]:
+        without = encode(tokenizer, record, max_length=UNCUT, **mode)
+        encoded = encode(tokenizer, record, max_length=UNCUT, **{**mode, "append_eot": True, "eot_id": eot_id})
+        assert encoded.tokens.tolist() == [*without.tokens.tolist(), eot_id]
+        assert encoded.completion_length == without.completion_length + 1
+        assert encoded.prompt_length == without.prompt_length
+        cut = encode(
+            tokenizer, record, max_length=without.text_length, **{**mode, "append_eot": True, "eot_id": eot_id}
+        )
+        np.testing.assert_array_equal(cut.tokens, without.tokens)
+
+
+def test_template_and_its_absence(tokenizer):
+    messages = [{"role": "user", "content": " hello "}]
+    expected = (
+        f"{tokenizer.bos_token}<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, messages), clean_up_tokenization_spaces=False) == expected
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    assert encode_prompt(bare, "hello") == encode_prompt(tokenizer, "hello")
+    with pytest.raises(UserError, match="no chat template"):
+        encode_prompt(bare, messages)
+    record = Record("a", messages, "b", True, "some.jsonl:3")
+    with pytest.raises(UserError, match=r"^some.jsonl:3: .*no chat template"):
+        encode(bare, record, max_length=9, **EXACT)
+
+
+def test_tokenizer_that_adds_tokens_by_itself_adds_none(tokenizer):
+    adding = copy.deepcopy(tokenizer)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert adding("x")["input_ids"] == [bos[1], *tokenizer("x")["input_ids"]]
+    record = Record("a", [{"role": "user", "content": "x"}], "b", True, "some.jsonl:3")
+    for mode in (AUTHORS, EXACT):
+        added, plain = (encode(t, record, max_length=UNCUT, **mode).tokens for t in (adding, tokenizer))
+        np.testing.assert_array_equal(added, plain)
+
+
+def test_template_that_refuses_a_record_names_it(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    record = Record("a", [{"role": "user", "content": "x"}], "b", True, "some.jsonl:3")
+    with pytest.raises(UserError, match=r"some.jsonl:3: field `prompt`: .*roles must alternate"):
+        encode(strict, record, max_length=9, **EXACT)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "policy", "reference"])
+def test_golden_tokenizers_fit_the_model(golden_dir, model_config, part):
+    check_tokenizer(load_tokenizer(golden_dir / part), model_config, part)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("embedding_size", lambda c, t: len(t) - 1, r"wrong tokenizer: it has \d+ tokens, the model embeds \d+"),
+        ("eos_token_id", lambda c, t: c.eos_token_id + 1, r"wrong tokenizer: its eos_token_id is \d+, the model's"),
+        ("pad_token_id", lambda c, t: c.pad_token_id + 1, r"wrong tokenizer: its pad_token_id is \d+, the model's"),
+        ("mask_token_id", lambda c, t: 5, r"wrong tokenizer: the model's mask_token_id 5 is '.*' there"),
+        ("mask_token_id", lambda c, t: len(t), r"wrong tokenizer: the model's mask_token_id \d+ is None there"),
+    ],
+)
+def test_wrong_tokenizer_is_refused(tokenizer, model_config, field, change, message):
+    wrong = dataclasses.replace(model_config, **{field: change(model_config, tokenizer)})
+    with pytest.raises(UserError, match=f"^some/model: {message}"):
+        check_tokenizer(tokenizer, wrong, "some/model")
+
+
+def test_declared_mask_token_must_agree(tokenizer, model_config):
+    declared = copy.deepcopy(tokenizer)
+    declared.mask_token = declared.convert_ids_to_tokens(model_config.mask_token_id)
+    check_tokenizer(declared, model_config, "some/model")
+    declared.mask_token = declared.bos_token
+    with pytest.raises(UserError, match="mask_token_id"):
+        check_tokenizer(declared, model_config, "some/model")
+
+
+def test_end_of_turn_must_exist(tokenizer, monkeypatch):
+    assert tokenizer.convert_ids_to_tokens(find_eot_id(tokenizer, "x")) == "<|eot_id|>"
+    monkeypatch.setattr(type(tokenizer), "get_added_vocab", lambda self: {})
+    with pytest.raises(UserError, match="no end-of-turn token"):
+        find_eot_id(tokenizer, "x")
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {}}'], ids=["absent", "not-json", "not-a-tokenizer"])
+def test_unreadable_tokenizer(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"^--config.model.path: .*tokenizer.json"):
+        load_tokenizer(tmp_path)
