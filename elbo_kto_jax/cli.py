@@ -128,7 +128,7 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
 
     Exit status 0; 2 for a UserError (its message alone on stderr); 75 for Interrupted or Ctrl-C.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
     try:
         summary = main(sys.argv[1:])

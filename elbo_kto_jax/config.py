@@ -151,7 +151,7 @@ class Config:
         """The configuration that `mapping` (nested, as ml_collections.ConfigDict.to_dict() gives it) states.
 
         Raises:
-          UserError: a key is unknown or missing, or a value has the wrong type or is out of range or at odds with another.
+          UserError: a key is unknown or missing, or a value has the wrong type, is out of range or at odds with others.
         """
         config = _build(cls, mapping, "config")
         _check_together(config)

@@ -1,8 +1,8 @@
-"""The two ways in which a command ends early on purpose; everything else that is raised is a bug or the machine's fault."""
+"""The two ways in which a command ends early on purpose; whatever else is raised is a bug or the machine's fault."""
 
 
 class UserError(Exception):
-    """The user's input is wrong: exit status 2, and this message (one or two lines: what, where, what to do) on stderr."""
+    """The user's input is wrong: exit status 2 and this message, one or two lines that say what, where, what to do."""
 
 
 class Interrupted(Exception):

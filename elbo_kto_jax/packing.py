@@ -3,10 +3,10 @@
 A `Segment` is one draw of one example: its tokens, and which of its completion tokens are hidden. `pack` lays segments
 into rows of a static length, and rows into micro-batches of a static number of rows. Packed rows show no segment to
 another (block-diagonal attention) and restart positions at each segment; the authors' padding gives every segment a row
-of its own, whose end-of-text padding the attention does see.
+of its own, whose end-of-text padding attention does see.
 
-Where each segment goes is a pure function of the list of lengths, so the reference pass and training, which see the same
-list, run on bit-identical rows.
+Where each segment goes is a pure function of the list of lengths, so the reference pass and training, which see the
+same list, run on bit-identical rows.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def pack(segments: Sequence[Segment], layout: Layout) -> list[Rows]:
 
 
 def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
-    """First-fit decreasing: indices into `lengths` per bin, at most `capacity` in total length and `slots` in number."""
+    """First-fit decreasing: indices into `lengths` per bin, at most `capacity` in total and `slots` in number."""
     space = np.full(len(lengths), capacity)
     free_slots = np.full(len(lengths), slots)
     bins: list[list[int]] = []

@@ -15,7 +15,9 @@ os.environ["XLA_FLAGS"] = (
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-install_import_hook("elbo_kto_jax", "beartype.beartype")
+import tests.typecheck  # noqa: E402, F401  # the hook finds it by name
+
+install_import_hook("elbo_kto_jax", "tests.typecheck.check")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -38,3 +40,11 @@ def golden_dir() -> Path:
     if not (folder / "goldens.npz").is_file():
         pytest.skip(f"no golden values in {folder}; set GOLDEN_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden(golden_dir):
+    """The golden values and models; imported late, after the hook above."""
+    from tests.golden import Golden
+
+    return Golden(golden_dir)

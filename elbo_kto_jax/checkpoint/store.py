@@ -15,7 +15,6 @@ manifest has a digest of its bits (checked after it was read, unless a conversio
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import re
 import tempfile
@@ -108,7 +107,7 @@ def load_config(path: str | os.PathLike, flag: str = "--config.model.path") -> t
     """
     folder = locate(path, flag, weights=False)
     if is_checkpoint(folder):
-        return _read_assets(folder)
+        return _read_assets(folder, _read_manifest(folder))
     assets = huggingface.read_assets(Path(folder))
     return huggingface.parse_config(assets, str(folder / huggingface.CONFIG_FILE)), assets
 
@@ -146,16 +145,17 @@ def load_model(
         params = huggingface.load_params(published, dtype, sharding_of)
         return Model(published.config, params, huggingface.read_assets(published.path), str(folder))
 
-    config, assets = _read_assets(folder)
-    leaves = names.parameter_leaves(config)
-    stored = _stored_dtypes(folder / "params", {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
+    manifest = _read_manifest(folder)
+    config, assets = _read_assets(folder, manifest)
+    stored, leaves = manifest.trees["params"], names.parameter_leaves(config)
+    _check_arrays(folder / "params", stored, {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
     abstract = {
         leaf_path: jax.ShapeDtypeStruct(
-            leaf.shape, stored[leaf_path] if dtype is None else dtype, sharding=sharding_of(leaf_path)
+            leaf.shape, stored.dtypes[leaf_path] if dtype is None else dtype, sharding=sharding_of(leaf_path)
         )
         for leaf_path, leaf in leaves.items()
     }
-    params = _restore_tree(folder, "params", names.unflatten(abstract), stored)
+    params = _restore_tree(folder / "params", stored, names.unflatten(abstract))
     return Model(config, params, assets, str(folder))
 
 
@@ -196,8 +196,8 @@ def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Calla
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
-    """Whether `folder` is a checkpoint of ours: a converted model or a step of training."""
-    return (folder / "assets" / MANIFEST_FILE).is_file()
+    """Whether `folder` is a checkpoint of ours: a converted model or a step of training, perhaps damaged."""
+    return (folder / "assets" / MANIFEST_FILE).is_file() or (folder / "params" / SIZES_FILE).is_file()
 
 
 def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
@@ -267,18 +267,18 @@ class TrainingCheckpoints:
           UserError: a part of the step is missing or damaged, or does not have the expected form.
         """
         folder = self._manager.directory / str(step)
-        if not is_checkpoint(folder):
-            raise UserError(f"{folder}: no such checkpoint, or its {MANIFEST_FILE} is missing; {_REMEDY}")
         progress_file = folder / "progress" / "metadata"
         try:
             progress = json.loads(progress_file.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{progress_file}: missing or damaged; {_REMEDY}") from error
-        trees = {}
+        manifest, trees = _read_manifest(folder), {}
         for item in ("params", "opt_state"):
-            tree = getattr(abstract, item)
-            stored = _stored_dtypes(folder / item, {path: leaf.shape for path, leaf in _by_path(tree).items()})
-            trees[item] = _restore_tree(folder, item, tree, stored)
+            if item not in manifest.trees:
+                raise UserError(f"{folder}: a model without {item}, not a step of training; {_REMEDY}")
+            tree, stored = getattr(abstract, item), manifest.trees[item]
+            _check_arrays(folder / item, stored, {path: leaf.shape for path, leaf in _by_path(tree).items()})
+            trees[item] = _restore_tree(folder / item, stored, tree)
         return TrainingState(**trees, progress=progress)
 
     def latest_step(self) -> int | None:
@@ -329,6 +329,39 @@ class _TreeSave(ocp.args.StandardSave):
     """Saves a tree through _TreeHandler."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _StoredTree:
+    """What the manifest says of one tree: its digest, and the shape and dtype of each array by its path.
+
+    Orbax's own description of a tree is unreadable on a machine that does not have the devices that wrote it.
+    """
+
+    digest: str
+    shapes: dict[names.TreePath, tuple[int, ...]]
+    dtypes: dict[names.TreePath, np.dtype]
+
+    @classmethod
+    def of(cls, tree: Any) -> "_StoredTree":
+        leaves = _by_path(tree)
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+        return cls(params_digest(tree), shapes, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
+
+    def to_json(self) -> dict:
+        arrays = {"/".join(path): [shape, self.dtypes[path].name] for path, shape in self.shapes.items()}
+        return {"digest": self.digest, "arrays": arrays}
+
+    @classmethod
+    def from_json(cls, tree: dict) -> "_StoredTree":
+        arrays = {tuple(path.split("/")): array for path, array in tree["arrays"].items()}
+        shapes = {path: tuple(shape) for path, (shape, _) in arrays.items()}
+        return cls(tree["digest"], shapes, {path: np.dtype(dtype) for path, (_, dtype) in arrays.items()})
+
+
+class _Manifest(NamedTuple):
+    assets: list[str]
+    trees: dict[str, _StoredTree]
+
+
 def _files(directory: epath.Path) -> Iterator[epath.Path]:
     for child in directory.iterdir():
         if child.is_dir():
@@ -346,28 +379,34 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
 def _model_items(params: Any, assets: Mapping[str, bytes], **trees: Any) -> dict[str, ocp.args.CheckpointArgs]:
     """The items of a checkpoint that make it a model, and further trees to save beside it."""
     trees = {"params": params, **trees}
-    digests = {name: params_digest(tree) for name, tree in trees.items()}
-    manifest = {**_FORMAT, "assets": sorted(assets), "digests": digests}
-    files = {**assets, MANIFEST_FILE: json.dumps(manifest, indent=2).encode()}
-    return {"assets": _AssetsSave(files), **{name: _TreeSave(tree) for name, tree in trees.items()}}
+    manifest = {
+        **_FORMAT,
+        "assets": sorted(assets),
+        "trees": {item: _StoredTree.of(tree).to_json() for item, tree in trees.items()},
+    }
+    files = {**assets, MANIFEST_FILE: json.dumps(manifest).encode()}
+    return {"assets": _AssetsSave(files), **{item: _TreeSave(tree) for item, tree in trees.items()}}
 
 
-def _read_manifest(folder: epath.Path) -> dict:
+def _read_manifest(folder: epath.Path) -> _Manifest:
     file = folder / "assets" / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_text())
         found = {key: manifest[key] for key in _FORMAT}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}); {_REMEDY}") from error
-    if found != _FORMAT:
-        raise UserError(f"{file}: expected {_FORMAT}, got {found}; convert the model again with this version")
-    return manifest
+        if found != _FORMAT:
+            raise UserError(f"{file}: expected {_FORMAT}, got {found}; convert the model again with this version")
+        trees = {item: _StoredTree.from_json(tree) for item, tree in manifest["trees"].items()}
+        if "params" not in trees:
+            raise KeyError("params")
+        return _Manifest(list(manifest["assets"]), trees)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
 
 
-def _read_assets(folder: epath.Path) -> tuple[ModelConfig, dict[str, bytes]]:
+def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, dict[str, bytes]]:
     """The architecture and the assets of a checkpoint of ours."""
     assets = {}
-    for name in _read_manifest(folder)["assets"]:
+    for name in manifest.assets:
         file = folder / "assets" / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {_REMEDY}")
@@ -375,12 +414,38 @@ def _read_assets(folder: epath.Path) -> tuple[ModelConfig, dict[str, bytes]]:
     return huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE)), assets
 
 
-def _stored_dtypes(tree: epath.Path, shapes: Mapping[names.TreePath, tuple[int, ...]]) -> dict[names.TreePath, Any]:
-    """Path -> dtype of every array in the tree stored at `tree`, without reading values.
+def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[names.TreePath, tuple[int, ...]]) -> None:
+    """Raises UserError unless the arrays `stored` at `tree` are those of `shapes`, naming the first that is not."""
+    for path in sorted(shapes.keys() ^ stored.shapes.keys()):
+        what = "is missing" if path in shapes else "belongs to another model or configuration"
+        raise UserError(f"{tree}: array {'/'.join(path)} {what}; {_REMEDY}")
+    for path, shape in shapes.items():
+        if stored.shapes[path] != shape:
+            raise UserError(
+                f"{tree}: array {'/'.join(path)}: expected shape {shape}, got {stored.shapes[path]}; {_REMEDY}"
+            )
 
-    Raises:
-      UserError: a file does not have the size with which it was written, or the arrays are not those of `shapes`.
+
+def _restore_tree(tree: epath.Path, stored: _StoredTree, abstract: Any) -> Any:
+    """The arrays at `tree`, in the structure, dtypes and shardings of `abstract`.
+
+    Where no dtype is converted, what was read must have the digest of what was written.
     """
+    _check_files(tree)
+    try:
+        restored = ocp.StandardCheckpointHandler().restore(tree, args=ocp.args.StandardRestore(abstract))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # for a damaged file Orbax raises anything from ValueError to bare Exception
+        raise _unreadable(tree, error) from error
+    converted = any(stored.dtypes[path] != leaf.dtype for path, leaf in _by_path(abstract).items())
+    if not converted and params_digest(restored) != stored.digest:
+        raise UserError(f"{tree}: damaged: its values do not have the digest of what was saved; {_REMEDY}")
+    return restored
+
+
+def _check_files(tree: epath.Path) -> None:
+    """Checks that the files of a stored tree are there, whole and indexed, without reading values."""
     sizes_file = tree / SIZES_FILE
     try:
         sizes = json.loads(sizes_file.read_text())
@@ -391,57 +456,19 @@ def _stored_dtypes(tree: epath.Path, shapes: Mapping[names.TreePath, tuple[int, 
         found = file.stat().length if file.is_file() else "no file"
         if found != size:
             raise UserError(f"{file}: expected {size} bytes, got {found}; {_REMEDY}")
-    with _damage_as_user_error(tree):
-        # Lists the store once, which checks its index: damage is then one error here, not one for each array in Orbax.
-        base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
+    # Listing the store checks its index: one error here, where Orbax would have one for each array.
+    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
+    try:
         tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
-        stored = _by_path(ocp.StandardCheckpointHandler().metadata(tree).tree)
-    for path in sorted(shapes.keys() ^ stored.keys()):
-        what = "is missing" if path in shapes else "belongs to another model or configuration"
-        raise UserError(f"{tree}: array {'/'.join(path)} {what}; {_REMEDY}")
-    for path, shape in shapes.items():
-        if stored[path].shape != shape:
-            raise UserError(
-                f"{tree}: array {'/'.join(path)}: expected shape {shape}, got {stored[path].shape}; {_REMEDY}"
-            )
-    return {path: array.dtype for path, array in stored.items()}
+    except ValueError as error:
+        raise _unreadable(tree, error) from error
 
 
-def _restore_tree(folder: epath.Path, item: str, abstract: Any, stored: Mapping[names.TreePath, Any]) -> Any:
-    """The tree `item` of the checkpoint `folder`, in the structure, dtypes and shardings of `abstract`.
-
-    Args:
-      stored: path -> dtype on disk; where nothing is converted, the digest of what was read is checked.
-    """
-    with _damage_as_user_error(folder / item):
-        handler = ocp.StandardCheckpointHandler()
-        restored = handler.restore(folder / item, args=ocp.args.StandardRestore(abstract))
-    if all(stored[path] == leaf.dtype for path, leaf in _by_path(abstract).items()):
-        digest = _read_manifest(folder)["digests"].get(item)
-        if params_digest(restored) != digest:
-            raise UserError(
-                f"{folder / item}: damaged: its values do not have their digest in {MANIFEST_FILE}; {_REMEDY}"
-            )
-    return restored
+def _unreadable(tree: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{tree}: cannot be read ({str(error).splitlines()[0][:200]}); {_REMEDY}")
 
 
 def _by_path(tree: Any) -> dict[names.TreePath, Any]:
-    """The leaves by their paths, spelled alike for a tree of tuples and for its description on disk."""
+    """The leaves by their paths; names, indices and attributes of the tree all become strings."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
-
-
-@contextlib.contextmanager
-def _damage_as_user_error(tree: epath.Path) -> Iterator[None]:
-    """Names the tree that cannot be read; Orbax raises anything from ValueError to bare Exception for damage."""
-    asyncio_logger = logging.getLogger("asyncio")
-    level = asyncio_logger.level
-    asyncio_logger.setLevel(logging.CRITICAL)  # it would log the failures of further arrays with their tracebacks
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        raise UserError(f"{tree}: cannot be read ({str(error).splitlines()[0][:200]}); {_REMEDY}") from error
-    finally:
-        asyncio_logger.setLevel(level)

@@ -7,7 +7,7 @@ Every scheme makes each single draw an unbiased estimator, so any average of dra
     bernoulli      t ~ U(0, 1], each token hidden with probability t, weight 1 / t
     stratified     uniform, with l_k = 1 + floor(L * frac(u + k / K)): one random shift u spreads the K values of l
     complementary  draws come in pairs: M with l as in stratified over the pairs, then its complement with L - l (which
-                   is uniform too); where l = L the complement would be empty, and the second draw hides everything again
+                   is uniform too); where l = L the complement would be empty, so the second draw hides everything too
 
 Masks are a pure function of (seed, example id, epoch, draw), by a counter-based generator (Philox): neither the batch,
 the order, the number of hosts, a restart, packing nor the platform changes them. They are drawn on the host, beside
@@ -62,7 +62,7 @@ def _hide_lowest(noise: np.ndarray, count: int) -> np.ndarray:
 
 def _fixed_l(noise: list[np.ndarray], counts: np.ndarray) -> Draws:
     length = len(noise[0])
-    mask = np.stack([_hide_lowest(row, count) for row, count in zip(noise, counts, strict=True)])
+    mask = np.stack([_hide_lowest(row, int(count)) for row, count in zip(noise, counts, strict=True)])
     return Draws(mask, (length / counts).astype(np.float32))
 
 

@@ -123,13 +123,13 @@ _CLASS_DEFAULTS = {
     "residual_dropout": 0.1,
 }
 # Keys without influence on the function that is computed (initialisation, storage, bookkeeping), or read above.
-_IRRELEVANT = frozenset(
-    """alibi_bias_max architectures attention_layer_norm_with_affine auto_map dtype d_model embedding_size eos_token_id
+_IRRELEVANT = {
+    *"""alibi_bias_max architectures attention_layer_norm_with_affine auto_map dtype d_model embedding_size eos_token_id
     flash_attention init_cutoff_factor init_device init_fn init_std mask_token_id max_sequence_length mlp_hidden_size
     mlp_ratio multi_query_attention n_heads n_kv_heads n_layers pad_token_id precision rms_norm_eps rope_theta
     torch_dtype transformers_version use_cache vocab_size _name_or_path return_dict bos_token_id tie_word_embeddings
-    use_return_dict""".split()
-)
+    use_return_dict""".split()  # noqa: SIM905
+}
 
 
 def _refuse_unsupported(mapping: Mapping[str, Any], where: str) -> None:

@@ -3,8 +3,8 @@
 The parameters are one tree, the layers' parameters stacked along a first axis and scanned over, so that the compiled
 program does not grow with the depth. Names follow the published checkpoint:
 
-    wte/embedding [v d]   blocks/{attn_norm,ff_norm}/scale [n d]   blocks/{q_proj,k_proj,v_proj,attn_out}/kernel [n in out]
-    blocks/{ff_proj,up_proj,ff_out}/kernel [n in out]   ln_f/scale [d]   head/kernel [d v]
+    wte/embedding [v d]    blocks/{attn_norm,ff_norm}/scale [n d]    blocks/{q_proj,k_proj,v_proj,attn_out}/kernel
+    [n in out]    blocks/{ff_proj,up_proj,ff_out}/kernel [n in out]    ln_f/scale [d]    head/kernel [d v]
 """
 
 import functools
@@ -21,7 +21,7 @@ from elbo_kto_jax.model.config import ModelConfig
 
 Params = Any  # the tree above
 
-# What a layer's backward pass keeps of its forward pass. "full" keeps only the layer's input and computes the rest again.
+# What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

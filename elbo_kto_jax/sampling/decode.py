@@ -58,7 +58,7 @@ class Responses(NamedTuple):
 def generate(
     model: LLaDA,
     params: Params,
-    prompts: Sequence[Int32[np.ndarray, " p"]],
+    prompts: Sequence[Int32[np.ndarray, "_"]],
     options: Sampler,
     *,
     seed: int,

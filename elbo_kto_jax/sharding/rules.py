@@ -1,9 +1,9 @@
-"""Two tables: parameter path -> logical axes -> mesh axes. Everything that is sharded follows them.
+"""Two tables: parameter path -> logical axes -> mesh axes; everything that is sharded follows them.
 
-The mesh has the axes data, fsdp and tensor. Rows of a micro-batch are split over (data, fsdp); parameters, gradients and
-optimizer state over fsdp (their model dimension) and tensor (heads, MLP width, vocabulary). A parameter without a line,
-a line without a parameter and a dimension that does not divide are errors; replication is written down, never fallen
-back to.
+The mesh has the axes data, fsdp and tensor. Rows of a micro-batch are split over (data, fsdp); parameters, gradients
+and optimizer state over fsdp (their model dimension) and tensor (heads, MLP width, vocabulary). A parameter without
+a line, a line without a parameter and a dimension that does not divide are errors; replication is written down, never
+fallen back to.
 """
 
 import math
@@ -91,12 +91,11 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         name = "/".join(key.key for key in path)
-        for pattern, axes in PARAMETER_AXES:
-            if re.fullmatch(pattern, name):
-                used.add(pattern)
-                break
-        else:
+        line = next((line for line in PARAMETER_AXES if re.fullmatch(line[0], name)), None)
+        if line is None:
             raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
+        pattern, axes = line
+        used.add(pattern)
         if len(axes) != len(leaf.shape):
             raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")
         spec = [MESH_AXES[axis] for axis in axes]

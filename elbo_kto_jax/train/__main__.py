@@ -1,4 +1,4 @@
-"""python -m elbo_kto_jax.train --config=configs/FILE.py --workdir=DIR: the recipe of the config, from data to checkpoint."""
+"""python -m elbo_kto_jax.train --config=configs/FILE.py --workdir=DIR: a config's recipe, from data to checkpoint."""
 
 from pathlib import Path
 

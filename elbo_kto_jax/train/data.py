@@ -38,53 +38,33 @@ class TrainingData:
 
     def batch(self, step: int) -> Batch:
         """The global batch of step `step`, counted from 0."""
-        return self._make(step, self._order[step])
+        return self.batch_of(np.asarray(self._order[step]), epoch=step // self.steps_per_epoch)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The global batches of the steps from `start` to `stop` - 1, made ahead in the background."""
-        steps = self._order[start:stop].map_with_index(lambda i, indices: self._make(start + i, indices))
+        steps = grain.MapDataset.range(start, stop).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
 
-    def _make(self, step: int, indices) -> Batch:
-        return global_batch(
-            self.examples,
-            np.asarray(indices),
-            self.layout,
-            estimator=self.estimator,
-            size=self.batch_size,
-            seed=self.seed,
-            epoch=step // self.steps_per_epoch,
-        )
-
-
-def global_batch(
-    examples: Examples,
-    indices: Int[np.ndarray, " n"],
-    layout: Layout,
-    *,
-    estimator: config.Estimator,
-    size: int,
-    seed: int,
-    epoch: int,
-) -> Batch:
-    """The draws of the examples `indices`, at most `size` of them, packed into micro-batches."""
-    feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
-    feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
-    feedback.completion_length[: len(indices)] = examples.completion_length[indices]
-    segments = []
-    for b, i in enumerate(indices):
-        draws = draw_masks(
-            estimator.scheme,
-            seed=seed,
-            id_words=examples.id_words[i],
-            epoch=epoch,
-            draws=estimator.draws,
-            length=int(examples.completion_length[i]),
-        )
-        tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-        for k in range(estimator.draws):
-            index = b * estimator.draws + k
-            segments.append(
-                Segment(tokens, int(examples.prompt_length[i]), draws.mask[k], float(draws.weight[k]), index)
+    def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
+        """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
+        examples, draws = self.examples, self.estimator.draws
+        size = self.batch_size
+        feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
+        feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
+        feedback.completion_length[: len(indices)] = examples.completion_length[indices]
+        segments = []
+        for b, i in enumerate(indices):
+            masks = draw_masks(
+                self.estimator.scheme,
+                seed=self.seed,
+                id_words=examples.id_words[i],
+                epoch=epoch,
+                draws=draws,
+                length=int(examples.completion_length[i]),
             )
-    return Batch(feedback, pack(segments, layout), sum(len(segment.tokens) for segment in segments))
+            tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+            start = int(examples.prompt_length[i])
+            segments += [
+                Segment(tokens, start, masks.mask[k], float(masks.weight[k]), b * draws + k) for k in range(draws)
+            ]
+        return Batch(feedback, pack(segments, self.layout), sum(len(segment.tokens) for segment in segments))

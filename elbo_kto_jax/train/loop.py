@@ -65,11 +65,11 @@ class _Run:
         self.programs = build_programs(
             setup.model,
             setup.mesh,
-            self.shardings,
-            self.tx,
             num_examples=setup.data.batch_size,
             draws=config.estimator.draws,
             objective=config.objective,
+            tx=self.tx,
+            shardings=self.shardings,
         )
         self.checkpoints = TrainingCheckpoints(workdir / "checkpoints")
         self.progress = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0}

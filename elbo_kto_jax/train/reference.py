@@ -3,8 +3,8 @@
     workdir/reference/KEY/fingerprint.json             everything that B_ref depends on; KEY is its hash
     workdir/reference/KEY/steps-FIRST-LAST.npy         float32 [steps, b * K], nats
 
-A cache of another model, tokenizer, template, data set, seed, K, scheme or layout has another key, so it is never read; one that
-is incomplete is completed. Parts are renamed into place when they are whole.
+A cache of another model, tokenizer, template, data set, seed, K, scheme or layout has another key, so it is never read;
+one that is incomplete is completed. Parts are renamed into place when they are whole.
 """
 
 import hashlib

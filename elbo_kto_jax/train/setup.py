@@ -75,15 +75,20 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def prepare(config: Config, *, skip_bad: bool) -> Setup:
+def prepare(
+    config: Config, *, skip_bad: bool, flags: tuple[str, str] = ("--config.model.path", "--config.data.train")
+) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
+
+    `flags` are the names under which the user gave the model and the data, for messages.
 
     Raises:
       UserError: anything about them that the user has to mend.
     """
-    model_config, assets = store.load_config(config.model.path, "--config.model.path")
+    model_flag, data_flag = flags
+    model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
-    check_tokenizer(tokenizer, model_config, f"--config.model.path={config.model.path}")
+    check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     model = LLaDA(model_config, jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype), config.model.remat)
@@ -122,8 +127,6 @@ def prepare(config: Config, *, skip_bad: bool) -> Setup:
             examples, layout, estimator=config.estimator, batch_size=config.train.global_batch_size, seed=config.seed
         )
 
-    data = read(
-        config.data.train, "--config.data.train", config.data.desirable_fraction, config.data.undesirable_fraction
-    )
+    data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
     return Setup(config, model, assets, tokenizer, mesh, data, eval_data)

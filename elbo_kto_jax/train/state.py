@@ -19,8 +19,10 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over ceil(warmup_fraction * steps), then a cosine to 0; as in the authors' trainer, the very
-    first step has rate 0 where there is a warm-up (moments are updated, parameters are not)."""
+    """Linear warm-up from 0 over ceil(warmup_fraction * steps), then a cosine to 0.
+
+    As in the authors' trainer, the very first step of a warm-up has rate 0: moments are updated, parameters are not.
+    """
     warmup = math.ceil(options.warmup_fraction * total_steps)
     if warmup >= total_steps:
         return optax.linear_schedule(0.0, options.learning_rate, max(1, warmup))

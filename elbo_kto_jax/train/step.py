@@ -5,9 +5,9 @@
     GRAD     params, rows, c_b      -> gradient += sum over the rows' draws of c_b / K * d B_draw / d params
     UPDATE   state, gradient        -> state
 
-z0 needs every reward of the global batch before any gradient, hence two passes over the micro-batches; memory is that of
-one micro-batch, whatever the number of draws or examples. Policy and reference share SCORE, its shapes and its rows, so
-a reward is exactly 0 while the two have the same parameters, in bfloat16 too.
+z0 needs every reward of the global batch before any gradient, hence two passes over the micro-batches; memory is that
+of one micro-batch, whatever the number of draws or examples. Policy and reference share SCORE, its shapes and its rows,
+so a reward is exactly 0 while the two have the same parameters, in bfloat16 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step, and its metrics (still on the device).
 
-    `reference` is B_ref of every draw (precomputed), or the reference's parameters (online); the SFT objective has none.
+    `reference` is B_ref of every draw (precomputed) or the reference's parameters (online); SFT has none.
     """
     micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
     needs_rewards = programs.objective == "elbo_kto"
@@ -109,16 +109,16 @@ def score(programs: Programs, params: Params, micro_batches: Sequence[Rows]) -> 
 def build_programs(
     model: LLaDA,
     mesh: Mesh,
-    shardings: TrainState | None,
-    tx: optax.GradientTransformation | None,
     *,
     num_examples: int,
     draws: int,
     objective: config.Objective,
+    tx: optax.GradientTransformation | None = None,
+    shardings: TrainState | None = None,
 ) -> Programs:
     """The programs for global batches of at most `num_examples` examples with `draws` draws each.
 
-    Without `shardings` and `tx` only scoring is meant to be called.
+    `tx` and `shardings` are needed for the gradient and the update, not for scoring.
     """
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
 

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from published import DTYPES
 
 from elbo_kto_jax.checkpoint.digest import params_digest
+from tests.published import DTYPES
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec
-from published import CONFIG, DTYPES, read_published, same_bits, write_published
 
 from elbo_kto_jax.checkpoint import huggingface, names, store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
+from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
 
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
 

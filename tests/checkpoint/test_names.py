@@ -3,10 +3,9 @@
 import json
 import math
 
-from published import CONFIG, read_published
-
 from elbo_kto_jax.checkpoint import names
 from elbo_kto_jax.model.config import ModelConfig
+from tests.published import CONFIG, read_published
 
 
 def test_fewer_key_value_heads_than_query_heads_narrow_only_keys_and_values():

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from published import DTYPES, read_published, same_bits, write_published
 
 from conversion import from_hf, to_hf, verify
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
+from tests.published import DTYPES, read_published, same_bits, write_published
 
 
 def round_trip(source, folder, shard_size="5GB") -> tuple[dict, dict]:

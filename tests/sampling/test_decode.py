@@ -1,6 +1,7 @@
 """sampling/decode.py against the golden responses, and against the published algorithm written out as plain loops."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -116,11 +117,16 @@ def test_golden_responses_alone_and_among_other_prompts(goldens, policy, name, b
 # The published algorithm, one prompt at a time, no padding, logits everywhere, no cleverness.
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_everywhere(model, params, tokens):
+    return model.apply({"params": params}, tokens, method="logits")
+
+
 def published(tiny, prompt, sampler):
     """(response, written_at, steps taken, whether a mask token was ever written) by plain loops, temperature 0."""
     model, params = tiny
     mask_id, eos = TINY.mask_token_id, TINY.eos_token_id
-    logits_of = lambda x: np.asarray(model.apply({"params": params}, jnp.asarray(x)[None], method="logits")[0], np.float64)  # noqa: E731
+    logits_of = lambda x: np.asarray(logits_everywhere(model, params, jnp.asarray(x)[None])[0], np.float64)  # noqa: E731
     start, length = len(prompt), sampler.block_length
     x = np.concatenate([prompt, np.full(sampler.gen_length, mask_id, np.int32)])
     written_at = np.full(len(x), -1)
@@ -212,7 +218,7 @@ def test_confidence_is_the_probability_of_the_token_when_it_was_written(tiny, ti
     assert TINY.mask_token_id not in tokens  # else a position may have been written twice
     for step in range(DEFAULT.steps):
         before = np.where(written_at < step, tokens, TINY.mask_token_id)
-        logits = model.apply({"params": params}, jnp.concatenate([prompt, before])[None], method="logits")[0]
+        logits = logits_everywhere(model, params, jnp.concatenate([prompt, before])[None])[0]
         probability = jax.nn.softmax(logits[len(prompt) :])
         for i in np.flatnonzero(written_at == step):
             np.testing.assert_allclose(confidence[i], probability[i, tokens[i]], rtol=1e-4)

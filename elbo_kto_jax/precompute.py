@@ -1,0 +1,53 @@
+"""python -m elbo_kto_jax.precompute --config=configs/FILE.py --workdir=DIR: B_ref of every draw, for `train`."""
+
+import logging
+import time
+from pathlib import Path
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.train.reference import ReferenceCache
+from elbo_kto_jax.train.setup import prepare
+from elbo_kto_jax.train.step import build_programs
+from elbo_kto_jax.train.workdir import open_workdir, stop_on_signal
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> dict:
+    flags = cli.Flags("elbo_kto_jax.precompute", "Compute the reference's ELBO of every example and draw of a run.")
+    flags.add_config(workdir=True)
+    flags.add_argument("--overwrite", action="store_true", help="delete what the working folder holds and start again")
+    flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
+    options, config = flags.parse(argv)
+    if config.objective.name != "elbo_kto":
+        raise UserError(f"config.objective.name: {config.objective.name!r} has no reference to precompute")
+    setup = prepare(config, skip_bad=options.skip_bad_records)
+    workdir = Path(options.workdir)
+    open_workdir(workdir, config, options.overwrite)
+    programs = build_programs(
+        setup.model,
+        setup.mesh,
+        num_examples=setup.data.batch_size,
+        draws=config.estimator.draws,
+        objective=config.objective,
+    )
+    path = config.reference.path or config.model.path
+    reference = setup.load_params(path, "--config.reference.path" if config.reference.path else "--config.model.path")
+    began = time.monotonic()
+    with stop_on_signal() as stop_requested:
+        fingerprint = setup.fingerprint(reference, setup.data)
+        cache = ReferenceCache(workdir / "reference", fingerprint, setup.data, setup.total_steps)
+        scored = cache.complete(programs, reference, stop_requested)
+    log.info("%d of %d steps were scored now, the others were known", scored, setup.total_steps)
+    log.info("next: python -m elbo_kto_jax.train --config=%s --workdir=%s", options.config, workdir)
+    return {
+        "examples": sum(len(setup.data.indices(step)) for step in range(setup.total_steps)),
+        "draws": config.estimator.draws,
+        "seconds": time.monotonic() - began,
+        "cache": str(cache.path),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Commands that start runs: the quickstart and planning on paper."""

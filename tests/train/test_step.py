@@ -1,0 +1,297 @@
+"""train/step.py: golden values, exactness, and independence of how the work is split."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from elbo_kto_jax import config
+from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train import step
+from elbo_kto_jax.train.data import TrainingData
+from tests import tiny
+from tests.golden import LAYOUTS
+
+GOLDEN_KTO = config.Objective("elbo_kto", 0.1, 1.0, 1.0, "global_mean")
+GOLDEN_ADAMW = config.Optimizer(1e-3, 0.1, 0.9, 0.95, 0.01, 1.0)
+ONE_DEVICE = config.Mesh(1, 1, 1)
+
+# An "optimizer" that moves nothing and keeps the gradient as its state.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, _, params: (jax.tree.map(jnp.zeros_like, params), grads),
+)
+
+
+def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE):
+    """The programs, and the state before the first step, over as many devices as the mesh has."""
+    devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
+    mesh = rules.make_mesh(sizes, devices)
+    shardings = train_state.state_shardings(tx, abstract_params(model), mesh)
+    programs = step.build_programs(
+        model, mesh, shardings, tx, num_examples=num_examples, draws=draws, objective=objective
+    )
+    own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
+    return programs, train_state.init_state(tx, own, shardings)
+
+
+def scored(programs, params, batch) -> np.ndarray:
+    return np.asarray(step.score(programs, params, [programs.place_rows(rows) for rows in batch.micro_batches]))
+
+
+def gradient_and_metrics(model, params, reference, batch, *, objective, draws):
+    """What `train_step` hands to the optimizer, and its metrics."""
+    programs, state = setup(
+        model, params, KEEP_GRADIENT, num_examples=len(batch.feedback.is_example), draws=draws, objective=objective
+    )
+    state, metrics = step.train_step(programs, state, batch, reference)
+    return state.opt_state, metrics
+
+
+def tree_difference(a, b):
+    return jax.tree.map(lambda x, y: x - y, a, b)
+
+
+def relative_distance(tree, expected) -> float:
+    """Euclidean distance over all leaves, relative to the length of `expected`."""
+    return float(optax.tree.norm(tree_difference(tree, expected)) / optax.tree.norm(expected))
+
+
+def assert_same_gradient(gradient, expected):
+    assert relative_distance(gradient, expected) <= 1e-5
+    assert max(jax.tree.leaves(jax.tree.map(relative_distance, gradient, expected))) <= 1e-4
+
+
+# ---- golden values ----
+
+
+@pytest.fixture(scope="module")
+def golden_programs(golden):
+    """Programs and first state for batches of every golden record, whose "optimizer" keeps the gradient."""
+    records, draws = golden.arrays["l_values"].shape
+    return setup(
+        LLaDA(golden.config), golden.policy, KEEP_GRADIENT, num_examples=records, draws=draws, objective=GOLDEN_KTO
+    )
+
+
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_golden_estimates(golden, golden_programs, mode):
+    arrays, (records, draws), (programs, _) = golden.arrays, golden.arrays["l_values"].shape, golden_programs
+    batch = golden.batch(range(records), arrays["mask"], arrays["l_values"], mode, rows=4, size=records)
+    for params, name in ((golden.policy, "theta"), (golden.reference, "ref")):
+        estimates = scored(programs, params, batch).reshape(records, draws)
+        np.testing.assert_allclose(estimates, arrays[f"{mode}.B_{name}_draws"], atol=2e-3, rtol=0)
+        np.testing.assert_allclose(estimates, arrays[f"{mode}.B_{name}_draws_f64"], rtol=3e-6)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("padded", "grads"), ("unpadded", "grads_unpadded")])
+def test_golden_gradient(golden, golden_programs, mode, name):
+    arrays, described, (programs, state) = golden.arrays, golden.described, golden_programs
+    size, records = len(arrays["mask"]), len(arrays[f"{name}.c_b"])
+    batch = golden.batch(range(records), arrays["mask"], arrays["l_values"], mode, rows=4, size=size)
+    state, metrics = step.train_step(programs, jax.tree.map(jnp.copy, state), batch, golden.reference)
+    np.testing.assert_allclose(metrics["reward"][:records], arrays[f"{name}.r"], atol=3e-3)
+    np.testing.assert_allclose(metrics["loss"], described[f"{name}.loss"], atol=2e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], described[f"{name}.global_norm"], rtol=1e-4)
+    assert_same_gradient(state.opt_state, golden.tree(f"{name}.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def golden_training(golden):
+    steps, size, draws = golden.arrays["traj.l_values"].shape
+    tx = train_state.optimizer(GOLDEN_ADAMW, steps)
+    return setup(LLaDA(golden.config), golden.policy, tx, num_examples=size, draws=draws, objective=GOLDEN_KTO)
+
+
+@pytest.mark.parametrize("reference_mode", ["online", "precomputed"])
+def test_golden_trajectory(golden, golden_training, reference_mode):
+    arrays, (programs, state) = golden.arrays, golden_training
+    steps, size, _ = arrays["traj.l_values"].shape
+    state = jax.tree.map(jnp.copy, state)
+    for t in range(steps):
+        masks, counts = arrays["traj.mask"][t], arrays["traj.l_values"][t]
+        batch = golden.batch(arrays["traj.batch"][t], masks, counts, "unpadded", rows=2, size=size)
+        reference = golden.reference
+        if reference_mode == "precomputed":
+            reference = scored(programs, reference, batch)
+        state, metrics = step.train_step(programs, state, batch, reference)
+        np.testing.assert_allclose(metrics["loss"], arrays["traj.loss"][t], atol=1e-4)
+        np.testing.assert_allclose(metrics["reference_point"], arrays["traj.z0"][t], atol=3e-3)
+        np.testing.assert_allclose(metrics["grad_norm"], arrays["traj.grad_norm"][t], rtol=1e-3)
+    difference = tree_difference(state.params, golden.tree("final.safetensors"))
+    errors = np.concatenate([np.abs(leaf).ravel() for leaf in jax.tree.leaves(difference)])
+    assert errors.max() <= 3e-4
+    assert errors.mean() <= 1e-6
+
+
+def test_golden_learning_rate(golden):
+    expected = golden.arrays["traj.lr"]
+    rate = train_state.learning_rate(GOLDEN_ADAMW, len(expected))
+    np.testing.assert_allclose([rate(t) for t in range(len(expected))], expected, rtol=1e-6, atol=1e-12)
+
+
+# ---- exactness ----
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [ONE_DEVICE, config.Mesh(2, 2, 2)], ids=str)
+def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes):
+    """Online, and precomputed by another instance of the programs."""
+    model, params, draws = tiny.model(dtype), tiny.params(0), 2
+    data = TrainingData(
+        tiny.examples(6), tiny.layout(4, packed), estimator=config.Estimator(draws, "uniform"), batch_size=6, seed=0
+    )
+    kwargs = {"num_examples": 6, "draws": draws, "objective": tiny.KTO, "sizes": sizes}
+    batch = data.batch(0)
+    other, frozen = setup(model, params, KEEP_GRADIENT, **kwargs)
+    for reference in (frozen.params, scored(other, frozen.params, batch)):
+        programs, state = setup(model, params, KEEP_GRADIENT, **kwargs)
+        _, metrics = step.train_step(programs, state, batch, reference)
+        np.testing.assert_array_equal(metrics["reward"], np.zeros(6))
+        assert metrics["grad_norm"] > 0  # c_b is not zero where the reward is
+
+
+def test_estimates_do_not_depend_on_the_layout():
+    """Packed among others, or alone in a row of its own length: the same up to float32 rounding."""
+    estimator, params = config.Estimator(2, "uniform"), tiny.params(0)
+    examples = tiny.examples(6)
+    data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=6, seed=0)
+    programs, state = setup(tiny.model(), params, KEEP_GRADIENT, num_examples=6, draws=2, objective=tiny.KTO)
+    alone = tiny.plain_estimates(params, examples, data.indices(0), estimator, seed=0)
+    assert max(rows.segment_ids.max() for rows in data.batch(0).micro_batches) > 1
+    np.testing.assert_allclose(scored(programs, state.params, data.batch(0)).reshape(6, 2), alone, rtol=2e-6)
+
+
+# ---- the gradient is that of the loss as METHOD 2 states it ----
+
+
+def plain_kto_loss(estimates, reference, label, objective):
+    reward = estimates.mean(axis=1) - reference.mean(axis=1)
+    z0 = jax.lax.stop_gradient(reward.mean()) if objective.reference_point == "global_mean" else 0.0
+    score = objective.beta * (reward - z0) * jnp.where(label, 1, -1)
+    weight = jnp.where(label, objective.desirable_weight, objective.undesirable_weight)
+    return jnp.mean(weight - weight * jax.nn.sigmoid(score))
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheme", "batch_size"),
+    [
+        (tiny.KTO, "uniform", 5),  # 3 examples in a batch of 5: the last of an epoch
+        (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero"), "bernoulli", 3),
+        (tiny.SFT, "complementary", 5),
+    ],
+)
+def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size):
+    examples, estimator = tiny.examples(3), config.Estimator(3, scheme)
+    params, reference = tiny.params(0), tiny.params(1)
+    data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=batch_size, seed=0)
+    indices = data.indices(0)
+    assert len(indices) == 3
+
+    @jax.jit
+    @jax.value_and_grad
+    def plain(p):
+        estimates = tiny.plain_estimates(p, examples, indices, estimator, seed=0)
+        if objective.name == "sft":
+            return -jnp.mean(estimates.mean(axis=1) / examples.completion_length[indices])
+        other = tiny.plain_estimates(reference, examples, indices, estimator, seed=0)
+        return plain_kto_loss(estimates, other, examples.is_desirable[indices], objective)
+
+    loss, expected = plain(params)
+    gradient, metrics = gradient_and_metrics(
+        tiny.model(),
+        params,
+        None if objective.name == "sft" else reference,
+        data.batch(0),
+        objective=objective,
+        draws=estimator.draws,
+    )
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_same_gradient(gradient, expected)
+
+
+def test_reference_point_is_the_mean_over_the_global_batch():
+    """However many micro-batches the batch takes, and without its padding."""
+    examples, estimator = tiny.examples(5), config.Estimator(2, "uniform")
+    for rows, batch_size in itertools.product((1, 16), (5, 7)):
+        data = TrainingData(examples, tiny.layout(rows, False), estimator=estimator, batch_size=batch_size, seed=0)
+        _, metrics = gradient_and_metrics(
+            tiny.model(), tiny.params(0), tiny.params(1), data.batch(0), objective=tiny.KTO, draws=2
+        )
+        reward = np.asarray(metrics["reward"])[:5]
+        assert np.ptp(reward) > 0.1
+        np.testing.assert_allclose(metrics["reference_point"], reward.mean(), rtol=1e-5)
+
+
+# ---- how the work is split changes nothing ----
+
+
+def trajectory(sizes: config.Mesh, rows: int, *, steps: int = 3, num: int = 4, draws: int = 2):
+    """Losses, gradient norms and total update of a few AdamW steps, and the number of micro-batches."""
+    start = tiny.params(0)
+    tx = train_state.optimizer(config.Optimizer(1e-2, 0.0, 0.9, 0.95, 0.01, 1.0), 100)
+    programs, state = setup(tiny.model(), start, tx, num_examples=num, draws=draws, objective=tiny.KTO, sizes=sizes)
+    data = TrainingData(
+        tiny.examples(num),
+        tiny.layout(rows, False),
+        estimator=config.Estimator(draws, "uniform"),
+        batch_size=num,
+        seed=0,
+    )
+    found, counts = [], set()
+    for t in range(steps):
+        batch = data.batch(t)
+        counts.add(len(batch.micro_batches))
+        reference = scored(programs, jax.tree.map(jnp.array, tiny.params(1)), batch)
+        state, metrics = step.train_step(programs, state, batch, reference)
+        found.append([float(metrics[name]) for name in ("loss", "grad_norm", "reward_margin", "reference_point")])
+    return np.array(found), jax.device_get(tree_difference(jax.device_get(state.params), start)), counts
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The trajectory on one device with one micro-batch per step."""
+    metrics, update, counts = trajectory(ONE_DEVICE, rows=8)
+    assert counts == {1}
+    return metrics, update
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches):
+    metrics, update, counts = trajectory(ONE_DEVICE, rows=8 // micro_batches)
+    assert counts == {micro_batches}
+    np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
+    assert relative_distance(update, whole[1]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "sizes", [config.Mesh(8, 1, 1), config.Mesh(1, 8, 1), config.Mesh(1, 4, 2), config.Mesh(2, 2, 2)], ids=str
+)
+def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
+    metrics, update, _ = trajectory(sizes, rows=8)
+    np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
+    assert relative_distance(update, whole[1]) <= 1e-4
+
+
+@pytest.mark.parametrize("reference_mode", ["online", "precomputed"])
+def test_each_program_is_compiled_once(reference_mode):
+    """Over steps that differ in lengths, in targets, in the number of micro-batches and in the number of examples."""
+    estimator = config.Estimator(3, "complementary")
+    data = TrainingData(tiny.examples(7), tiny.layout(1), estimator=estimator, batch_size=3, seed=0)
+    tx = train_state.optimizer(GOLDEN_ADAMW, 10)
+    programs, state = setup(tiny.model(), tiny.params(0), tx, num_examples=3, draws=3, objective=tiny.KTO)
+    shapes = set()
+    for batch in data.batches(0, 3):
+        reference = state.params if reference_mode == "online" else np.zeros(9, np.float32)
+        shapes.add((len(batch.micro_batches), int(batch.feedback.is_example.sum()), batch.real_tokens))
+        state, _ = step.train_step(programs, state, batch, reference)
+    assert len(shapes) == 3
+    assert len({count for count, *_ in shapes}) > 1
+    sizes = {name: getattr(programs, name)._cache_size() for name in ("score", "loss", "grad", "update")}
+    assert sizes == dict.fromkeys(sizes, 1)
