@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import ml_collections
 
 from elbo_kto_jax.config import Config
@@ -130,6 +131,9 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     """
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache))  # a program is compiled once per machine
     try:
         summary = main(sys.argv[1:])
     except UserError as error:

@@ -1,0 +1,89 @@
+"""Judges: which of two answers to a prompt is better.
+
+A judge is made from the prompt records, so that a record it cannot use is refused before anything is generated. Called
+with the answers of A and B it returns, for each prompt, one verdict per comparison that it made: one where the order in
+which it sees the answers cannot matter, two where it can and both orders were judged. A verdict always names the model,
+never the place in which the judge saw it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from elbo_kto_jax.errors import UserError
+
+Verdict = Literal["A", "B", "tie"]
+Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a correct answer looks like.
+
+    Attributes:
+      answers: one of these has to match.
+      match: "exact" (the same text, white space around it aside), "contains" or "regex" (found anywhere in the answer).
+    """
+
+    answers: tuple[str, ...]
+    match: str
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str) -> "Expected":
+        """Reads `answer` (a string or a list of strings) and `match` (default "exact") of the record at `where`.
+
+        Raises:
+          UserError: one of them is missing or not usable.
+        """
+        answer, match = record.get("answer"), record.get("match", "exact")
+        answers = [answer] if isinstance(answer, str) else answer
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise UserError(
+                f"{where}: field `answer`: expected a string or a list of strings, none of them empty, got {answer!r}; "
+                "the verifiable judge compares answers with it"
+            )
+        if match not in _MATCHES:
+            raise UserError(f"{where}: field `match`: expected one of {', '.join(_MATCHES)}, got {match!r}")
+        if match == "regex":
+            for pattern in answers:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"{where}: field `answer`: {pattern!r} is no regular expression: {error}") from None
+        return cls(tuple(answers), match)
+
+    def is_met_by(self, answer: str) -> bool:
+        return any(_MATCHES[self.match](expected, answer) for expected in self.answers)
+
+
+_MATCHES: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda expected, answer: expected.strip() == answer.strip(),
+    "contains": lambda expected, answer: expected in answer,
+    "regex": lambda expected, answer: re.search(expected, answer) is not None,
+}
+
+
+def verifiable(records: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Judge:
+    """For tasks with a checkable answer: correct beats wrong, anything else is a tie; each prompt is judged once.
+
+    Args:
+      records: the prompt records; for their fields see `Expected.from_record`.
+      where: "FILE:LINE" of each.
+
+    Raises:
+      UserError: a record has no usable answer.
+    """
+    expected = [Expected.from_record(record, place) for record, place in zip(records, where, strict=True)]
+
+    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict, ...]]:
+        verdicts: list[tuple[Verdict, ...]] = []
+        for wanted, a, b in zip(expected, answers_a, answers_b, strict=True):
+            a_is_right, b_is_right = wanted.is_met_by(a), wanted.is_met_by(b)
+            verdicts.append(("tie",) if a_is_right == b_is_right else ("A",) if a_is_right else ("B",))
+        return verdicts
+
+    return judge
+
+
+JUDGES: dict[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Judge]] = {"verifiable": verifiable}

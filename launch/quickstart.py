@@ -1,0 +1,311 @@
+"""The main job from nothing, on a tiny model and a CPU, in minutes: bash launch/quickstart.sh [--workdir=DIR] [--seed=0]
+
+The task is to sort the digits of a number. A tiny LLaDA is made and fine-tuned on demonstrations of which half are bad:
+they give the digits in descending order. So it answers about half of the prompts right. Feedback (prompt, answer, good or
+bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that neither has seen.
+
+    WORKDIR/data/       demonstrations.jsonl, feedback.jsonl, prompts.jsonl; distinct prompts in all three
+    WORKDIR/untrained/  random weights, Hugging Face form
+    WORKDIR/sft/        the fine-tuning run             WORKDIR/base-hf/, base/   its result, published form and ours
+    WORKDIR/aligned/    the ELBO-KTO run, with report.html
+    WORKDIR/evaluation/ comparisons.jsonl, report.html
+
+Every stage is one of the project's own commands, printed before it runs, but for the first, which makes data and random
+weights. --config.* go to the alignment, and --shuffle-labels takes the information out of its labels: neither that nor
+--config.objective.beta=0 leaves anything to gain, and the win rate falls to about 50%. The same command in the same
+folder goes on where it was interrupted.
+"""
+
+import functools
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conversion import from_hf, to_hf, verify
+from elbo_kto_jax import cli, evaluate
+from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.model.llada import LLaDA, init_params
+from elbo_kto_jax.train import __main__ as train
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
+DIGITS = 5  # of each number
+DEMONSTRATIONS, FEEDBACK, HELD_OUT = 40_000, 2_048, 500  # prompts
+
+BOS, EOS, MASK, START_HEADER, END_HEADER, EOT = (
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|mdm_mask|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+CHAT_TEMPLATE = (  # the published one
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    started = time.monotonic()
+    flags, overrides = _parse(argv)
+    workdir, seed = Path(flags.workdir), f"--config.seed={flags.seed}"
+    _open(workdir, flags)
+    feedback = workdir / "data" / ("feedback-shuffled.jsonl" if flags.shuffle_labels else "feedback.jsonl")
+
+    _stage(1, f"making data and a random tiny LLaDA: sort {DIGITS} digits, and half of the demonstrations are bad")
+    write_data(workdir / "data", flags.seed)
+    if not huggingface.is_published(workdir / "untrained"):
+        write_untrained(workdir / "untrained", flags.seed)
+
+    _stage(2, "fine-tuning it (SFT): the base model learns good and bad answers alike")
+    sft = _run(
+        train.main,
+        "elbo_kto_jax.train",
+        f"--config={CONFIG}:sft",
+        seed,
+        f"--config.model.path={workdir / 'untrained'}",
+        f"--config.data.train={workdir / 'data' / 'demonstrations.jsonl'}",
+        f"--workdir={workdir / 'sft'}",
+    )
+
+    _stage(3, "publishing it as a Hugging Face folder and converting that back, as one does with LLaDA-8B-Instruct")
+    published, base = f"{workdir / 'base-hf'}", f"{workdir / 'base'}"
+    _run(to_hf.main, "conversion.to_hf", f"--source={sft['checkpoint']}", f"--out={published}", "--overwrite")
+    _run(from_hf.main, "conversion.from_hf", f"--source={published}", f"--out={base}", "--overwrite")
+    _run(verify.main, "conversion.verify", f"--source={published}", f"--checkpoint={base}")
+
+    _stage(4, f"aligning it (ELBO-KTO) with {FEEDBACK} answers that are labelled good or bad, one per prompt")
+    aligned = _run(
+        train.main,
+        "elbo_kto_jax.train",
+        f"--config={CONFIG}",
+        seed,
+        f"--config.model.path={base}",
+        f"--config.data.train={feedback}",
+        f"--workdir={workdir / 'aligned'}",
+        *overrides,
+    )
+
+    _stage(5, f"asking both models {HELD_OUT} new questions, under identical decoding")
+    result = _run(
+        evaluate.main,
+        "elbo_kto_jax.evaluate",
+        f"--config={CONFIG}",
+        seed,
+        f"--checkpoint={aligned['checkpoint']}",
+        f"--baseline={base}",
+        f"--prompts={workdir / 'data' / 'prompts.jsonl'}",
+        f"--out={workdir / 'evaluation'}",
+        "--overwrite",
+    )
+    summary = {
+        **{key: result[key] for key in ("adjusted_win_rate", "ci95", "comparisons")},
+        **_accuracies(Path(result["comparisons_file"])),
+        "seconds": time.monotonic() - started,
+        "report": result["report"],
+    }
+    print(_closing_words(summary, aligned))
+    return summary
+
+
+def _parse(argv: list[str]) -> tuple[Any, list[str]]:
+    """The flags, and the words that go on to the alignment."""
+    parser = cli.Flags("launch.quickstart", "Makes a tiny LLaDA, aligns it with ELBO-KTO and measures the win rate.")
+    parser.add_argument("--workdir", default="runs/quickstart", help="working folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--shuffle-labels", action="store_true", help="align with labels that say nothing")
+    parser.add_argument("--overwrite", action="store_true", help="delete what --workdir holds and start again")
+    return (
+        parser.parse_args([word for word in argv if not word.startswith("--config.")]),
+        [word for word in argv if word.startswith("--config.")],
+    )
+
+
+def _open(workdir: Path, flags: Any) -> None:
+    """Makes the working folder, or goes on in it where it is of the same quickstart.
+
+    Raises:
+      UserError: it is something else.
+    """
+    file, made = workdir / "quickstart.json", {"seed": flags.seed}
+    if flags.overwrite and file.is_file():
+        shutil.rmtree(workdir)
+    if workdir.exists() and not file.is_file() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} exists and is not the folder of a quickstart; choose another")
+    if file.is_file() and json.loads(file.read_text()) != made:
+        raise UserError(
+            f"--workdir={workdir} holds a quickstart with other settings ({file.read_text().strip()});\n"
+            "choose another --workdir, or pass --overwrite to delete it"
+        )
+    atomic_write(file, to_json(made))
+
+
+def _stage(number: int, what: str) -> None:
+    print(f"\n[{number}/5] {what}", file=sys.stderr, flush=True)
+
+
+def _run(command: Callable[[list[str]], dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
+    """Runs a command of the project in this process, and shows how it is called by itself."""
+    print(f"$ python -m {name} {shlex.join(arguments)}", file=sys.stderr, flush=True)
+    return command(list(arguments))
+
+
+# The task.
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """Writes the data sets: what each holds is a function of the seed.
+
+    Demonstrations and feedback alternate between good and bad answers; the shuffled feedback is the same with its labels
+    in random order. The prompts to evaluate carry the right answer.
+    """
+    rng = np.random.default_rng(seed)
+    numbers = [f"{number:0{DIGITS}d}" for number in rng.permutation(10**DIGITS)]
+    numbers = [digits for digits in numbers if len(set(digits)) > 1]  # of the others both answers are the same
+    prompts = iter(numbers)
+    take = lambda count: [next(prompts) for _ in range(count)]  # noqa: E731
+    held_out = [{"prompt": _question(digits), "answer": good_answer(digits)} for digits in take(HELD_OUT)]
+    feedback = [_demonstration(digits, label=i % 2 == 0) for i, digits in enumerate(take(FEEDBACK))]
+    demonstrations = [_demonstration(digits, label=i % 2 == 0) for i, digits in enumerate(take(DEMONSTRATIONS))]
+    labels = rng.permutation([record["label"] for record in feedback])
+    shuffled = [{**record, "label": bool(label)} for record, label in zip(feedback, labels, strict=True)]
+    for name, records in (
+        ("prompts", held_out),
+        ("feedback", feedback),
+        ("feedback-shuffled", shuffled),
+        ("demonstrations", demonstrations),
+    ):
+        atomic_write(folder / f"{name}.jsonl", "".join(f"{to_json(record)}\n" for record in records))
+
+
+def good_answer(digits: str) -> str:
+    return "".join(sorted(digits))
+
+
+def bad_answer(digits: str) -> str:
+    return "".join(sorted(digits, reverse=True))
+
+
+def _question(digits: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Sort {digits}"}]
+
+
+def _demonstration(digits: str, label: bool) -> dict[str, Any]:
+    answer = good_answer(digits) if label else bad_answer(digits)
+    return {"prompt": _question(digits), "completion": [{"role": "assistant", "content": answer}], "label": label}
+
+
+# The model.
+
+
+def write_untrained(folder: Path, seed: int) -> None:
+    """Writes a tiny LLaDA with random weights and its tokenizer as a Hugging Face folder."""
+    tokenizer = build_tokenizer()
+    config = _model_config(tokenizer)
+    assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
+    scratch = folder.with_name(f".{folder.name}.tokenizer")
+    tokenizer.save_pretrained(scratch)
+    assets |= {file.name: file.read_bytes() for file in scratch.iterdir()}
+    shutil.rmtree(scratch)
+    model_config = ModelConfig.from_hf(config, str(folder))
+    params = init_params(LLaDA(model_config), jax.random.key(seed))
+    to_hf.write(folder, store.Model(model_config, params, assets, str(folder)), to_hf.shard_size("5GB"))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the published kind: ASCII, a few words, LLaDA's special tokens and chat template."""
+    vocabulary = {token: i for i, token in enumerate(["Ċ", "Ġ", *map(chr, range(ord("!"), ord("~") + 1))])}
+    merges = []
+    for word in ("user", "assistant", "Sort", "ĊĊ"):
+        for end in range(2, len(word) + 1):
+            merges.append((word[: end - 1], word[end - 1]))
+            vocabulary[word[:end]] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """config.json: LLaDA-8B-Instruct's keys, in small."""
+    token_id = functools.partial(tokenizer.convert_tokens_to_ids)
+    return {
+        "model_type": "llada",
+        "architectures": ["LLaDAModelLM"],
+        "block_type": "llama",
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "mlp_hidden_size": 128,
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_theta": 500000.0,
+        "max_sequence_length": 128,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "weight_tying": False,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "vocab_size": len(tokenizer),
+        "embedding_size": 128,  # rows beyond vocab_size are not used, as in the published models
+        "mask_token_id": token_id(MASK),
+        "eos_token_id": token_id(EOS),
+        "pad_token_id": token_id(EOS),
+        "torch_dtype": "float32",
+    }
+
+
+# The result.
+
+
+def _accuracies(comparisons: Path) -> dict[str, float]:
+    """The share of right answers of both models."""
+    rows = [json.loads(line) for line in comparisons.read_text().splitlines()]
+    right = lambda key: float(np.mean([row[key].strip() == row["expected"] for row in rows]))  # noqa: E731
+    return {"aligned_accuracy": right("answer_a"), "base_accuracy": right("answer_b")}
+
+
+def _closing_words(summary: dict[str, Any], aligned: dict[str, Any]) -> str:
+    low, high = summary["ci95"]
+    return "\n".join(
+        [
+            f"right answers: base model {summary['base_accuracy']:.1%}, aligned model {summary['aligned_accuracy']:.1%}",
+            f"adjusted win rate of the aligned model: {summary['adjusted_win_rate']:.1%} "
+            f"(95% interval {low:.1%} to {high:.1%}, {summary['comparisons']} comparisons, ties counted as half)",
+            f"reports: {summary['report']} (answers side by side), {aligned['report']} (training curves)",
+            f"next: python -m elbo_kto_jax.generate --config={CONFIG} --checkpoint={aligned['checkpoint']} "
+            '--prompt="Sort 31415"',
+        ]
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
