@@ -48,3 +48,13 @@ def golden(golden_dir):
     from tests.golden import Golden
 
     return Golden(golden_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A published folder of the quickstart's tiny random model, tokenizer included."""
+    from launch.quickstart import write_untrained
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_untrained(folder, seed=0)
+    return folder

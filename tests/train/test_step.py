@@ -34,7 +34,7 @@ def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE
     mesh = rules.make_mesh(sizes, devices)
     shardings = train_state.state_shardings(tx, abstract_params(model), mesh)
     programs = step.build_programs(
-        model, mesh, shardings, tx, num_examples=num_examples, draws=draws, objective=objective
+        model, mesh, num_examples=num_examples, draws=draws, objective=objective, tx=tx, shardings=shardings
     )
     own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
     return programs, train_state.init_state(tx, own, shardings)

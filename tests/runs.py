@@ -1,0 +1,54 @@
+"""Runs of the real commands that take seconds: records of sorting tasks, and the flags that shrink configs/tiny.py."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
+SMALL = {
+    "data.max_length": 32,
+    "estimator.draws": 2,
+    "train.steps": 5,
+    "train.global_batch_size": 4,
+    "train.microbatch_tokens": 32,
+    "train.checkpoint_every": 2,
+    "train.samples": 0,
+    "sampler.gen_length": 4,
+    "sampler.steps": 4,
+    "sampler.block_length": 4,
+}
+
+
+def records(num: int, first: int = 0) -> list[dict[str, Any]]:
+    """Sort one to five digits; every other answer is wrong, and labelled so."""
+    found = []
+    for i in range(first, first + num):
+        digits = str(7919 * (i + 3))[: 1 + i % 5]
+        answer = "".join(sorted(digits, reverse=i % 2 == 1))
+        found.append(
+            {
+                "id": f"record {i}",
+                "prompt": [{"role": "user", "content": f"Sort {digits}"}],
+                "completion": [{"role": "assistant", "content": answer}],
+                "label": i % 2 == 0,
+            }
+        )
+    return found
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    """One row a line; a row that is a string is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def flags(settings: Mapping[str, Any], *more: str, config: str | Path = CONFIG) -> list[str]:
+    """The command line of a small run: `settings` by config key, then the flags `more`."""
+    values = {**SMALL, **settings}
+    return [f"--config={config}", *(f"--config.{key}={value}" for key, value in values.items()), *more]
