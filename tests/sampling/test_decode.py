@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,13 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import config as configs
-from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import find_eot_id
+from elbo_kto_jax.text.chat import find_eot_id, load_tokenizer
 
 GOLDEN_CONFIGS = ("block8", "pure", "cfg", "uneven", "logits_eos_inf", "confidence_eos_eot_inf")
 DEFAULT = Sampler(
@@ -55,24 +53,24 @@ def options(**changes) -> Sampler:
     return dataclasses.replace(DEFAULT, **changes)
 
 
-@pytest.fixture(scope="module")
-def goldens(golden_dir):
-    return np.load(golden_dir / "goldens.npz"), json.loads((golden_dir / "goldens.json").read_text())["sampling"]
-
-
-@pytest.fixture(scope="module")
-def policy(golden_dir):
-    return store.load_model(str(golden_dir / "policy"))
+def tiny_model(seed: int, boost: float):
+    """A random model with logits far from uniform; those of mask, end-of-text and end-of-turn are scaled by `boost`."""
+    model = LLaDA(TINY)
+    params = jax.tree.map(lambda leaf: leaf * 12, init_params(model, jax.random.key(seed)))
+    scale = jnp.ones(TINY.embedding_size).at[jnp.array([TINY.mask_token_id, TINY.eos_token_id, TINY_EOT])].set(boost)
+    params["head"]["kernel"] = params["head"]["kernel"] * scale
+    return model, params
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A model and parameters whose predictions are far from uniform; end-of-text, end-of-turn and the mask token are among them."""
-    model = LLaDA(TINY)
-    params = jax.tree.map(lambda leaf: leaf * 12, init_params(model, jax.random.key(1)))
-    boost = jnp.ones(TINY.embedding_size).at[jnp.array([TINY.mask_token_id, TINY.eos_token_id, TINY_EOT])].set(1.5)
-    params["head"]["kernel"] = params["head"]["kernel"] * boost
-    return model, params
+    return tiny_model(seed=1, boost=1.5)
+
+
+@pytest.fixture(scope="module")
+def eventful():
+    """One that writes mask tokens and takes them up again, and whose responses every option changes (tested below)."""
+    return tiny_model(seed=2, boost=2.5)
 
 
 @pytest.fixture(scope="module")
@@ -92,25 +90,26 @@ def run(tiny, prompts, sampler, names=None, seed=0, mesh=None):
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among others"])
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
-def test_golden_responses(goldens, policy, monkeypatch, name, alone):
-    arrays, described = goldens
+def test_golden_responses(golden, monkeypatch, name, alone):
+    described = golden.described["sampling"]
     count = len(described["prompts"])
-    prompts = [arrays[f"sampling.{i}.prompt"] for i in range(count)]
+    prompts = [golden.arrays[f"sampling.{i}.prompt"] for i in range(count)]
     strangers = [] if alone else [prompt[:: 2 + len(prompt) % 2] for prompt in prompts]
+    sampler = options(**described["configs"][name], batch_size=1 if alone else 2 * count)
     # Rows wide enough for all prompts, so that they share a batch (and the test a program).
-    monkeypatch.setattr(decode, "BUCKET", max(len(prompt) for prompt in prompts) + 32)
+    monkeypatch.setattr(decode, "BUCKET", max(len(prompt) for prompt in prompts) + sampler.gen_length)
     responses = decode.generate(
-        LLaDA(policy.config),
-        policy.params,
+        LLaDA(golden.config),
+        golden.policy,
         prompts + strangers,
-        options(**described["configs"][name], batch_size=1 if alone else 2 * count),
+        sampler,
         seed=0,
         prompt_ids=[str(i) for i in range(len(prompts + strangers))],
-        eot_id=find_eot_id(policy.tokenizer(), "policy"),
+        eot_id=find_eot_id(load_tokenizer(golden.folder / "tokenizer"), "tokenizer"),
     )
     for i, prompt in enumerate(prompts):
-        golden = arrays[f"sampling.{i}.{name}"][len(prompt) :]
-        np.testing.assert_array_equal(responses.tokens[i], golden, err_msg=f"prompt {i}")
+        expected = golden.arrays[f"sampling.{i}.{name}"][len(prompt) :]
+        np.testing.assert_array_equal(responses.tokens[i], expected, err_msg=f"prompt {i}")
 
 
 # The published algorithm, one prompt at a time, with logits everywhere and no cleverness.
@@ -181,36 +180,36 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_published_algorithm(tiny, tiny_prompts, case):
+def test_equals_the_published_algorithm(eventful, tiny_prompts, case):
     sampler = options(**CASES[case])
-    responses = run(tiny, tiny_prompts, sampler)
+    responses = run(eventful, tiny_prompts, sampler)
     for i, prompt in enumerate(tiny_prompts):
-        tokens, written_at, _, _ = published(tiny, prompt, sampler)
+        tokens, written_at, _, _ = published(eventful, prompt, sampler)
         np.testing.assert_array_equal(responses.tokens[i], tokens, err_msg=f"prompt {i}")
         np.testing.assert_array_equal(responses.written_at[i], written_at, err_msg=f"prompt {i}")
 
 
-def test_the_cases_contain_what_they_are_about(tiny, tiny_prompts):
+def test_the_cases_contain_what_they_are_about(eventful, tiny_prompts):
     """Some prompt has a mask token written and taken up again; every option changes some response."""
-    plain = [published(tiny, prompt, DEFAULT) for prompt in tiny_prompts]
+    plain = [published(eventful, prompt, DEFAULT) for prompt in tiny_prompts]
     assert any(wrote_mask for *_, wrote_mask in plain)
     for case in ("more steps than positions", "late end of text", "guided", "threshold"):
-        changed = [published(tiny, prompt, options(**CASES[case])) for prompt in tiny_prompts]
+        changed = [published(eventful, prompt, options(**CASES[case])) for prompt in tiny_prompts]
         assert any((a[1] != b[1]).any() for a, b in zip(plain, changed, strict=True)), case
 
 
-def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
+def test_forward_passes_count_the_steps_that_batches_need(eventful, tiny_prompts):
     sampler = options(**CASES["threshold"])
-    steps = [published(tiny, prompt, sampler)[2] for prompt in tiny_prompts]
+    steps = [published(eventful, prompt, sampler)[2] for prompt in tiny_prompts]
     assert len(set(steps)) > 1
     # With one block a batch runs as long as its slowest prompt; what fills up the last batch adds nothing.
     rows = sampler.batch_size
     expected = sum(max(steps[at : at + rows]) for at in range(0, len(steps), rows))
-    assert run(tiny, tiny_prompts, sampler).forward_passes == expected
+    assert run(eventful, tiny_prompts, sampler).forward_passes == expected
     batches = -(-len(tiny_prompts) // rows)
-    assert run(tiny, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
+    assert run(eventful, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
     guided = options(**CASES["guided"])
-    assert run(tiny, tiny_prompts, guided).forward_passes == 2 * batches * guided.steps
+    assert run(eventful, tiny_prompts, guided).forward_passes == 2 * batches * guided.steps
 
 
 def test_confidence_is_the_probability_of_the_token_when_it_was_written(tiny, tiny_prompts):
@@ -344,10 +343,10 @@ def test_refuses_late_end_of_turn_without_its_id(tiny, tiny_prompts):
         decode.generate(model, params, tiny_prompts[:1], options(confidence_eos_eot_inf=True), seed=0, prompt_ids=["a"])
 
 
-def test_text_ends_before_the_first_stop_token(golden_dir):
-    tokenizer = store.build_tokenizer(store.load_config(str(golden_dir / "policy"))[1], "policy")
+def test_text_ends_before_the_first_stop_token(golden):
+    tokenizer = load_tokenizer(golden.folder / "tokenizer")
     words = tokenizer(" the end")["input_ids"]
-    eos, eot = tokenizer.eos_token_id, find_eot_id(tokenizer, "policy")
+    eos, eot = tokenizer.eos_token_id, find_eot_id(tokenizer, "tokenizer")
     for stop in (eos, eot):
         response = np.array([*words, stop, *words, eos], np.int32)
         assert decode.to_text(response, tokenizer, [eos, eot]) == " the end"
