@@ -16,12 +16,11 @@ Special tokens written out in a text ("<|eot_id|>") become those tokens, in both
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jinja2
 import numpy as np
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
@@ -45,23 +44,6 @@ class Encoded:
     prompt_length: int
     completion_length: int
     text_length: int
-
-
-def load_tokenizer(folder: str | Path, flag: str = "--config.model.path") -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder.
-
-    It is read as a plain fast tokenizer: AutoTokenizer would follow the `auto_map` of a published LLaDA config.json and
-    ask to run code from the Hub.
-
-    Raises:
-      UserError: the folder has no readable tokenizer.json.
-    """
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"{flag}: no tokenizer.json in {folder}; copy the tokenizer files of the model there")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exception for a malformed file
-        raise UserError(f"{flag}: {folder}/tokenizer.json cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, where: str) -> None:

@@ -18,12 +18,12 @@ from elbo_kto_jax.files import atomic_write
 from elbo_kto_jax.model.llada import Params, abstract_params
 from elbo_kto_jax.report.training import write_training_report
 from elbo_kto_jax.sampling.decode import generate, to_text
-from elbo_kto_jax.text.chat import find_eot_id
+from elbo_kto_jax.text.chat import EOT_TOKEN
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
-from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
+from elbo_kto_jax.train.step import Batch, batch_loss, build_programs, score, train_step
 from elbo_kto_jax.train.workdir import MetricsLog, open_workdir, read_metrics, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ class _Run:
         chosen = range(min(count, len(examples)))
         prompts = [examples.tokens[examples.offsets[i] :][: examples.prompt_length[i]] for i in chosen]
         tokenizer, options = self.setup.tokenizer, self.setup.config.sampler
-        eot = find_eot_id(tokenizer, "sampler")
+        eot = tokenizer.get_added_vocab().get(EOT_TOKEN)
         log.info("sampling %d answers %s training", len(prompts), when)
         responses = generate(
             self.setup.model,
@@ -246,10 +246,11 @@ class _Run:
             eot_id=eot,
             mesh=self.setup.mesh,
         )
+        stops = [self.setup.model.config.eos_token_id] + ([] if eot is None else [eot])
         if not self.samples:
             self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
         for sample, response in zip(self.samples, responses.tokens, strict=True):
-            sample[when] = to_text(response, tokenizer, [self.setup.model.config.eos_token_id, eot])
+            sample[when] = to_text(response, tokenizer, stops)
         atomic_write(file, json.dumps(self.samples, ensure_ascii=False, indent=1))
 
     def finish(self, interrupted: bool) -> dict:

@@ -16,7 +16,7 @@ from elbo_kto_jax.config import Config
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import check_tokenizer
+from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.train.data import TrainingData
 
@@ -89,6 +89,8 @@ def prepare(
     model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
     check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
+    if config.sampler.confidence_eos_eot_inf:
+        find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     model = LLaDA(model_config, jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype), config.model.remat)

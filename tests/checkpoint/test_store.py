@@ -255,3 +255,10 @@ def test_a_state_of_another_form_is_refused(tmp_path, model, state):
     with pytest.raises(UserError, match="ln_f/scale"):
         checkpoints.restore(3, wider)
     checkpoints.close()
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"model": {}}'], ids=["absent", "not-json", "not-a-tokenizer"])
+def test_unreadable_tokenizer(content):
+    assets = {} if content is None else {"tokenizer.json": content}
+    with pytest.raises(UserError, match=r"^some/model: .*tokenizer"):
+        store.build_tokenizer(assets, "some/model")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elbo_kto_jax.text.chat import load_tokenizer
+from elbo_kto_jax.checkpoint.huggingface import read_assets
+from elbo_kto_jax.checkpoint.store import build_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +18,7 @@ def goldens(golden_dir):
 
 @pytest.fixture(scope="session")
 def tokenizer(golden_dir):
-    return load_tokenizer(golden_dir / "tokenizer")
+    return build_tokenizer(read_assets(golden_dir / "tokenizer"), "tokenizer")
 
 
 @pytest.fixture

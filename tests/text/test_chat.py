@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from elbo_kto_jax.checkpoint.huggingface import read_assets
+from elbo_kto_jax.checkpoint.store import build_tokenizer
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text.chat import (
@@ -16,7 +18,6 @@ from elbo_kto_jax.text.chat import (
     encode_batch,
     encode_prompt,
     find_eot_id,
-    load_tokenizer,
 )
 from elbo_kto_jax.text.records import Record, read_records
 
@@ -162,7 +163,7 @@ def test_template_that_refuses_a_record_names_it(tokenizer):
 
 @pytest.mark.parametrize("part", ["tokenizer", "policy", "reference"])
 def test_golden_tokenizers_fit_the_model(golden_dir, model_config, part):
-    check_tokenizer(load_tokenizer(golden_dir / part), model_config, part)
+    check_tokenizer(build_tokenizer(read_assets(golden_dir / part), part), model_config, part)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +196,3 @@ def test_end_of_turn_must_exist(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "get_added_vocab", lambda self: {})
     with pytest.raises(UserError, match="no end-of-turn token"):
         find_eot_id(tokenizer, "x")
-
-
-@pytest.mark.parametrize("content", [None, "{", '{"model": {}}'], ids=["absent", "not-json", "not-a-tokenizer"])
-def test_unreadable_tokenizer(tmp_path, content):
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"^--config.model.path: .*tokenizer.json"):
-        load_tokenizer(tmp_path)
