@@ -4,13 +4,12 @@
 
 Both checkpoints answer the same prompts under identical decoding: options config.sampler.*, and random draws that
 depend on config.seed and the prompt's id alone. The judge "verifiable" needs, in each prompt record, the checkable
-`answer` (a string or a list of acceptable ones) and takes an optional `match`: "exact" (default), "contains" or "regex".
+`answer` (a string or a list of acceptable ones); `match` may be "exact" (default), "contains" or "regex".
 
-    DIR/comparisons.jsonl   one line per comparison: id, prompt, answer_a, answer_b, verdict ("A", "B" or "tie"), expected
+    DIR/comparisons.jsonl   per comparison: id, prompt, answer_a, answer_b, verdict ("A", "B" or "tie"), expected
     DIR/report.html         win rate with its interval, and the answers side by side
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -95,9 +94,7 @@ def _parser() -> cli.Flags:
     parser.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="records with what the judge needs")
     parser.add_argument("--out", required=True, metavar="DIR", help="where comparisons.jsonl and report.html go")
     parser.add_argument("--judge", choices=JUDGES, default="verifiable", help="default: %(default)s")
-    parser.add_argument(
-        "--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace earlier results"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     return parser
 
 
