@@ -88,15 +88,15 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
     try:
         loader.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
+        return config.copy_and_resolve_references().unlock()
     except UserError:
         raise
     except Exception as error:  # the file is the user's: whatever it raises is their error, not ours
         raise UserError(
             f"--config={spec}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from None
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
-    return config.copy_and_resolve_references().unlock()
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -118,7 +118,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
                 if text.lower() in ("true", "false")
                 else ast.literal_eval(text)
             )
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
             value = text
     with group.ignore_type():
         group[last] = value

@@ -179,7 +179,7 @@ def _build(cls, mapping: Any, path: str):
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in mapping:
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
+            close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean `{path}.{close[0]}`?" if close else f"known keys: {', '.join(hints)}"
             raise UserError(f"unknown config key `{path}.{key}`; {hint}")
     for key in hints:
