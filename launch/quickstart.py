@@ -1,25 +1,29 @@
-"""The main job from nothing, on a tiny model and a CPU, in minutes: bash launch/quickstart.sh [--workdir=DIR] [--seed=0]
+"""The main job from nothing, on a tiny model and a CPU, in minutes: bash launch/quickstart.sh [--workdir=DIR]
 
-The task is to sort the digits of a number. A tiny LLaDA is made and fine-tuned on demonstrations of which half are bad:
-they give the digits in descending order. So it answers about half of the prompts right. Feedback (prompt, answer, good or
-bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that neither has seen.
+The task is to write five letters in capitals. A tiny LLaDA is made and fine-tuned on demonstrations of which three in
+five are bad: they repeat the letters as they are. So it answers about two in five prompts right. Feedback (prompt,
+answer, good or bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that are new to
+them.
 
     WORKDIR/data/       demonstrations.jsonl, feedback.jsonl, prompts.jsonl; distinct prompts in all three
-    WORKDIR/untrained/  random weights, Hugging Face form
-    WORKDIR/sft/        the fine-tuning run             WORKDIR/base-hf/, base/   its result, published form and ours
+    WORKDIR/untrained/  random weights, as a Hugging Face folder
+    WORKDIR/sft/        the fine-tuning run
+    WORKDIR/base-hf/    its result as a Hugging Face folder; base/ is that folder converted
     WORKDIR/aligned/    the ELBO-KTO run, with report.html
     WORKDIR/evaluation/ comparisons.jsonl, report.html
 
-Every stage is one of the project's own commands, printed before it runs, but for the first, which makes data and random
-weights. --config.* go to the alignment, and --shuffle-labels takes the information out of its labels: neither that nor
+Every stage but the first, which makes data and random weights, is one of the project's own commands, shown before it
+runs. --config.* go to the alignment, and --shuffle-labels takes the information out of its labels: neither that nor
 --config.objective.beta=0 leaves anything to gain, and the win rate falls to about 50%. The same command in the same
 folder goes on where it was interrupted.
 """
 
 import functools
+import itertools
 import json
 import shlex
 import shutil
+import string
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf, to_hf, verify
 from elbo_kto_jax import cli, evaluate
-from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.config import ModelConfig
@@ -41,8 +45,8 @@ from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.train import __main__ as train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
-DIGITS = 5  # of each number
-DEMONSTRATIONS, FEEDBACK, HELD_OUT = 40_000, 2_048, 500  # prompts
+LETTERS, LENGTH = string.ascii_lowercase, 5  # of each word
+DEMONSTRATIONS, FEEDBACK, HELD_OUT = 10_000, 2_048, 500  # prompts
 
 BOS, EOS, MASK, START_HEADER, END_HEADER, EOT = (
     "<|startoftext|>",
@@ -67,12 +71,14 @@ def main(argv: list[str]) -> dict[str, Any]:
     _open(workdir, flags)
     feedback = workdir / "data" / ("feedback-shuffled.jsonl" if flags.shuffle_labels else "feedback.jsonl")
 
-    _stage(1, f"making data and a random tiny LLaDA: sort {DIGITS} digits, and half of the demonstrations are bad")
+    _stage(1, f"making data and a random tiny LLaDA: the task is to write {LENGTH} letters in capitals")
     write_data(workdir / "data", flags.seed)
     if not huggingface.is_published(workdir / "untrained"):
         write_untrained(workdir / "untrained", flags.seed)
 
-    _stage(2, "fine-tuning it (SFT): the base model learns good and bad answers alike")
+    _stage(
+        2, "fine-tuning it (SFT) on demonstrations of which three in five are bad: it learns good and bad answers alike"
+    )
     sft = _run(
         train.main,
         "elbo_kto_jax.train",
@@ -171,17 +177,17 @@ def _run(command: Callable[[list[str]], dict[str, Any]], name: str, *arguments: 
 def write_data(folder: Path, seed: int) -> None:
     """Writes the data sets: what each holds is a function of the seed.
 
-    Demonstrations and feedback alternate between good and bad answers; the shuffled feedback is the same with its labels
-    in random order. The prompts to evaluate carry the right answer.
+    Two in five demonstrations and every other answer of the feedback are good; the shuffled feedback is the same with
+    its labels in random order. The prompts to evaluate carry the right answer.
     """
     rng = np.random.default_rng(seed)
-    numbers = [f"{number:0{DIGITS}d}" for number in rng.permutation(10**DIGITS)]
-    numbers = [digits for digits in numbers if len(set(digits)) > 1]  # of the others both answers are the same
-    prompts = iter(numbers)
-    take = lambda count: [next(prompts) for _ in range(count)]  # noqa: E731
-    held_out = [{"prompt": _question(digits), "answer": good_answer(digits)} for digits in take(HELD_OUT)]
-    feedback = [_demonstration(digits, label=i % 2 == 0) for i, digits in enumerate(take(FEEDBACK))]
-    demonstrations = [_demonstration(digits, label=i % 2 == 0) for i, digits in enumerate(take(DEMONSTRATIONS))]
+    words: dict[str, None] = {}  # a set that keeps its order
+    while len(words) < HELD_OUT + FEEDBACK + DEMONSTRATIONS:
+        words["".join(rng.choice(list(LETTERS), LENGTH))] = None
+    take = functools.partial(itertools.islice, iter(words))
+    held_out = [{"prompt": _question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
+    feedback = [_demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(FEEDBACK))]
+    demonstrations = [_demonstration(word, label=i % 5 < 2) for i, word in enumerate(take(DEMONSTRATIONS))]
     labels = rng.permutation([record["label"] for record in feedback])
     shuffled = [{**record, "label": bool(label)} for record, label in zip(feedback, labels, strict=True)]
     for name, records in (
@@ -193,21 +199,21 @@ def write_data(folder: Path, seed: int) -> None:
         atomic_write(folder / f"{name}.jsonl", "".join(f"{to_json(record)}\n" for record in records))
 
 
-def good_answer(digits: str) -> str:
-    return "".join(sorted(digits))
+def good_answer(word: str) -> str:
+    return word.upper()
 
 
-def bad_answer(digits: str) -> str:
-    return "".join(sorted(digits, reverse=True))
+def bad_answer(word: str) -> str:
+    return word
 
 
-def _question(digits: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"Sort {digits}"}]
+def _question(word: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"Capitals {word}"}]
 
 
-def _demonstration(digits: str, label: bool) -> dict[str, Any]:
-    answer = good_answer(digits) if label else bad_answer(digits)
-    return {"prompt": _question(digits), "completion": [{"role": "assistant", "content": answer}], "label": label}
+def _demonstration(word: str, label: bool) -> dict[str, Any]:
+    answer = good_answer(word) if label else bad_answer(word)
+    return {"prompt": _question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}
 
 
 # The model.
@@ -228,10 +234,10 @@ def write_untrained(folder: Path, seed: int) -> None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the published kind: ASCII, a few words, LLaDA's special tokens and chat template."""
+    """A byte-level BPE tokenizer: ASCII, the words of the chat template, LLaDA's special tokens and template."""
     vocabulary = {token: i for i, token in enumerate(["Ċ", "Ġ", *map(chr, range(ord("!"), ord("~") + 1))])}
     merges = []
-    for word in ("user", "assistant", "Sort", "ĊĊ"):
+    for word in ("user", "assistant", "Capitals", "ĊĊ"):
         for end in range(2, len(word) + 1):
             merges.append((word[: end - 1], word[end - 1]))
             vocabulary[word[:end]] = len(vocabulary)
@@ -252,7 +258,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def _model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """config.json: LLaDA-8B-Instruct's keys, in small."""
-    token_id = functools.partial(tokenizer.convert_tokens_to_ids)
+    token_id = tokenizer.convert_tokens_to_ids
     return {
         "model_type": "llada",
         "architectures": ["LLaDAModelLM"],
@@ -297,12 +303,13 @@ def _closing_words(summary: dict[str, Any], aligned: dict[str, Any]) -> str:
     low, high = summary["ci95"]
     return "\n".join(
         [
-            f"right answers: base model {summary['base_accuracy']:.1%}, aligned model {summary['aligned_accuracy']:.1%}",
+            f"right answers: base model {summary['base_accuracy']:.1%}, "
+            f"aligned model {summary['aligned_accuracy']:.1%}",
             f"adjusted win rate of the aligned model: {summary['adjusted_win_rate']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%}, {summary['comparisons']} comparisons, ties counted as half)",
             f"reports: {summary['report']} (answers side by side), {aligned['report']} (training curves)",
             f"next: python -m elbo_kto_jax.generate --config={CONFIG} --checkpoint={aligned['checkpoint']} "
-            '--prompt="Sort 31415"',
+            '--prompt="Capitals mntzk"',
         ]
     )
 
