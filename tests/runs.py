@@ -1,4 +1,7 @@
-"""Runs of the real commands that take seconds: records of sorting tasks, and the flags that shrink configs/tiny.py."""
+"""Runs of the real commands that take seconds: records of sorting tasks, and the flags that shrink configs/tiny.py.
+
+What tests count on is set here, for the values of configs/tiny.py are tuned for the quickstart.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +11,14 @@ from typing import Any
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 SMALL = {
     "data.max_length": 32,
+    "objective.beta": 0.1,
+    "objective.desirable_weight": 1.0,
+    "objective.undesirable_weight": 1.0,
+    "objective.reference_point": "global_mean",
     "estimator.draws": 2,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_fraction": 0.03,
+    "train.epochs": 0,
     "train.steps": 5,
     "train.global_batch_size": 4,
     "train.microbatch_tokens": 32,
