@@ -4,7 +4,10 @@ The environment is set here, at import, because XLA reads it once, when jax is f
 hook checks only modules that are imported after it.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 NUM_CPU_DEVICES = 8
@@ -12,6 +15,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".strip()
 )
+
+# Many tests build the same program anew: it is compiled once, in a cache that goes with the session.
+_cache = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from jaxtyping import install_import_hook  # noqa: E402
 

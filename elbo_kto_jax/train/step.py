@@ -175,10 +175,14 @@ def build_programs(
         return grads, estimates.at[rows.slot_index].set(values, mode="drop")
 
     def update(state, grads):
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), grad_norm
+
+    def place_part(x: np.ndarray) -> Array:
+        """A leaf of Rows on the devices; each process hands over only the rows of its own devices."""
+        return jax.make_array_from_callback(x.shape, by_row, lambda index: x[index])
 
     param_shardings = shardings.params if shardings else None
     return Programs(
@@ -188,7 +192,7 @@ def build_programs(
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
-        place_rows=lambda rows: jax.tree.map(lambda x: jax.make_array_from_process_local_data(by_row, x), rows),
+        place_rows=lambda rows: jax.tree.map(place_part, rows),
         place=lambda tree: jax.device_put(tree, everywhere),
         objective=objective.name,
     )
