@@ -5,6 +5,7 @@ that is switched on and not implemented here is never ignored.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ class ModelConfig:
             value = mapping.get(key, default)
             if value is None:
                 raise UserError(f"{where}: `{key}` is missing; is this the config.json of a LLaDA checkpoint?")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or value != kind(value):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or value != kind(value):
                 raise UserError(f"{where}: `{key}`: expected a positive {kind.__name__}, got {value!r}")
             return kind(value)
 

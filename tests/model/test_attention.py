@@ -1,0 +1,81 @@
+"""model/attention.py: the formula in numpy, and the tiled form against it in values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elbo_kto_jax.model import attention
+
+
+def random_inputs(s, *, h=4, kv=2, b=2, e=6, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(b, s, n, e)), dtype) for n in (h, kv, kv)]
+
+
+def random_segments(s, *, b=2, seed=0):
+    """Runs of random lengths, and padding at the end of some rows."""
+    rng, rows = np.random.default_rng(seed), []
+    for r in range(b):
+        cuts = np.sort(rng.choice(np.arange(1, s), 3, replace=False))
+        ids = 1 + np.searchsorted(cuts, np.arange(s), side="right")
+        rows.append(np.where((ids == 4) & (r > 0), 0, ids))
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def naive(query, key, value, segment_ids):
+    """One query and one head at a time, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    b, s, h, e = query.shape
+    for r, i, head in np.ndindex(b, s, h):
+        seen = np.asarray(segment_ids[r] == segment_ids[r, i])
+        of = head // (h // key.shape[2])
+        scores = key[r, seen, of] @ query[r, i, head] / np.sqrt(e)
+        weights = np.exp(scores - scores.max())
+        out[r, i, head] = weights / weights.sum() @ value[r, seen, of]
+    return out
+
+
+@pytest.mark.parametrize("form", [attention.plain_attention, attention.block_attention])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_formula(monkeypatch, form, kv):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    inputs, segment_ids = random_inputs(21, kv=kv), random_segments(21)
+    is_real = np.asarray(segment_ids > 0)
+    assert not is_real.all()
+    found = np.asarray(form(*inputs, segment_ids))
+    np.testing.assert_allclose(found[is_real], naive(*inputs, segment_ids)[is_real], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("s", "kv", "dtype", "segments"),
+    [
+        (32, 2, "float32", True),
+        (37, 2, "float32", True),
+        (5, 4, "float32", True),
+        (37, 1, "float32", False),
+        (37, 2, "bfloat16", True),
+    ],
+)
+def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, segments):
+    """In values and gradients; rows shorter than a tile and rows that end within one."""
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    inputs = random_inputs(s, kv=kv, dtype=jnp.dtype(dtype))
+    segment_ids = random_segments(s) if segments else None
+    is_real = jnp.ones((2, s), bool) if segment_ids is None else segment_ids > 0
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32) * is_real[..., None, None]
+
+    def run(form):
+        @jax.jit
+        def value(*args):
+            out = form(*args, segment_ids)
+            return jnp.sum(weight * out), out * is_real[..., None, None]
+
+        gradients, out = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
+        assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(dtype)}
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    tolerance = 2e-5 if dtype == "float32" else 4e-2
+    for found, expected in zip(run(attention.block_attention), run(attention.plain_attention), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
