@@ -180,7 +180,9 @@ def _add_tile(x, j, tile):
 
 
 def _matmul(equation, a, b):
-    return jnp.einsum(equation, a, b, precision=_precision(a.dtype), preferred_element_type=jnp.float32)
+    # As float32, which changes no result: XLA for CPUs lacks some products of bfloat16 with float32 sums.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _precision(dtype) -> jax.lax.Precision | None:

@@ -2,8 +2,8 @@
 
     r_b  = B_theta(b) - B_ref(b)
     z0   = stop_gradient(mean of r over the global batch), or 0
-    s_b  = beta * (r_b - z0) for a desirable example, -beta * (r_b - z0) for an undesirable one
-    loss = mean_b lambda_b * (1 - sigmoid(s_b))
+    s_b  = beta * (r_b - z0)
+    loss = mean_b lambda_b * (1 - sigmoid(+s_b if desirable else -s_b))
 
 Everything here is float32 over [b] arrays; b is padded to a static size and `is_example` is False on the padding.
 """
@@ -40,13 +40,13 @@ def loss_and_cotangent(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Loss:
-    """The KTO loss of METHOD 2 and c_b = -sign_b * lambda_b * beta * sigmoid'(s_b) / (number of examples)."""
+    """The KTO loss of METHOD 2 and c_b = -+lambda_b beta sigmoid'(s_b) / b, minus where desirable."""
     sign = jnp.where(is_desirable, 1.0, -1.0)
     weight = jnp.where(is_desirable, desirable_weight, undesirable_weight) * is_example
-    logit = sign * beta * (reward - z0)
+    logit = beta * (reward - z0)
     count = jnp.sum(is_example)
-    loss = jnp.sum(weight * jax.nn.sigmoid(-logit)) / count
-    slope = jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)  # sigmoid'(s), exact where s is large
+    loss = jnp.sum(weight * jax.nn.sigmoid(-sign * logit)) / count
+    slope = jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)  # sigmoid'(s) = sigmoid'(-s), exact where s is large
     return Loss(loss, -sign * weight * beta * slope / count, logit)
 
 
