@@ -2,7 +2,7 @@
 
 `tiny.py:sft` is the fine-tuning that makes the quickstart's starting model, `tiny.py` the alignment of that. The values
 were chosen on the quickstart's task, where every example has 24 tokens; those of the method itself are kto_mix.py's,
-but for beta and the weight of undesirable answers.
+but for beta.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 # tens of nats away from the reference, where a tiny model has lost good answers along with bad ones.
                 "beta": 1.0,
                 "desirable_weight": 1.0,
-                "undesirable_weight": 0.3,  # for the same reason: pushed away from bad answers, it forgets good ones
+                "undesirable_weight": 1.0,
                 "reference_point": "global_mean",
             },
             "estimator": {
@@ -44,7 +44,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
             "reference": {"mode": "precomputed", "path": ""},  # "": the model that training starts from
             "optimizer": {
                 # From random weights, and as far as a tiny model bears; then an alignment that keeps what was learnt.
-                "learning_rate": 5e-3 if fine_tuning else 2e-4,
+                "learning_rate": 5e-3 if fine_tuning else 1e-4,
                 "warmup_fraction": 0.1 if fine_tuning else 0.03,
                 "b1": 0.9,
                 "b2": 0.95,
@@ -53,10 +53,10 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
             },
             "train": {
                 "epochs": 0,  # `steps` counts
-                "steps": 150 if fine_tuning else 60,
+                "steps": 400 if fine_tuning else 60,
                 "global_batch_size": 64 if fine_tuning else 32,  # with the draws, 64 sequences a step
                 "microbatch_tokens": 1664,  # 13 rows, which hold them
-                "checkpoint_every": 50,
+                "checkpoint_every": 100,
                 "eval_every": 0,
                 "log_every": 1,
                 "samples": 4,
