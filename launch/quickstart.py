@@ -1,9 +1,8 @@
 """The main job from nothing, on a tiny model and a CPU, in minutes: bash launch/quickstart.sh [--workdir=DIR]
 
-The task is to write five letters in capitals. A tiny LLaDA is made and fine-tuned on demonstrations of which three in
-five are bad: they repeat the letters as they are. So it answers about two in five prompts right. Feedback (prompt,
-answer, good or bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that are new to
-them.
+The task is to write five letters in capitals. A tiny LLaDA is made and fine-tuned on demonstrations of which half are
+bad: they repeat the letters as they are. So it answers about half of the prompts right. Feedback (prompt, answer, good
+or bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that are new to them.
 
     WORKDIR/data/       demonstrations.jsonl, feedback.jsonl, prompts.jsonl; distinct prompts in all three
     WORKDIR/untrained/  random weights, as a Hugging Face folder
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         write_untrained(workdir / "untrained", flags.seed)
 
     _stage(
-        2, "fine-tuning it (SFT) on demonstrations of which three in five are bad: it learns good and bad answers alike"
+        2, "fine-tuning it (SFT) on demonstrations of which half are bad: it learns good and bad answers alike"
     )
     sft = _run(
         train.main,
@@ -177,8 +176,8 @@ def _run(command: Callable[[list[str]], dict[str, Any]], name: str, *arguments: 
 def write_data(folder: Path, seed: int) -> None:
     """Writes the data sets: what each holds is a function of the seed.
 
-    Two in five demonstrations and every other answer of the feedback are good; the shuffled feedback is the same with
-    its labels in random order. The prompts to evaluate carry the right answer.
+    Every other answer of the demonstrations and of the feedback is good; the shuffled feedback is the same with its
+    labels in random order. The prompts to evaluate carry the right answer.
     """
     rng = np.random.default_rng(seed)
     words: dict[str, None] = {}  # a set that keeps its order
@@ -187,7 +186,7 @@ def write_data(folder: Path, seed: int) -> None:
     take = functools.partial(itertools.islice, iter(words))
     held_out = [{"prompt": _question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
     feedback = [_demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(FEEDBACK))]
-    demonstrations = [_demonstration(word, label=i % 5 < 2) for i, word in enumerate(take(DEMONSTRATIONS))]
+    demonstrations = [_demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(DEMONSTRATIONS))]
     labels = rng.permutation([record["label"] for record in feedback])
     shuffled = [{**record, "label": bool(label)} for record, label in zip(feedback, labels, strict=True)]
     for name, records in (
