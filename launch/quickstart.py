@@ -75,9 +75,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     if not huggingface.is_published(workdir / "untrained"):
         write_untrained(workdir / "untrained", flags.seed)
 
-    _stage(
-        2, "fine-tuning it (SFT) on demonstrations of which half are bad: it learns good and bad answers alike"
-    )
+    _stage(2, "fine-tuning it (SFT) on demonstrations of which half are bad: it learns good and bad answers alike")
     sft = _run(
         train.main,
         "elbo_kto_jax.train",

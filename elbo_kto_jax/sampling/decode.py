@@ -84,7 +84,11 @@ def generate(
       UserError: options that exclude each other or are not available.
       ValueError: the arguments do not fit together.
     """
-    _check(options, prompts, prompt_ids, eot_id)
+    check_options(options)
+    if options.confidence_eos_eot_inf and eot_id is None:
+        raise ValueError("eot_id: confidence_eos_eot_inf needs the id of the end-of-turn token")
+    if len(prompts) != len(prompt_ids):
+        raise ValueError(f"prompt_ids: expected one per prompt, {len(prompts)}, got {len(prompt_ids)}")
     shards = 1 if mesh is None else rules.row_shards(mesh)
     rows = -(-min(options.batch_size, len(prompts)) // shards) * shards
     place = functools.partial(jax.device_put, device=None if mesh is None else rules.row_sharding(mesh))
@@ -112,6 +116,24 @@ def generate(
     return result._replace(forward_passes=passes)
 
 
+def check_options(options: Sampler) -> None:
+    """Refuses settings that `generate` cannot follow.
+
+    Raises:
+      UserError: settings that exclude each other or are not available.
+      ValueError: lengths that do not divide (a config file with such is refused where it is read).
+    """
+    if options.cache != "none":
+        raise UserError(f"config.sampler.cache: {options.cache!r} is not available yet; set it to 'none'")
+    if options.threshold and options.remasking == "random":
+        raise UserError("config.sampler.threshold: compares confidences, which remasking='random' ignores; set it to 0")
+    if options.gen_length % options.block_length or options.steps % (options.gen_length // options.block_length):
+        raise ValueError(
+            "options: expected block_length to divide gen_length, and the number of blocks to divide steps, got "
+            f"{options.block_length}, {options.gen_length}, {options.steps}"
+        )
+
+
 def cut_response(response: Int32[np.ndarray, " g"], stop_ids: Sequence[int]) -> Int32[np.ndarray, " m"]:
     """The response up to its first end-of-text or end-of-turn token, without it."""
     (stops,) = np.nonzero(np.isin(response, np.asarray(stop_ids, np.int32)))
@@ -124,22 +146,6 @@ def to_text(response: Int32[np.ndarray, " g"], tokenizer: PreTrainedTokenizerBas
 
 
 # The host's part: batches.
-
-
-def _check(options: Sampler, prompts: Sequence, prompt_ids: Sequence[str], eot_id: int | None) -> None:
-    if options.cache != "none":
-        raise UserError(f"config.sampler.cache: {options.cache!r} is not available yet; set it to 'none'")
-    if options.threshold and options.remasking == "random":
-        raise UserError("config.sampler.threshold: compares confidences, which remasking='random' ignores; set it to 0")
-    if options.gen_length % options.block_length or options.steps % (options.gen_length // options.block_length):
-        raise ValueError(
-            "options: expected block_length to divide gen_length, and the number of blocks to divide steps, got "
-            f"{options.block_length}, {options.gen_length}, {options.steps}"
-        )
-    if options.confidence_eos_eot_inf and eot_id is None:
-        raise ValueError("eot_id: confidence_eos_eot_inf needs the id of the end-of-turn token")
-    if len(prompts) != len(prompt_ids):
-        raise ValueError(f"prompt_ids: expected one per prompt, {len(prompts)}, got {len(prompt_ids)}")
 
 
 def _batches(prompt_lengths: Sequence[int], gen_length: int, rows: int) -> list[tuple[int, list[int]]]:
@@ -344,14 +350,25 @@ def _predict(
     token = jnp.argmax(_add_noise(scores, keys, options.temperature), axis=-1).astype(jnp.int32)
     if options.confidence_eos_eot_inf:  # after the choice: these tokens stay possible, but are written last
         scores = scores.at[..., jnp.array([eos_id, eot_id])].set(-jnp.inf)
-    chosen = jnp.take_along_axis(scores, token[..., None], axis=-1)[..., 0]
-    log_confidence = chosen - jax.nn.logsumexp(scores, axis=-1)
+    log_confidence = _log_probability(scores, token)
     if options.remasking == "random":
         draw = lambda key: jax.random.uniform(jax.random.fold_in(key, _PRIORITY))  # noqa: E731
         priority = jax.vmap(jax.vmap(draw))(keys)
     else:
         priority = jnp.maximum(log_confidence, _LEAST)
     return _Guess(token, log_confidence, priority)
+
+
+def _log_probability(scores: Float32[Array, "b c v"], token: Int[Array, "b c"]) -> Float32[Array, "b c"]:
+    """log softmax(scores)[token], exact to float32's precision near 0 as well.
+
+    A trained model is sure of many tokens at once; in float32 their log-softmax, or their probability, would round to
+    the same number, and the order in which they are written would be lost.
+    """
+    chosen = jnp.take_along_axis(scores, token[..., None], axis=-1)
+    is_other = jnp.arange(scores.shape[-1]) != token[..., None]
+    odds_against = jnp.sum(jnp.where(is_other, jnp.exp(scores - chosen), 0.0), axis=-1)
+    return jnp.where(jnp.isneginf(chosen[..., 0]), -jnp.inf, -jnp.log1p(odds_against))
 
 
 _NOISE, _PRIORITY = 0, 1  # the two random draws at a position

@@ -47,6 +47,7 @@ def answer(source: str, records: Sequence[Record], config: Config, *, flag: str)
     Raises:
       UserError: the checkpoint is not usable, or a prompt does not fit into it.
     """
+    decode.check_options(config.sampler)
     model_config, assets = store.load_config(source, flag)
     tokenizer = store.build_tokenizer(assets, source)
     chat.check_tokenizer(tokenizer, model_config, source)

@@ -15,6 +15,7 @@ from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
 from elbo_kto_jax.text.examples import load_examples
@@ -89,6 +90,7 @@ def prepare(
     model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
     check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
+    check_options(config.sampler)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)

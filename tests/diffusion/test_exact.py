@@ -5,28 +5,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
 from elbo_kto_jax.model.llada import LLaDA
 
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
-def test_golden_elbo(golden_dir, which):
-    golden = np.load(golden_dir / "goldens.npz")
-    prompt, answer = golden["exact.prompt"], golden["exact.answer"]
+def test_golden_elbo(golden, which):
+    arrays = golden.arrays
+    prompt, answer = arrays["exact.prompt"], arrays["exact.answer"]
     masks = all_masks(len(answer))
-    np.testing.assert_array_equal(masks, golden["exact.mask"])
+    np.testing.assert_array_equal(masks, arrays["exact.mask"])
 
-    model = store.load_model(str(golden_dir / which))
-    hidden = np.where(masks, model.config.mask_token_id, answer)
+    hidden = np.where(masks, golden.config.mask_token_id, answer)
     tokens = np.concatenate([np.broadcast_to(prompt, (len(masks), len(prompt))), hidden], axis=1)
-    logits = LLaDA(model.config).apply({"params": model.params}, jnp.asarray(tokens), method="logits")[:, len(prompt) :]
+    logits = LLaDA(golden.config).apply({"params": getattr(golden, which)}, jnp.asarray(tokens), method="logits")[
+        :, len(prompt) :
+    ]
     log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(answer)), answer]
     log_probs = np.where(masks, log_probs, 0.0)
 
-    np.testing.assert_allclose(log_probs[masks], golden[f"exact.{which}.logp"][masks], atol=1e-4)
+    np.testing.assert_allclose(log_probs[masks], arrays[f"exact.{which}.logp"][masks], atol=1e-4)
     elbo = (exact_weights(masks) * log_probs.sum(axis=1)).sum()
-    np.testing.assert_allclose(elbo, golden[f"exact.{which}.elbo"], atol=1e-4)
+    np.testing.assert_allclose(elbo, arrays[f"exact.{which}.elbo"], atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, MAX_LENGTH])

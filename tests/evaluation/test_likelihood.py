@@ -1,41 +1,32 @@
 """evaluation/likelihood.py against the golden likelihoods (METHOD 7)."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.evaluation.likelihood import stratified_counts
 from elbo_kto_jax.model.llada import LLaDA
 
 
-@pytest.fixture(scope="module")
-def goldens(golden_dir):
-    return np.load(golden_dir / "goldens.npz"), json.loads((golden_dir / "goldens.json").read_text())["likelihood"]
-
-
-def test_golden_counts(goldens):
-    arrays, described = goldens
+def test_golden_counts(golden):
+    arrays, described = golden.arrays, golden.described["likelihood"]
     for j, case in enumerate(described):
         counts, length, batch = arrays[f"likelihood.{j}.l"], len(arrays[f"likelihood.{j}.answer"]), case["batch_size"]
         expected = [stratified_counts(int(counts[at]), length, batch) for at in range(0, len(counts), batch)]
         np.testing.assert_array_equal(np.concatenate(expected), counts)
 
 
-def test_golden_values(goldens, golden_dir):
+def test_golden_values(golden):
     """The masks hide what the counts say, and their estimates average to the golden likelihood."""
-    arrays, described = goldens
-    policy = store.load_model(str(golden_dir / "policy"))
-    for j in range(len(described)):
+    arrays = golden.arrays
+    for j in range(len(golden.described["likelihood"])):
         prompt, answer = arrays[f"likelihood.{j}.prompt"], arrays[f"likelihood.{j}.answer"]
         counts, mask = arrays[f"likelihood.{j}.l"], arrays[f"likelihood.{j}.mask"]
         np.testing.assert_array_equal(mask[:, len(prompt) :].sum(axis=1), counts)
         whole = np.concatenate([prompt, answer])
-        tokens = np.where(mask, policy.config.mask_token_id, whole)
-        logits = LLaDA(policy.config).apply({"params": policy.params}, jnp.asarray(tokens), method="logits")
+        tokens = np.where(mask, golden.config.mask_token_id, whole)
+        logits = LLaDA(golden.config).apply({"params": golden.policy}, jnp.asarray(tokens), method="logits")
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(whole)), whole]
         value = np.mean(len(answer) / counts * (log_probs * mask).sum(axis=1))
         np.testing.assert_allclose(value, arrays[f"likelihood.{j}.value"], atol=1e-3)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import config as configs
+from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
 from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import find_eot_id, load_tokenizer
+from elbo_kto_jax.text.chat import find_eot_id
 
 GOLDEN_CONFIGS = ("block8", "pure", "cfg", "uneven", "logits_eos_inf", "confidence_eos_eot_inf")
 DEFAULT = Sampler(
@@ -53,24 +54,21 @@ def options(**changes) -> Sampler:
     return dataclasses.replace(DEFAULT, **changes)
 
 
-def tiny_model(seed: int, boost: float):
-    """A random model with logits far from uniform; those of mask, end-of-text and end-of-turn are scaled by `boost`."""
-    model = LLaDA(TINY)
-    params = jax.tree.map(lambda leaf: leaf * 12, init_params(model, jax.random.key(seed)))
-    scale = jnp.ones(TINY.embedding_size).at[jnp.array([TINY.mask_token_id, TINY.eos_token_id, TINY_EOT])].set(boost)
-    params["head"]["kernel"] = params["head"]["kernel"] * scale
-    return model, params
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    return build_tokenizer(load_config(golden.folder / "policy")[1], "policy")
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_model(seed=1, boost=1.5)
-
-
-@pytest.fixture(scope="module")
-def eventful():
-    """One that writes mask tokens and takes them up again, and whose responses every option changes (tested below)."""
-    return tiny_model(seed=2, boost=2.5)
+    """A model and parameters that predict many tokens, the mask token and both stop tokens among them, and whose
+    responses every option changes (tested below)."""
+    model = LLaDA(TINY)
+    params = jax.tree.map(lambda leaf: leaf * 6, init_params(model, jax.random.key(8)))
+    special = jnp.array([TINY.mask_token_id, TINY.eos_token_id, TINY_EOT])
+    boost = jnp.ones(TINY.embedding_size).at[special].set(1.5)
+    params["head"]["kernel"] = params["head"]["kernel"] * boost
+    return model, params
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ def run(tiny, prompts, sampler, names=None, seed=0, mesh=None):
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "among others"])
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
-def test_golden_responses(golden, monkeypatch, name, alone):
+def test_golden_responses(golden, tokenizer, monkeypatch, name, alone):
     described = golden.described["sampling"]
     count = len(described["prompts"])
     prompts = [golden.arrays[f"sampling.{i}.prompt"] for i in range(count)]
@@ -105,7 +103,7 @@ def test_golden_responses(golden, monkeypatch, name, alone):
         sampler,
         seed=0,
         prompt_ids=[str(i) for i in range(len(prompts + strangers))],
-        eot_id=find_eot_id(load_tokenizer(golden.folder / "tokenizer"), "tokenizer"),
+        eot_id=find_eot_id(tokenizer, "policy"),
     )
     for i, prompt in enumerate(prompts):
         expected = golden.arrays[f"sampling.{i}.{name}"][len(prompt) :]
@@ -180,40 +178,40 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_published_algorithm(eventful, tiny_prompts, case):
+def test_equals_the_published_algorithm(tiny, tiny_prompts, case):
     sampler = options(**CASES[case])
-    responses = run(eventful, tiny_prompts, sampler)
+    responses = run(tiny, tiny_prompts, sampler)
     for i, prompt in enumerate(tiny_prompts):
-        tokens, written_at, _, _ = published(eventful, prompt, sampler)
+        tokens, written_at, _, _ = published(tiny, prompt, sampler)
         np.testing.assert_array_equal(responses.tokens[i], tokens, err_msg=f"prompt {i}")
         np.testing.assert_array_equal(responses.written_at[i], written_at, err_msg=f"prompt {i}")
 
 
-def test_the_cases_contain_what_they_are_about(eventful, tiny_prompts):
+def test_the_cases_contain_what_they_are_about(tiny, tiny_prompts):
     """Some prompt has a mask token written and taken up again; every option changes some response."""
-    plain = [published(eventful, prompt, DEFAULT) for prompt in tiny_prompts]
+    plain = [published(tiny, prompt, DEFAULT) for prompt in tiny_prompts]
     assert any(wrote_mask for *_, wrote_mask in plain)
     for case in ("more steps than positions", "late end of text", "guided", "threshold"):
-        changed = [published(eventful, prompt, options(**CASES[case])) for prompt in tiny_prompts]
+        changed = [published(tiny, prompt, options(**CASES[case])) for prompt in tiny_prompts]
         assert any((a[1] != b[1]).any() for a, b in zip(plain, changed, strict=True)), case
 
 
-def test_forward_passes_count_the_steps_that_batches_need(eventful, tiny_prompts):
+def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
     sampler = options(**CASES["threshold"])
-    steps = [published(eventful, prompt, sampler)[2] for prompt in tiny_prompts]
+    steps = [published(tiny, prompt, sampler)[2] for prompt in tiny_prompts]
     assert len(set(steps)) > 1
     # With one block a batch runs as long as its slowest prompt; what fills up the last batch adds nothing.
     rows = sampler.batch_size
     expected = sum(max(steps[at : at + rows]) for at in range(0, len(steps), rows))
-    assert run(eventful, tiny_prompts, sampler).forward_passes == expected
+    assert run(tiny, tiny_prompts, sampler).forward_passes == expected
     batches = -(-len(tiny_prompts) // rows)
-    assert run(eventful, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
+    assert run(tiny, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
     guided = options(**CASES["guided"])
-    assert run(eventful, tiny_prompts, guided).forward_passes == 2 * batches * guided.steps
+    assert run(tiny, tiny_prompts, guided).forward_passes == 2 * batches * guided.steps
 
 
 def test_confidence_is_the_probability_of_the_token_when_it_was_written(tiny, tiny_prompts):
-    responses = run(tiny, tiny_prompts, options(temperature=1.0))
+    responses = run(tiny, tiny_prompts, options(temperature=4.0))
     for prompt, tokens, written_at, confidence in zip(tiny_prompts, *responses[:3], strict=True):
         for i in np.flatnonzero(written_at >= 0):
             # A position that held the mask token for a while was masked until its last writing all the same.
@@ -258,7 +256,7 @@ def test_a_prompt_gets_the_same_on_any_number_of_devices(tiny, tiny_prompts, cpu
 
 
 def test_seed_and_name_change_the_draws(tiny, tiny_prompts):
-    sampler = options(temperature=1.0)
+    sampler = options(temperature=4.0)
     prompt = [tiny_prompts[1]] * 4
     first = run(tiny, prompt, sampler, list("aabc"))
     assert (first.tokens[0] == first.tokens[1]).all()
@@ -290,6 +288,16 @@ def test_tokens_are_drawn_from_the_tempered_softmax(temperature):
     assert ((counts - expected)[:4] ** 2 / expected[:4]).sum() < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
     # The confidence stays that of the untempered softmax.
     np.testing.assert_allclose(guess.log_confidence, jax.nn.log_softmax(logits)[guess.token], rtol=1e-5)
+
+
+def test_confidences_near_one_stay_apart():
+    """Where float32 probabilities, and differences of logits and their logsumexp, would all be 1."""
+    others = np.array([-20.0, -19.0, -25.0, -np.inf], np.float32)
+    scores = jnp.array([[0.0, other, -30.0] for other in others])[None]
+    first = jnp.zeros((1, len(others)), jnp.int32)
+    expected = -np.log1p(np.exp(others.astype(np.float64)) + np.exp(-30.0))
+    np.testing.assert_allclose(decode._log_probability(scores, first)[0], expected, rtol=1e-5)
+    assert decode._log_probability(scores, first + 1)[0, 3] == -np.inf
 
 
 # Cost.
@@ -343,10 +351,9 @@ def test_refuses_late_end_of_turn_without_its_id(tiny, tiny_prompts):
         decode.generate(model, params, tiny_prompts[:1], options(confidence_eos_eot_inf=True), seed=0, prompt_ids=["a"])
 
 
-def test_text_ends_before_the_first_stop_token(golden):
-    tokenizer = load_tokenizer(golden.folder / "tokenizer")
+def test_text_ends_before_the_first_stop_token(tokenizer):
     words = tokenizer(" the end")["input_ids"]
-    eos, eot = tokenizer.eos_token_id, find_eot_id(tokenizer, "tokenizer")
+    eos, eot = tokenizer.eos_token_id, find_eot_id(tokenizer, "policy")
     for stop in (eos, eot):
         response = np.array([*words, stop, *words, eos], np.int32)
         assert decode.to_text(response, tokenizer, [eos, eot]) == " the end"

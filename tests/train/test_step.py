@@ -1,7 +1,5 @@
 """train/step.py: golden values, exactness, and independence of how the work is split."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +40,13 @@ def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE
 
 def scored(programs, params, batch) -> np.ndarray:
     return np.asarray(step.score(programs, params, [programs.place_rows(rows) for rows in batch.micro_batches]))
+
+
+def rewards_and_loss(programs, params, reference, batch) -> dict:
+    """The metrics of a step without its gradient."""
+    micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
+    estimates = step.score(programs, params, micro_batches)
+    return step.batch_loss(programs, estimates, reference, batch, micro_batches)[1]
 
 
 def gradient_and_metrics(model, params, reference, batch, *, objective, draws):
@@ -138,23 +143,33 @@ def test_golden_learning_rate(golden):
 # ---- exactness ----
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", [ONE_DEVICE, config.Mesh(2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "packed", "sizes"),
+    [
+        ("float32", True, ONE_DEVICE),
+        ("float32", False, ONE_DEVICE),
+        ("bfloat16", True, ONE_DEVICE),
+        ("bfloat16", False, ONE_DEVICE),
+        ("bfloat16", True, config.Mesh(2, 2, 2)),
+    ],
+    ids=str,
+)
 def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes):
     """Online, and precomputed by another instance of the programs."""
-    model, params, draws = tiny.model(dtype), tiny.params(0), 2
     data = TrainingData(
-        tiny.examples(6), tiny.layout(4, packed), estimator=config.Estimator(draws, "uniform"), batch_size=6, seed=0
+        tiny.examples(6), tiny.layout(4, packed), estimator=config.Estimator(2, "uniform"), batch_size=6, seed=0
     )
-    kwargs = {"num_examples": 6, "draws": draws, "objective": tiny.KTO, "sizes": sizes}
     batch = data.batch(0)
-    other, frozen = setup(model, params, KEEP_GRADIENT, **kwargs)
+    (programs, state), (other, frozen) = (
+        setup(
+            tiny.model(dtype), tiny.params(0), KEEP_GRADIENT, num_examples=6, draws=2, objective=tiny.KTO, sizes=sizes
+        )
+        for _ in range(2)
+    )
     for reference in (frozen.params, scored(other, frozen.params, batch)):
-        programs, state = setup(model, params, KEEP_GRADIENT, **kwargs)
-        _, metrics = step.train_step(programs, state, batch, reference)
+        metrics = rewards_and_loss(programs, state.params, reference, batch)
         np.testing.assert_array_equal(metrics["reward"], np.zeros(6))
-        assert metrics["grad_norm"] > 0  # c_b is not zero where the reward is
+        np.testing.assert_allclose(metrics["loss"], 0.5 * (4 * 1.33 + 2 * 0.75) / 6, rtol=1e-6)
 
 
 def test_estimates_do_not_depend_on_the_layout():
@@ -180,14 +195,15 @@ def plain_kto_loss(estimates, reference, label, objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "scheme", "batch_size"),
+    ("objective", "scheme", "batch_size", "dtype"),
     [
-        (tiny.KTO, "uniform", 5),  # 3 examples in a batch of 5: the last of an epoch
-        (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero"), "bernoulli", 3),
-        (tiny.SFT, "complementary", 5),
+        (tiny.KTO, "uniform", 5, "float32"),  # 3 examples in a batch of 5: the last of an epoch
+        (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero"), "bernoulli", 3, "float32"),
+        (tiny.SFT, "complementary", 5, "float32"),
+        (tiny.SFT, "complementary", 5, "bfloat16"),
     ],
 )
-def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size):
+def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size, dtype):
     examples, estimator = tiny.examples(3), config.Estimator(3, scheme)
     params, reference = tiny.params(0), tiny.params(1)
     data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=batch_size, seed=0)
@@ -205,28 +221,32 @@ def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size):
 
     loss, expected = plain(params)
     gradient, metrics = gradient_and_metrics(
-        tiny.model(),
+        tiny.model(dtype),
         params,
         None if objective.name == "sft" else reference,
         data.batch(0),
         objective=objective,
         draws=estimator.draws,
     )
-    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-    assert_same_gradient(gradient, expected)
+    if dtype == "bfloat16":  # 8 bits of mantissa
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-2)
+        assert relative_distance(gradient, expected) <= 5e-2
+    else:
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        assert_same_gradient(gradient, expected)
 
 
-def test_reference_point_is_the_mean_over_the_global_batch():
+@pytest.mark.parametrize("rows", [1, 16])
+def test_reference_point_is_the_mean_over_the_global_batch(rows):
     """However many micro-batches the batch takes, and without its padding."""
-    examples, estimator = tiny.examples(5), config.Estimator(2, "uniform")
-    for rows, batch_size in itertools.product((1, 16), (5, 7)):
-        data = TrainingData(examples, tiny.layout(rows, False), estimator=estimator, batch_size=batch_size, seed=0)
-        _, metrics = gradient_and_metrics(
-            tiny.model(), tiny.params(0), tiny.params(1), data.batch(0), objective=tiny.KTO, draws=2
-        )
-        reward = np.asarray(metrics["reward"])[:5]
-        assert np.ptp(reward) > 0.1
-        np.testing.assert_allclose(metrics["reference_point"], reward.mean(), rtol=1e-5)
+    data = TrainingData(
+        tiny.examples(5), tiny.layout(rows, False), estimator=config.Estimator(2, "uniform"), batch_size=7, seed=0
+    )
+    programs, state = setup(tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=7, draws=2, objective=tiny.KTO)
+    metrics = rewards_and_loss(programs, state.params, tiny.params(1), data.batch(0))
+    reward = np.asarray(metrics["reward"])[:5]
+    assert np.ptp(reward) > 0.1
+    np.testing.assert_allclose(metrics["reference_point"], reward.mean(), rtol=1e-5)
 
 
 # ---- how the work is split changes nothing ----

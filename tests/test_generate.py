@@ -1,0 +1,98 @@
+"""The command `generate`, on the policy of the golden folder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from elbo_kto_jax import generate
+from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.sampling.decode import to_text
+from elbo_kto_jax.text.chat import encode_prompt, find_eot_id
+from tests.conftest import PROJECT_ROOT
+
+GEN_LENGTH = 4
+MESSAGES = [{"role": "user", "content": "Name a colour."}]
+RECORDS = [
+    {"id": "a", "prompt": MESSAGES},
+    {"id": 7, "prompt": "Once upon a time"},
+    {"prompt": MESSAGES, "label": True},
+]
+
+
+@pytest.fixture
+def tokenizer(golden_dir):
+    return build_tokenizer(load_config(golden_dir / "policy")[1], "policy")
+
+
+@pytest.fixture
+def command(golden_dir, tmp_path):
+    """Runs the command, on records where some are given; returns (summary, output lines)."""
+
+    def run(*flags, records=None):
+        out = tmp_path / "out.jsonl"
+        argv = [f"--config={PROJECT_ROOT / 'configs' / 'tiny.py'}", f"--checkpoint={golden_dir / 'policy'}"]
+        argv += [f"--config.sampler.{key}={GEN_LENGTH}" for key in ("gen_length", "steps", "block_length")]
+        argv += ["--config.sampler.temperature=0"]
+        argv += ["--config.sampler.temperature=0", "--config.sampler.remasking=low_confidence"]
+        if records is not None:
+            prompts = tmp_path / "prompts.jsonl"
+            prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+            argv += [f"--prompts={prompts}"]
+        summary = generate.main([*argv, f"--out={out}", *flags])
+        return summary, [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run
+
+
+def test_answers_every_record_in_order(command, tokenizer):
+    summary, lines = command(records=RECORDS)
+    stop_ids = [tokenizer.eos_token_id, find_eot_id(tokenizer, "tokenizer")]
+    assert [line["id"] for line in lines[:2]] == ["a", "7"]
+    for record, line in zip(RECORDS, lines, strict=True):
+        assert line["prompt_ids"] == encode_prompt(tokenizer, record["prompt"])
+        assert len(line["response_ids"]) == GEN_LENGTH
+        assert line["response"] == to_text(np.array(line["response_ids"], np.int32), tokenizer, stop_ids)
+    assert lines[0]["response_ids"] == lines[2]["response_ids"]  # temperature 0: the same prompt, the same answer
+    assert summary["prompts"] == len(RECORDS)
+    assert summary["forward_passes"] == GEN_LENGTH
+    assert summary["tokens_per_second"] > 0
+
+
+def test_prompts_of_flags_are_user_messages_and_their_answers_are_printed(command, tokenizer, capsys):
+    summary, lines = command("--prompt=Name a colour.", "--prompt=Name a colour.")
+    assert [line["prompt_ids"] for line in lines] == [encode_prompt(tokenizer, MESSAGES)] * 2
+    assert len({line["id"] for line in lines}) == 2
+    assert capsys.readouterr().out == "\n\n".join(line["response"] for line in lines) + "\n"
+    assert summary["prompts"] == 2
+
+
+def test_an_existing_file_is_replaced_only_on_demand(command, tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(UserError, match="--overwrite"):
+        command(records=RECORDS)
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+    _, lines = command("--overwrite", records=RECORDS)
+    assert len(lines) == len(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "records", "message"),
+    [
+        (
+            [f"--config.sampler.{key}=100000" for key in ("gen_length", "block_length")],
+            RECORDS,
+            "jsonl:1.*`prompt`.*at most -",
+        ),
+        (["--config.sampler.cache=dual"], RECORDS, "config.sampler.cache"),
+        ([], [{"id": "a"}], "jsonl:1.*`prompt`"),
+        (["--prompt="], None, "--prompt: empty"),
+        ([], None, "--prompts --prompt"),
+        (["--out="], RECORDS, "--out: missing"),
+    ],
+)
+def test_wrong_input_is_named(command, tmp_path, flags, records, message):
+    with pytest.raises(UserError, match=message):
+        command(*flags, records=records)
+    assert not (tmp_path / "out.jsonl").exists()
