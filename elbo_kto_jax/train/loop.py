@@ -164,14 +164,13 @@ class _Run:
                         step + 1, TrainingState(*state, progress=dict(self.progress)), self.setup.assets
                     )
                 if stopping and not last:
-                    self.checkpoints.wait()
                     raise Interrupted(
                         f"saved at step {step + 1} of {self.total_steps}; the same command goes on from there"
                     )
         finally:
             bar.close()
             metrics_log.close()
-        self.checkpoints.wait()
+            self.checkpoints.wait()  # whatever ends the run, a save that was started is finished
         return state
 
     def evaluate(self, params: Params, reference: Reference) -> dict:
