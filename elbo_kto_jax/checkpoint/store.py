@@ -303,7 +303,7 @@ class _AssetsHandler(ocp.CheckpointHandler):
                 (directory / name).write_bytes(content)
 
     def restore(self, directory: epath.Path, args: Any = None):
-        raise NotImplementedError("assets are plain files: read them")
+        return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 @ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)
