@@ -93,7 +93,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
         return config.copy_and_resolve_references().unlock()
     except UserError:
         raise
-    except Exception as error:  # the file is the user's: whatever it raises is their error, not ours
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is their error, not ours
         raise UserError(
             f"--config={spec}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from None
@@ -134,6 +134,7 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))  # a program is compiled once per machine
+    _use_every_core()
     try:
         summary = main(sys.argv[1:])
     except UserError as error:
@@ -149,6 +150,16 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
         sys.exit(75)
     print(to_json(summary), flush=True)
     sys.exit(0)
+
+
+def _use_every_core() -> None:
+    """Makes a device of each core of a machine without accelerator (a power of two, at most 8 of them).
+
+    XLA splits only some operations over cores, rows of a batch over any devices: nearly twice the speed on two cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", 1 << min(cores.bit_length() - 1, 3))
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:

@@ -15,14 +15,15 @@ from elbo_kto_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Closed interval of allowed values; `open_low` excludes the lower end."""
+    """Closed interval of allowed finite values; `open_low` excludes the lower end."""
 
     low: float = float("-inf")
     high: float = float("inf")
     open_low: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+        above = self.low < value if self.open_low else self.low <= value
+        return above and value <= self.high and value != float("inf")
 
     def __str__(self) -> str:
         if self.high == float("inf"):

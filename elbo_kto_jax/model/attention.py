@@ -11,10 +11,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from elbo_kto_jax.sharding.rules import MESH_AXES
 
 BLOCK = 128  # positions of a tile's side: its scores for 8 heads take 0.5 MB, which a core's cache holds
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
+SAVED = "attention"  # the name of what a rematerialisation policy may keep, to do without a second forward pass
 
 
 def attention(
@@ -22,14 +28,23 @@ def attention(
     key: Float[Array, "b s kv e"],
     value: Float[Array, "b s kv e"],
     segment_ids: Int[Array, "b s"] | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b s h e"]:
     """softmax(q k^T / sqrt(e)) v within each segment, scores and softmax in float32.
 
     Query head i reads key-value head i // (h / kv). Segments are runs of equal ids; id 0 is padding, whose result is
-    not meaningful. None means that the whole row is one segment.
+    not meaningful. None means that the whole row is one segment. On a `mesh` every device attends to its own rows and
+    heads alone, so that what it does follows the segments of those and of no other.
     """
     form = block_attention if jax.default_backend() == "cpu" else plain_attention
-    return form(query, key, value, segment_ids)
+    if segment_ids is None:
+        segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    if mesh is not None:
+        rows, by_head = MESH_AXES["rows"], P(MESH_AXES["rows"], None, MESH_AXES["heads"], None)
+        form = jax.shard_map(
+            form, mesh=mesh, in_specs=(by_head, by_head, by_head, P(rows, None)), out_specs=by_head, check_vma=False
+        )
+    return checkpoint_name(form(query, key, value, segment_ids), SAVED)
 
 
 def plain_attention(
@@ -128,6 +143,7 @@ def _forward(tiles, key_t, value_t, segment_ids, first, last):
         return None, (out, jnp.where(seen, highest + jnp.log(jnp.where(seen, total, 1.0)), -_LOWEST))
 
     _, (out, log_sum) = jax.lax.scan(query_tile, None, jnp.arange(n))
+    out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
     return out, _Residuals(tiles, key_t, value_t, segment_ids, first, last, out, log_sum)
 
 

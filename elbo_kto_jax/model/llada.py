@@ -13,18 +13,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from elbo_kto_jax.model import rope
-from elbo_kto_jax.model.attention import attention
+from elbo_kto_jax.model.attention import SAVED, attention
 from elbo_kto_jax.model.config import ModelConfig
 
 Params = Any  # the tree above
 
-# What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again.
+# What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again;
+# "dots" keeps the results of matrix products and of attention, and computes what lies between them again.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
@@ -49,6 +54,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     param_dtype: Any
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
@@ -68,7 +74,7 @@ class Block(nn.Module):
         q = heads(dense(cfg.n_heads * cfg.head_dim, name="q_proj")(h), cfg.n_heads)
         k = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="k_proj")(h), cfg.n_kv_heads)
         v = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="v_proj")(h), cfg.n_kv_heads)
-        mixed = attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, segment_ids)
+        mixed = attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, segment_ids, self.mesh)
         x = x + dense(cfg.d_model, name="attn_out")(mixed.reshape(*x.shape[:2], -1))
 
         h = norm(name="ff_norm")(x)
@@ -87,6 +93,7 @@ class LLaDA(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
+    mesh: Mesh | None = None  # over which the rows are spread; None: they are not
 
     def setup(self):
         cfg = self.config
@@ -102,7 +109,7 @@ class LLaDA(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.n_layers,
         )
-        self.blocks = scanned(cfg, self.dtype, self.param_dtype)
+        self.blocks = scanned(cfg, self.dtype, self.param_dtype, self.mesh)
         self.ln_f = RMSNorm(cfg, self.param_dtype)
         self.head = nn.Dense(
             cfg.embedding_size,

@@ -85,6 +85,7 @@ def generate(
       ValueError: the arguments do not fit together.
     """
     check_options(options)
+    model = model.clone(mesh=mesh)
     if options.confidence_eos_eot_inf and eot_id is None:
         raise ValueError("eot_id: confidence_eos_eot_inf needs the id of the end-of-turn token")
     if len(prompts) != len(prompt_ids):

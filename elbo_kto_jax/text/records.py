@@ -104,14 +104,18 @@ def read_records(
     skipped: list[str] = []
     ids = _Ids()
     for file in _find_files(str(path), flag):
-        for number, decode in _rows(file):
-            where = f"{file}:{number}"
-            try:
-                records += ids.assign(_parse(decode(), _stem(file), needs, where))
-            except _BadRecordError as error:
-                if not skip_bad:
-                    raise UserError(f"{where}: {error}; fix or drop the record, or pass --skip-bad-records") from None
-                skipped.append(f"{where}: {error}")
+        try:
+            for number, decode in _rows(file):
+                where = f"{file}:{number}"
+                try:
+                    records += ids.assign(_parse(decode(), _stem(file), needs, where))
+                except _BadRecordError as error:
+                    if not skip_bad:
+                        message = f"{where}: {error}; fix or drop the record, or pass --skip-bad-records"
+                        raise UserError(message) from None
+                    skipped.append(f"{where}: {error}")
+        except OSError as error:
+            raise UserError(f"{flag}: {file}: {error.strerror or error}; check the file") from None
     if not records:
         bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"{flag}: no usable record in {path}{bad}")
@@ -123,6 +127,8 @@ def read_records(
 
 def _find_files(source: str, flag: str) -> list[Path]:
     """The record files that `source` stands for, sorted."""
+    if not source:
+        raise UserError(f"{flag}: no data set is given; name a JSONL or Parquet file, a folder or a hub data set id")
     path = Path(source)
     if path.is_file():
         if path.suffix not in _SUFFIXES:

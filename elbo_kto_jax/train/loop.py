@@ -217,7 +217,8 @@ class _Run:
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
                 "lower --config.optimizer.learning_rate and go on from the last checkpoint"
             )
-        bar.set_postfix(loss=f"{values['loss']:.4f}", margin=f"{values.get('reward_margin', float('nan')):.3f}")
+        margin = {"margin": f"{values['reward_margin']:.3f}"} if "reward_margin" in values else {}
+        bar.set_postfix(loss=f"{values['loss']:.4f}", **margin, refresh=False)
         bar.update()
         if step % self.setup.config.train.log_every == 0 or step in (1, self.total_steps):
             metrics_log.write({"step": step, **values, **{k: v for k, v in figures.items() if k != "step"}})

@@ -1,4 +1,4 @@
-"""One optimizer step (METHOD 2), as plain Python over four compiled programs.
+"""One optimizer step (METHOD 2), as plain Python over a few compiled programs.
 
     SCORE    params, rows           -> one ELBO estimate per (example, draw)      the reference pass runs this one too
     LOSS     rewards                -> loss, c_b = d loss / d B_theta(b), metrics
@@ -6,8 +6,11 @@
     UPDATE   state, gradient        -> state
 
 z0 needs every reward of the global batch before any gradient, hence two passes over the micro-batches; memory is that
-of one micro-batch, whatever the number of draws or examples. Policy and reference share SCORE, its shapes and its rows,
-so a reward is exactly 0 while the two have the same parameters, in bfloat16 too.
+of one micro-batch, whatever the number of draws or examples. A batch that is one micro-batch takes one pass: GRAD falls
+apart into FORWARD, which scores and hands out what the backward pass needs, and BACKWARD, with LOSS between them.
+
+Policy and reference share SCORE (or FORWARD), its shapes and its rows, so a reward is exactly 0 while the two have the
+same parameters, in bfloat16 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +56,8 @@ class Programs(NamedTuple):
     score: Callable[[Params, Float32[Array, " bk"], Rows], Float32[Array, " bk"]]
     loss: Callable[..., tuple[Float32[Array, " b"], dict[str, Array]]]
     grad: Callable[..., tuple[Params, Float32[Array, " bk"]]]
+    forward: Callable[[Params, Float32[Array, " bk"], Rows], tuple[Float32[Array, " bk"], Callable]]
+    backward: Callable[[Callable, Rows, Float32[Array, " b"]], Params]
     update: Callable[[TrainState, Params], tuple[TrainState, Float32[Array, ""]]]
     zero_estimates: Callable[[], Float32[Array, " bk"]]
     zero_grads: Callable[[Params], Params]
@@ -69,6 +74,12 @@ def train_step(
     `reference` is B_ref of every draw (precomputed) or the reference's parameters (online); SFT has none.
     """
     micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
+    if len(micro_batches) == 1:
+        (rows,) = micro_batches
+        elbo_policy, pull_back = programs.forward(state.params, programs.zero_estimates(), rows)
+        elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
+        state, grad_norm = programs.update(state, programs.backward(pull_back, rows, elbo_cotangent))
+        return state, {**metrics, "grad_norm": grad_norm}
     needs_rewards = programs.objective == "elbo_kto"
     elbo_policy = score(programs, state.params, micro_batches) if needs_rewards else programs.zero_estimates()
     elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
@@ -101,6 +112,8 @@ def batch_loss(
 def score(programs: Programs, params: Params, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
     """The ELBO estimate, in nats, of every draw in the micro-batches (placed on the devices), by Segment.index."""
     estimates = programs.zero_estimates()
+    if len(micro_batches) == 1:  # the program that `train_step` runs, for the same bits
+        return programs.forward(params, estimates, micro_batches[0])[0]
     for rows in micro_batches:
         estimates = programs.score(params, estimates, rows)
     return estimates
@@ -121,6 +134,7 @@ def build_programs(
     `tx` and `shardings` are needed for the gradient and the update, not for scoring.
     """
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
+    model = model.clone(mesh=mesh)
 
     def estimates_of(params: Params, rows: Rows) -> Float32[Array, "m g"]:
         hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.segment_ids)
@@ -167,12 +181,17 @@ def build_programs(
         scale = feedback.is_example / (jnp.maximum(feedback.completion_length, 1) * jnp.sum(feedback.is_example))
         return -scale, {"loss": -jnp.sum(scale * jnp.mean(elbo_policy.reshape(-1, draws), axis=1))}
 
-    def grad(params, grads, estimates, rows, elbo_cotangent):
+    def forward(params, estimates, rows):
         values, pull_back = jax.vjp(lambda p: estimates_of(p, rows), params)
+        return estimates.at[rows.slot_index].set(values, mode="drop"), pull_back
+
+    def backward(pull_back, rows, elbo_cotangent):
         per_slot = elbo_cotangent.at[rows.slot_index // draws].get(mode="fill", fill_value=0) / draws
-        (new,) = pull_back(per_slot)
-        grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
-        return grads, estimates.at[rows.slot_index].set(values, mode="drop")
+        return jax.tree.map(lambda g: g.astype(jnp.float32), pull_back(per_slot)[0])
+
+    def grad(params, grads, estimates, rows, elbo_cotangent):
+        estimates, pull_back = forward(params, estimates, rows)
+        return jax.tree.map(jnp.add, grads, backward(pull_back, rows, elbo_cotangent)), estimates
 
     def update(state, grads):
         grad_norm = optax.tree.norm(grads)
@@ -189,6 +208,8 @@ def build_programs(
         score=jax.jit(score, donate_argnums=1, out_shardings=everywhere),
         loss=jax.jit(kto_loss if objective.name == "elbo_kto" else sft_loss, out_shardings=everywhere),
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(param_shardings, everywhere)),
+        forward=jax.jit(forward, donate_argnums=1, out_shardings=(everywhere, None)),
+        backward=jax.jit(backward, out_shardings=param_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),

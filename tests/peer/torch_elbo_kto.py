@@ -1,0 +1,220 @@
+"""The peer of `python -m elbo_kto_jax.benchmark`: ELBO-KTO in PyTorch, the way its authors compute it.
+
+Our own version of their scheme, for timing and as an independent check of the numbers: one example at a time; for each
+of its K draws a forward pass over the whole row with logits at every position; the K graphs live until the backward
+pass of the example's loss; gradients add up over the examples of a batch, and AdamW follows. Rows are padded to
+max_length with end-of-text that attention sees (their scheme), or have the example's own length (`true_length`, which
+their scheme does not have, and the strongest form of a peer that works example by example).
+
+Generous where a choice is open: the reference point of the batch, which their processes exchange, is handed in, so it
+costs the peer nothing; float32; torch's fused attention.
+
+It needs torch (extra `bench`) and nothing of this project. As a program it is the benchmark's worker: it reads one JSON
+request per line from stdin and answers with one JSON line on stdout (see `main`).
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        d, f, e = cfg["d_model"], cfg["mlp_hidden_size"], cfg["d_model"] // cfg["n_heads"]
+        self.heads, self.kv_heads, self.head_dim = cfg["n_heads"], cfg.get("n_kv_heads") or cfg["n_heads"], e
+        linear = lambda n, m: nn.Linear(n, m, bias=False)  # noqa: E731
+        self.attn_norm, self.ff_norm = RMSNorm(d, cfg["rms_norm_eps"]), RMSNorm(d, cfg["rms_norm_eps"])
+        self.q_proj, self.attn_out = linear(d, d), linear(d, d)
+        self.k_proj, self.v_proj = linear(d, self.kv_heads * e), linear(d, self.kv_heads * e)
+        self.ff_proj, self.up_proj, self.ff_out = linear(d, f), linear(d, f), linear(f, d)
+
+    def forward(self, x, cos, sin):
+        b, s, _ = x.shape
+        h = self.attn_norm(x)
+        q = self.q_proj(h).view(b, s, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(h).view(b, s, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(h).view(b, s, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.kv_heads != self.heads:
+            k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+            v = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn_out(attended.transpose(1, 2).reshape(b, s, -1))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class LLaDA(nn.Module):
+    """The mask predictor; parameters have the published checkpoint's names below `model.transformer.`."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg["embedding_size"], cfg["d_model"])
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg["n_layers"]))
+        self.ln_f = RMSNorm(cfg["d_model"], cfg["rms_norm_eps"])
+        self.ff_out = nn.Linear(cfg["d_model"], cfg["embedding_size"], bias=False)
+        self.activation_checkpointing = False
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LLaDA":
+        model = cls(json.loads((Path(folder) / "config.json").read_text()))
+        tensors = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            tensors |= load_file(file)
+        prefix = "model.transformer."
+        model.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()})
+        return model
+
+    def forward(self, ids):
+        """Logits at every position, [b s v]."""
+        e = self.cfg["d_model"] // self.cfg["n_heads"]
+        frequency = 1.0 / self.cfg["rope_theta"] ** (torch.arange(0, e, 2).float() / e)
+        angle = torch.outer(torch.arange(ids.shape[1]).float(), frequency)
+        cos, sin = angle.cos(), angle.sin()
+        x = self.wte(ids)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
+        return self.ff_out(self.ln_f(x))
+
+
+def elbo_draws(model: LLaDA, example: dict, length: int):
+    """One ELBO estimate (nats) per draw of an example: a list of scalars, each with its own graph."""
+    cfg = model.cfg
+    ids = torch.full((1, length), cfg["eos_token_id"], dtype=torch.long)
+    ids[0, : len(example["tokens"])] = torch.from_numpy(example["tokens"].astype(np.int64))
+    start, size = int(example["start"]), example["masks"].shape[1]
+    estimates = []
+    for mask, weight in zip(example["masks"], example["weights"], strict=True):
+        hidden = torch.zeros((1, length), dtype=torch.bool)
+        hidden[0, start : start + size] = torch.from_numpy(mask)
+        logits = model(torch.where(hidden, cfg["mask_token_id"], ids))
+        log_probs = F.log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None])[..., 0]
+        estimates.append(float(weight) * (log_probs * hidden).sum())
+    return estimates
+
+
+@torch.no_grad()
+def reference_pass(model: LLaDA, examples: list[dict], length_of) -> list[float]:
+    """B_ref of every example, nats."""
+    return [float(torch.stack(elbo_draws(model, x, length_of(x))).mean()) for x in examples]
+
+
+def accumulate_gradient(model: LLaDA, examples: list[dict], length_of, elbo_ref, z0: float, beta: float):
+    """The batch's loss (METHOD 2, lambda 1), whose gradient is added to the parameters', and every reward in nats."""
+    total, rewards = 0.0, []
+    for x, b_ref in zip(examples, elbo_ref, strict=True):
+        reward = torch.stack(elbo_draws(model, x, length_of(x))).mean() - b_ref
+        s = beta * (reward - z0)
+        loss = (1.0 - torch.sigmoid(s if x["desirable"] else -s)) / len(examples)
+        loss.backward()
+        total += float(loss.detach())
+        rewards.append(float(reward.detach()))
+    return total, rewards
+
+
+def adamw(model: LLaDA, learning_rate: float) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+
+
+def read_examples(file: str | Path, draws: int | None = None) -> list[dict]:
+    """The examples that the benchmark wrote, with their first `draws` masks."""
+    data = np.load(file)
+    return [
+        {
+            "tokens": data[f"{i}.tokens"],
+            "start": data[f"{i}.start"],
+            "masks": data[f"{i}.masks"][:draws],
+            "weights": data[f"{i}.weights"][:draws],
+            "desirable": bool(data[f"{i}.desirable"]),
+        }
+        for i in range(int(data["count"]))
+    ]
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a large float32 matrix product, the best of a few."""
+    a = torch.randn(2048, 2048)
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
+def main() -> None:
+    """Answers requests until stdin ends.
+
+    First line: {"model", "examples", "max_length", "draws", "beta", "z0", "elbo_ref", "learning_rate",
+    "activation_checkpointing"}. Then {"do": "reference" | "train" | "peak", "true_length": bool}; "train" is one whole
+    optimizer step on parameters that are put back afterwards.
+    """
+    setting = json.loads(sys.stdin.readline())
+    model = LLaDA.load(setting["model"])
+    model.activation_checkpointing = setting["activation_checkpointing"]
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    examples = read_examples(setting["examples"], setting["draws"])
+    optimizer = adamw(model, setting["learning_rate"])
+    answer = {"ready": True, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    while True:
+        print(json.dumps(answer), flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        request = json.loads(line)
+        length_of = (lambda x: len(x["tokens"])) if request.get("true_length") else lambda _: setting["max_length"]
+        chosen = examples[: request.get("count") or len(examples)]
+        began = time.perf_counter()
+        if request["do"] == "peak":
+            answer = {"flops": matrix_peak()}
+        elif request["do"] == "reference":
+            answer = {"elbo": reference_pass(model, chosen, length_of)}
+        else:
+            loss, rewards = accumulate_gradient(
+                model, chosen, length_of, setting["elbo_ref"][: len(chosen)], setting["z0"], setting["beta"]
+            )
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+            answer = {"loss": loss, "rewards": rewards, "grad_norm": norm}
+        answer["seconds"] = time.perf_counter() - began
+        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if request["do"] == "train":
+            model.load_state_dict(initial)
+
+
+if __name__ == "__main__":
+    main()
