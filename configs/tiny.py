@@ -55,7 +55,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "epochs": 0,  # `steps` counts
                 "steps": 800 if fine_tuning else 120,
                 "global_batch_size": 64 if fine_tuning else 32,  # with the draws, 64 sequences a step
-                "microbatch_tokens": 896,  # 7 rows for each of two cores, which hold them
+                "microbatch_tokens": 1664,  # 13 rows, which hold them
                 "checkpoint_every": 100,
                 "eval_every": 0,
                 "log_every": 1,

@@ -134,7 +134,6 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))  # a program is compiled once per machine
-    _use_every_core()
     try:
         summary = main(sys.argv[1:])
     except UserError as error:
@@ -150,18 +149,6 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
         sys.exit(75)
     print(to_json(summary), flush=True)
     sys.exit(0)
-
-
-def _use_every_core() -> None:
-    """Makes a device of each core of a machine without accelerator (a power of two, at most 8 of them).
-
-    XLA splits only some operations over cores, rows of a batch over any devices: nearly twice the speed on two cores.
-    Programs are then run one after the other: two at once with collectives wait for each other's threads for ever.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", 1 << min(cores.bit_length() - 1, 3))
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:

@@ -2,11 +2,12 @@
 
 Two forms of the same function. `plain_attention` writes the formula down and lets the accelerator's compiler fuse it.
 `block_attention` never holds more than a tile of scores: it walks over tiles of BLOCK x BLOCK positions with a running
-softmax, visits only the tiles in which some segment meets itself, and recomputes the scores in the backward pass. Its
-memory is linear in the row, its time follows the segments and not the row, and its matrix products are laid out so that
-no operand is transposed (which costs XLA a factor of four on a CPU).
+softmax, visits only the tiles in which a segment meets itself, and recomputes the scores in the backward pass. Its
+memory is linear in the row, and its time follows the segments and not the row. Large tiles, because XLA for CPUs spends
+most of its time around small matrix products and not in them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from elbo_kto_jax.sharding.rules import MESH_AXES
 
-BLOCK = 128  # positions of a tile's side: its scores for 8 heads take 0.5 MB, which a core's cache holds
+BLOCK = 512  # positions of a tile's side
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
 SAVED = "attention"  # the name of what a rematerialisation policy may keep, to do without a second forward pass
 
@@ -51,7 +52,7 @@ def plain_attention(
     query: Float[Array, "b s h e"],
     key: Float[Array, "b s kv e"],
     value: Float[Array, "b s kv e"],
-    segment_ids: Int[Array, "b s"] | None = None,
+    segment_ids: Int[Array, "b s"],
 ) -> Float[Array, "b s h e"]:
     """The formula, with all s x s scores at once."""
     b, s, h, e = query.shape
@@ -59,9 +60,8 @@ def plain_attention(
     grouped = query.reshape(b, s, key.shape[2], -1, e)
     scores = jnp.einsum("bqkge,btke->bkgqt", grouped, key, precision=exact, preferred_element_type=jnp.float32)
     scores *= e**-0.5
-    if segment_ids is not None:
-        same = segment_ids[:, None, None, :, None] == segment_ids[:, None, None, None, :]
-        scores = jnp.where(same, scores, _LOWEST)
+    same = segment_ids[:, None, None, :, None] == segment_ids[:, None, None, None, :]
+    scores = jnp.where(same, scores, _LOWEST)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgqt,btke->bqkge", weights, value, precision=exact).reshape(b, s, h, e)
 
@@ -70,129 +70,176 @@ def block_attention(
     query: Float[Array, "b s h e"],
     key: Float[Array, "b s kv e"],
     value: Float[Array, "b s kv e"],
-    segment_ids: Int[Array, "b s"] | None = None,
+    segment_ids: Int[Array, "b s"],
 ) -> Float[Array, "b s h e"]:
-    """The same tile by tile; padding (id 0) is skipped, and its result is 0."""
+    """The same tile by tile; the result of padding (id 0) is 0."""
     b, s, h, e = query.shape
-    if segment_ids is None:
-        segment_ids = jnp.ones((b, s), jnp.int32)
-    kv, padding = key.shape[2], -s % BLOCK
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    segment_ids = pad(segment_ids)
-    # A tile of queries has the g query heads that share a key-value head below each other: [b kv g*BLOCK e].
-    tiles = pad(query * e**-0.5).reshape(b, -1, BLOCK, kv, h // kv, e)
-    tiles = tiles.transpose(1, 0, 3, 4, 2, 5).reshape(-1, b, kv, h // kv * BLOCK, e)
-    key_t, value_t = (pad(x).transpose(0, 2, 3, 1) for x in (key, value))  # [b kv e s]
-    first, last = _tile_ranges(segment_ids)
-    out = _tiled_attention(tiles, key_t, value_t, segment_ids, first, last)
-    out = out.reshape(-1, b, kv, h // kv, BLOCK, e).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(b, s + padding, h, e)[:, :s].astype(query.dtype)
+    kv = key.shape[2]
+    block = min(BLOCK, s)
+
+    def flat(x, *heads):  # the rows behind each other, and room for the last tile: [*heads e n]
+        x = x.reshape(b * s, *heads, e)
+        return jnp.moveaxis(jnp.pad(x, ((0, block), *((0, 0),) * (x.ndim - 1))), 0, -1)
+
+    # Query heads that share a key-value head lie behind each other: [kv g e n].
+    spans = _spans(segment_ids, block)
+    out = _tiled_attention(flat(query * e**-0.5, kv, h // kv), flat(key, kv), flat(value, kv), spans, block)
+    out = jnp.moveaxis(out, -1, 0)[: b * s].reshape(b, s, h, e)
+    return jnp.where((segment_ids > 0)[..., None, None], out, 0.0).astype(query.dtype)
 
 
-def _tile_ranges(segment_ids: Int[Array, "b s"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """For each tile of positions, the first and the last + 1 of the tiles that its segments reach in any row."""
-    s = segment_ids.shape[1]
-    at = jnp.arange(s)
+class _Spans(NamedTuple):
+    """For each of n flat positions, where its segment starts and ends; a run of padding counts as a segment."""
+
+    start: Int[Array, " n"]
+    end: Int[Array, " n"]
+    is_real: Bool[Array, " n"]
+
+
+def _spans(segment_ids: Int[Array, "b s"], block: int) -> _Spans:
+    b, s = segment_ids.shape
+    at = jnp.arange(b * s).reshape(b, s)
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge = jnp.ones((segment_ids.shape[0], 1), bool)
-    starts = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changes], axis=1), at, 0), axis=1)
-    ends = jax.lax.cummin(jnp.where(jnp.concatenate([changes, edge], axis=1), at, s), axis=1, reverse=True)
-    real = segment_ids > 0
-    first = jnp.min(jnp.where(real, starts, s).reshape(-1, s // BLOCK, BLOCK), axis=(0, 2)) // BLOCK
-    last = jnp.max(jnp.where(real, ends, -1).reshape(-1, s // BLOCK, BLOCK), axis=(0, 2)) // BLOCK + 1
-    return first, last
+    edge = jnp.ones((b, 1), bool)
+    start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, changes], axis=1), at, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(jnp.concatenate([changes, edge], axis=1), at + 1, b * s), axis=1, reverse=True)
+    room = lambda x, fill: jnp.pad(x.ravel(), (0, block), constant_values=fill)  # noqa: E731
+    return _Spans(room(start, b * s), room(end, b * s + block), room(segment_ids > 0, False))
+
+
+def _query_tile_end(spans: _Spans, at, block: int):
+    """Where the tile of queries that starts at `at` ends: never in the middle of a segment that started in it, so that
+    a long segment has tiles of its own, and short ones share a tile."""
+    last = at + block - 1
+    whole = (spans.start[last] == at) | (spans.end[last] == at + block)
+    new = jnp.where(whole, at + block, spans.start[last])
+    return jnp.where(spans.start[at] < at, jnp.minimum(at + block, spans.end[at]), new)
 
 
 class _Residuals(NamedTuple):
-    tiles: Array
-    key_t: Array
-    value_t: Array
-    segment_ids: Array
-    first: Array
-    last: Array
+    query: Array
+    key: Array
+    value: Array
+    spans: _Spans
     out: Array
     log_sum: Array
 
 
-@jax.custom_vjp
-def _tiled_attention(tiles, key_t, value_t, segment_ids, first, last):
-    """Attention of query tiles [n b kv r e] over keys and values [b kv e s]: float32 [n b kv r e]."""
-    return _forward(tiles, key_t, value_t, segment_ids, first, last)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled_attention(query, key, value, spans, block):
+    """Attention of queries [kv g e n] over keys and values [kv e n], within spans: float32 [kv g e n]."""
+    return _forward(query, key, value, spans, block)[0]
 
 
-def _forward(tiles, key_t, value_t, segment_ids, first, last):
-    n, b, kv, r, e = tiles.shape
+def _forward(query, key, value, spans, block):
+    kv, g, e, n = query.shape
 
-    def query_tile(_, i):
-        query = tiles[i]
+    def query_tile(carry):
+        at, out, log_sum = carry
+        end = _query_tile_end(spans, at, block)
+        tile = _rows(query, at, block)
 
-        def key_tile(j, carry):
-            highest, total, out = carry
-            scores = _scores(query, key_t, segment_ids, i, j)
+        def key_tile(j, state):
+            highest, total, mixed = state
+            scores = _scores(tile, key, spans, at, j, block)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_highest[..., None])
             shrink = jnp.exp(highest - new_highest)
-            out = out * shrink[..., None] + _matmul("bnrk,bnek->bnre", weights.astype(query.dtype), _tile(value_t, j))
-            return new_highest, total * shrink + jnp.sum(weights, axis=-1), out
+            mixed = mixed * shrink[..., None] + _matmul("nrk,nek->nre", weights, _tile(value, j, block))
+            return new_highest, total * shrink + jnp.sum(weights, axis=-1), mixed
 
-        start = jnp.full((b, kv, r), _LOWEST), jnp.zeros((b, kv, r)), jnp.zeros((b, kv, r, e))
-        highest, total, out = jax.lax.fori_loop(first[i], last[i], key_tile, start)
-        # A row of padding saw only masked scores: with `highest` still at the bottom it has no meaning.
-        seen = highest > 0.5 * _LOWEST
-        out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1.0)[..., None], 0.0)
-        return None, (out, jnp.where(seen, highest + jnp.log(jnp.where(seen, total, 1.0)), -_LOWEST))
+        rows = g * block
+        start = jnp.full((kv, rows), _LOWEST), jnp.zeros((kv, rows)), jnp.zeros((kv, rows, e))
+        highest, total, mixed = _over_keys(spans, at, end, block, key_tile, start)
+        total = jnp.where(total > 0, total, 1.0)  # 0 where no key was visited: padding
+        # What lies behind the tile's end is written anew by the next tile.
+        out = _put(out, at, _columns(mixed / total[..., None], g))
+        return end, out, _put(log_sum, at, (highest + jnp.log(total)).reshape(kv, g, block))
 
-    _, (out, log_sum) = jax.lax.scan(query_tile, None, jnp.arange(n))
+    empty = jnp.zeros((), jnp.int32), jnp.zeros((kv, g, e, n)), jnp.zeros((kv, g, n))
+    _, out, log_sum = jax.lax.while_loop(lambda carry: carry[0] < n - block, query_tile, empty)
     out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
-    return out, _Residuals(tiles, key_t, value_t, segment_ids, first, last, out, log_sum)
+    return out, _Residuals(query, key, value, spans, out, log_sum)
 
 
-def _backward(residuals: _Residuals, d_out):
-    tiles, key_t, value_t, segment_ids, first, last, out, log_sum = residuals
-    dtype = tiles.dtype
+def _backward(block, residuals: _Residuals, d_out):
+    query, key, value, spans, out, log_sum = residuals
+    kv, g, e, n = query.shape
 
-    def query_tile(carry, i):
-        query, d_tile, log_total = tiles[i], d_out[i].astype(dtype), log_sum[i]
-        query_t, d_tile_t = jnp.swapaxes(query, -1, -2), jnp.swapaxes(d_tile, -1, -2)
+    def query_tile(carry):
+        at, d_query, *d_key_value = carry
+        end = _query_tile_end(spans, at, block)
+        d_mixed_t = jnp.where(at + jnp.arange(block) < end, _tile(d_out, at, block), 0.0)
         # d score = weight * (d weight - sum over keys of weight * d weight), and that sum is d_out . out
-        inner = jnp.sum(d_out[i] * out[i], axis=-1)
+        inner = jnp.sum(d_mixed_t * _tile(out, at, block), axis=2).reshape(kv, g * block, 1)
+        log_total = _tile(log_sum, at, block).reshape(kv, g * block, 1)
+        tile, d_mixed = _rows(query, at, block), _to_rows(d_mixed_t)
+        tile_t, d_mixed_t = jnp.swapaxes(tile, 1, 2), jnp.swapaxes(d_mixed, 1, 2)
 
-        def key_tile(j, carry):
-            d_query, d_key_t, d_value_t = carry
-            weights = jnp.exp(_scores(query, key_t, segment_ids, i, j) - log_total[..., None])
-            d_weights = _matmul("bnre,bnek->bnrk", d_tile, _tile(value_t, j))
-            d_scores = (weights * (d_weights - inner[..., None])).astype(dtype)
-            d_value_t = _add_tile(d_value_t, j, _matmul("bner,bnrk->bnek", d_tile_t, weights.astype(dtype)))
-            d_key_t = _add_tile(d_key_t, j, _matmul("bner,bnrk->bnek", query_t, d_scores))
-            d_query += _matmul("bnrk,bnek->bnre", d_scores, _tile(key_t, j))
-            return d_query, d_key_t, d_value_t
+        def key_tile(j, state):
+            d_tile, d_key, d_value = state
+            weights = jnp.exp(_scores(tile, key, spans, at, j, block) - log_total)
+            d_weights = _matmul("nre,nek->nrk", d_mixed, _tile(value, j, block))
+            d_scores = weights * (d_weights - inner)
+            d_value = _put(d_value, j, _tile(d_value, j, block) + _matmul("ner,nrk->nek", d_mixed_t, weights))
+            d_key = _put(d_key, j, _tile(d_key, j, block) + _matmul("ner,nrk->nek", tile_t, d_scores))
+            return d_tile + _matmul("nrk,nek->nre", d_scores, _tile(key, j, block)), d_key, d_value
 
-        start = jnp.zeros(query.shape, jnp.float32), *carry
-        d_query, *carry = jax.lax.fori_loop(first[i], last[i], key_tile, start)
-        return tuple(carry), d_query
+        start = jnp.zeros((kv, g * block, e)), *d_key_value
+        d_tile, *d_key_value = _over_keys(spans, at, end, block, key_tile, start)
+        d_query = _put(d_query, at, _tile(d_query, at, block) + _columns(d_tile, g))
+        return end, d_query, *d_key_value
 
-    zeros = jnp.zeros(key_t.shape, jnp.float32)
-    (d_key_t, d_value_t), d_tiles = jax.lax.scan(query_tile, (zeros, zeros), jnp.arange(len(tiles)))
-    return d_tiles.astype(dtype), d_key_t.astype(dtype), d_value_t.astype(dtype), None, None, None
+    zeros = jnp.zeros(query.shape), jnp.zeros(key.shape), jnp.zeros(value.shape)
+    start = jnp.zeros((), jnp.int32), *zeros
+    _, d_query, d_key, d_value = jax.lax.while_loop(lambda carry: carry[0] < n - block, query_tile, start)
+    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 
 _tiled_attention.defvjp(_forward, _backward)
 
 
-def _scores(query, key_t, segment_ids, i, j):
-    """Float32 scores [b kv r BLOCK] of query tile i against key tile j, `_LOWEST` across segments and on padding."""
-    mine = jax.lax.dynamic_slice_in_dim(segment_ids, i * BLOCK, BLOCK, axis=1)[:, None, :, None]
-    theirs = _tile(segment_ids, j)[:, None, None, :]
-    same = jnp.tile((mine == theirs) & (mine > 0), (1, 1, query.shape[2] // BLOCK, 1))
-    return jnp.where(same, _matmul("bnre,bnek->bnrk", query, _tile(key_t, j)), _LOWEST)
+def _over_keys(spans, at, end, block, body, start):
+    """body(first key of a tile, state) over the tiles of keys that the queries from `at` to `end` can see."""
+    first, last = spans.start[at], jnp.where(spans.is_real[at], spans.end[end - 1], 0)
+    tiles = jnp.maximum(0, -(-(last - first) // block))
+    return jax.lax.fori_loop(0, tiles, lambda i, state: body(first + i * block, state), start)
 
 
-def _tile(x, j):
-    return jax.lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=-1)
+def _scores(tile, key, spans, at, j, block):
+    """Float32 scores [kv g*block block] of the queries from `at` against the keys from j.
+
+    `_LOWEST` across segments, and for queries of padding, whose log_sum is not meaningful.
+    """
+    same = _tile(spans.start, at, block)[:, None] == _tile(spans.start, j, block)
+    same &= _tile(spans.is_real, at, block)[:, None]
+    scores = _matmul("nre,nek->nrk", tile, _tile(key, j, block))
+    grouped = scores.reshape(scores.shape[0], -1, block, block)
+    return jnp.where(same, grouped, _LOWEST).reshape(scores.shape)
 
 
-def _add_tile(x, j, tile):
-    return jax.lax.dynamic_update_slice_in_dim(x, _tile(x, j) + tile, j * BLOCK, axis=-1)
+def _tile(x, at, block):
+    return jax.lax.dynamic_slice_in_dim(x, at, block, axis=-1)
+
+
+def _put(x, at, tile):
+    return jax.lax.dynamic_update_slice_in_dim(x, tile, at, axis=-1)
+
+
+def _rows(query, at, block):
+    """The tile of queries from `at`, [kv g*block e]."""
+    return _to_rows(_tile(query, at, block))
+
+
+def _to_rows(tile):
+    kv, g, e, block = tile.shape
+    return jnp.swapaxes(tile, 2, 3).reshape(kv, g * block, e)
+
+
+def _columns(tile, g):
+    """[kv g*block e] as [kv g e block]."""
+    kv, rows, e = tile.shape
+    return jnp.swapaxes(tile.reshape(kv, g, rows // g, e), 2, 3)
 
 
 def _matmul(equation, a, b):

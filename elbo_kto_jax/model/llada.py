@@ -43,9 +43,36 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        return rms_norm(x, scale.astype(x.dtype), self.config.rms_norm_eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "b s d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "b s d"]:
+    """x / sqrt(mean(x^2) + eps), computed in float32 and cast back to x's dtype, then times the scale.
+
+    Its derivative is written down because the scale's, as XLA for CPUs fuses it, recomputes the norm column by column:
+    five times the time. Here it is a matrix product.
+    """
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x, scale, eps):
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype) * scale, (x, scale, inverse)
+
+
+def _rms_norm_backward(eps, residuals, d_out):
+    x, scale, inverse = residuals
+    normed = x.astype(jnp.float32) * inverse
+    d_normed = (d_out * scale).astype(jnp.float32)
+    d_x = inverse * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    product = d_out.astype(jnp.float32) * normed.astype(x.dtype)
+    d_scale = jnp.einsum("bs,bsd->d", jnp.ones(x.shape[:2]), product, precision=jax.lax.Precision.HIGHEST)
+    return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class Block(nn.Module):

@@ -62,8 +62,8 @@ def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, segments):
     """In values and gradients; rows shorter than a tile and rows that end within one."""
     monkeypatch.setattr(attention, "BLOCK", 8)
     inputs = random_inputs(s, kv=kv, dtype=jnp.dtype(dtype))
-    segment_ids = random_segments(s) if segments else None
-    is_real = jnp.ones((2, s), bool) if segment_ids is None else segment_ids > 0
+    segment_ids = random_segments(s) if segments else jnp.ones((2, s), jnp.int32)
+    is_real = segment_ids > 0
     weight = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32) * is_real[..., None, None]
 
     def run(form):
