@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -46,18 +45,7 @@ def write(out: Path, model: store.Model, shard_size: int) -> dict[str, int]:
         return huggingface.published_tensor(model.params, tensors[name])
 
     sizes = {name: read(name).nbytes for name in tensors}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for name, content in model.assets.items():
-            (partial / name).write_bytes(content)
-        huggingface.write_shards(partial, sizes, read, shard_size)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    huggingface.write_folder(out, model.assets, sizes, read, shard_size)
     return sizes
 
 

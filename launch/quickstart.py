@@ -42,19 +42,13 @@ from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.train import __main__ as train
+from launch.random_llada import EOS, MASK, published_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 LETTERS, LENGTH = string.ascii_lowercase, 5  # of each word
 DEMONSTRATIONS, FEEDBACK, HELD_OUT = 10_000, 2_048, 500  # prompts
 
-BOS, EOS, MASK, START_HEADER, END_HEADER, EOT = (
-    "<|startoftext|>",
-    "<|endoftext|>",
-    "<|mdm_mask|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+BOS, START_HEADER, END_HEADER, EOT = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 CHAT_TEMPLATE = (  # the published one
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
@@ -255,35 +249,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def _model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """config.json: LLaDA-8B-Instruct's keys, in small."""
-    token_id = tokenizer.convert_tokens_to_ids
-    return {
-        "model_type": "llada",
-        "architectures": ["LLaDAModelLM"],
-        "block_type": "llama",
-        "d_model": 64,
-        "n_layers": 2,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "mlp_hidden_size": 128,
-        "activation_type": "silu",
-        "layer_norm_type": "rms",
-        "rms_norm_eps": 1e-5,
-        "rope": True,
-        "rope_theta": 500000.0,
-        "max_sequence_length": 128,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "weight_tying": False,
-        "attention_dropout": 0.0,
-        "embedding_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "vocab_size": len(tokenizer),
-        "embedding_size": 128,  # rows beyond vocab_size are not used, as in the published models
-        "mask_token_id": token_id(MASK),
-        "eos_token_id": token_id(EOS),
-        "pad_token_id": token_id(EOS),
-        "torch_dtype": "float32",
-    }
+    return published_config(
+        tokenizer,
+        d_model=64,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        mlp_hidden_size=128,
+        max_sequence_length=128,
+        embedding_size=128,  # rows beyond vocab_size are not used, as in the published models
+    )
 
 
 # The result.

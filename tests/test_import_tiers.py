@@ -26,6 +26,7 @@ TIERS = {
     "train": 4,
     "evaluation": 4,
     "cli": 5,
+    "benchmark": 5,
     "train.__main__": 5,
     "precompute": 5,
     "score": 5,

@@ -60,6 +60,7 @@ WRONG_SETTINGS = [  # setting, and what the message must name
     ({"objective": "sft"}, "config.objective"),
     ({"optimizer.learning_rate": "fast"}, "config.optimizer.learning_rate", "fast"),
     ({"optimizer.learning_rate": -1.0}, "config.optimizer.learning_rate", "-1.0"),
+    ({"optimizer.learning_rate": "1e999"}, "config.optimizer.learning_rate", "inf"),
     ({"optimizer.b1": 1.0}, "config.optimizer.b1", "1.0"),
     ({"optimizer.clip_norm": 0}, "config.optimizer.clip_norm"),
     ({"objective.name": "dpo"}, "config.objective.name", "elbo_kto", "dpo"),
@@ -79,6 +80,7 @@ WRONG_SETTINGS = [  # setting, and what the message must name
     ({"sampler.block_length": 3}, "config.sampler.block_length", "gen_length"),
     ({"lora.rank": 8}, "config.lora"),
     ({"data.max_length": 4}, "config.data.train", "max_length"),
+    ({"data.train": ""}, "--config.data.train"),
 ]
 
 

@@ -208,6 +208,33 @@ def published_tensor(params: dict, tensor: names.PublishedTensor) -> np.ndarray:
     return part.T if tensor.transposed else part
 
 
+def write_folder(
+    out: Path,
+    assets: Mapping[str, bytes],
+    sizes: Mapping[str, int],
+    read: Callable[[str], np.ndarray],
+    shard_size: int,
+) -> None:
+    """Writes a published folder beside `out` and puts it in the place of `out` once it is whole.
+
+    Args:
+      assets: config.json and the tokenizer's files.
+      sizes, read, shard_size: see `write_shards`.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, content in assets.items():
+            (partial / name).write_bytes(content)
+        write_shards(partial, sizes, read, shard_size)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray], shard_size: int) -> None:
     """Writes safetensors files of at most `shard_size` bytes of tensors (or one larger tensor) each, and the index.
 

@@ -149,15 +149,15 @@ def adamw(model: LLaDA, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
 
 
-def read_examples(file: str | Path, draws: int | None = None) -> list[dict]:
-    """The examples that the benchmark wrote, with their first `draws` masks."""
+def read_examples(file: str | Path) -> list[dict]:
+    """The examples that the benchmark wrote, with their masks."""
     data = np.load(file)
     return [
         {
             "tokens": data[f"{i}.tokens"],
             "start": data[f"{i}.start"],
-            "masks": data[f"{i}.masks"][:draws],
-            "weights": data[f"{i}.weights"][:draws],
+            "masks": data[f"{i}.masks"],
+            "weights": data[f"{i}.weights"],
             "desirable": bool(data[f"{i}.desirable"]),
         }
         for i in range(int(data["count"]))
@@ -178,15 +178,15 @@ def matrix_peak() -> float:
 def main() -> None:
     """Answers requests until stdin ends.
 
-    First line: {"model", "examples", "max_length", "draws", "beta", "z0", "elbo_ref", "learning_rate",
-    "activation_checkpointing"}. Then {"do": "reference" | "train" | "peak", "true_length": bool}; "train" is one whole
-    optimizer step on parameters that are put back afterwards.
+    First line: {"model", "examples", "max_length", "beta", "learning_rate", "activation_checkpointing"}. Then
+    {"do": "peak"}, {"do": "reference", "count", "true_length"} or {"do": "train", "count", "true_length", "elbo_ref",
+    "z0"} over the first `count` examples; "train" is one whole optimizer step, taken back afterwards.
     """
     setting = json.loads(sys.stdin.readline())
     model = LLaDA.load(setting["model"])
     model.activation_checkpointing = setting["activation_checkpointing"]
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    examples = read_examples(setting["examples"], setting["draws"])
+    examples = read_examples(setting["examples"])
     optimizer = adamw(model, setting["learning_rate"])
     answer = {"ready": True, "torch": torch.__version__, "threads": torch.get_num_threads()}
     while True:
@@ -196,7 +196,7 @@ def main() -> None:
             return
         request = json.loads(line)
         length_of = (lambda x: len(x["tokens"])) if request.get("true_length") else lambda _: setting["max_length"]
-        chosen = examples[: request.get("count") or len(examples)]
+        chosen = examples[: request.get("count")]
         began = time.perf_counter()
         if request["do"] == "peak":
             answer = {"flops": matrix_peak()}
@@ -204,7 +204,7 @@ def main() -> None:
             answer = {"elbo": reference_pass(model, chosen, length_of)}
         else:
             loss, rewards = accumulate_gradient(
-                model, chosen, length_of, setting["elbo_ref"][: len(chosen)], setting["z0"], setting["beta"]
+                model, chosen, length_of, request["elbo_ref"][: len(chosen)], request["z0"], setting["beta"]
             )
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()

@@ -1,0 +1,118 @@
+"""Our side of a benchmark, in a process of its own so that its peak memory is its own.
+
+The first line of stdin is {"config": ..., "records": n}; then one JSON request per line, answered by one JSON line:
+
+    {"do": "peak"}                             flops: FLOP/s of a large float32 matrix product
+    {"do": "reference"}                        elbo: B_ref of every record, nats
+    {"do": "train", "elbo_ref": [...]}         loss, rewards (nats), reference_point, grad_norm of one optimizer step
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.model.llada import abstract_params
+from elbo_kto_jax.text.examples import Examples
+from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train.setup import prepare
+from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
+
+_PEAK_SIZE, _PEAK_TRIES = 2048, 5
+
+
+def main() -> None:
+    setting = json.loads(sys.stdin.readline())
+    config, records = Config.from_mapping(setting["config"]), np.arange(setting["records"])
+    setup = prepare(config, skip_bad=False)
+    draws = config.estimator.draws
+    tx = train_state.optimizer(config.optimizer, 100)
+    shardings = train_state.state_shardings(tx, abstract_params(setup.model), setup.mesh)
+    programs = build_programs(
+        setup.model,
+        setup.mesh,
+        num_examples=len(records),
+        draws=draws,
+        objective=config.objective,
+        tx=tx,
+        shardings=shardings,
+    )
+    params = setup.load_params(config.model.path, "--config.model.path")
+
+    def reference(batch: Batch, request: dict) -> Callable[[], dict]:
+        def run() -> dict:
+            estimates = score(programs, params, [programs.place_rows(rows) for rows in batch.micro_batches])
+            return {"elbo": np.asarray(estimates).reshape(-1, draws).mean(axis=1).tolist()}
+
+        return run
+
+    def train(batch: Batch, request: dict) -> Callable[[], dict]:
+        state = train_state.init_state(tx, jax.tree.map(jnp.copy, params), shardings)  # steps donate it
+        elbo_ref = np.repeat(np.asarray(request["elbo_ref"], np.float32), draws)
+
+        def run() -> dict:
+            new, metrics = jax.block_until_ready(train_step(programs, state, batch, elbo_ref))
+            del new
+            rewards = np.asarray(metrics.pop("reward"))
+            return {"rewards": rewards.tolist(), **{name: float(value) for name, value in metrics.items()}}
+
+        return run
+
+    answer = {"ready": True, "peak_bytes": peak_bytes()}
+    while True:
+        print(json.dumps(answer), flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        request = json.loads(line)
+        if request["do"] == "peak":
+            answer = {"flops": matrix_peak()}
+            continue
+        run = {"reference": reference, "train": train}[request["do"]](setup.data.batch_of(records), request)
+        began = time.perf_counter()
+        answer = run()
+        answer["seconds"] = time.perf_counter() - began
+        answer["peak_bytes"] = peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The largest resident set that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matrix_peak() -> float:
+    """FLOP/s of a large float32 matrix product, the best of a few."""
+    x = jnp.ones((_PEAK_SIZE, _PEAK_SIZE))
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(_PEAK_TRIES):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * _PEAK_SIZE**3 / min(seconds)
+
+
+def forward_flops(model: ModelConfig, examples: Examples, records: np.ndarray, hidden: np.ndarray) -> float:
+    """FLOPs of one forward pass over one draw of each record that no implementation can do without.
+
+    Two per multiplication: the layers' matrices at every token, attention of every token to its own sequence, and the
+    output head at the hidden[i] hidden tokens of record i. A training step needs three times this (forward, and twice
+    as much backward).
+    """
+    length = np.diff(examples.offsets)[records].astype(np.float64)
+    attention, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    matrices = model.d_model * (2 * attention + 2 * key_value + 3 * model.mlp_hidden_size)
+    layers = model.n_layers * (2 * matrices * length + 4 * attention * length**2)
+    return float(np.sum(layers + 2 * model.d_model * model.embedding_size * hidden))
+
+
+if __name__ == "__main__":
+    main()
