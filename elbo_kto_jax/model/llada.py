@@ -87,14 +87,21 @@ class Block(nn.Module):
     def __call__(self, x, cos, sin, segment_ids):
         cfg = self.config
         norm = functools.partial(RMSNorm, cfg, self.param_dtype)
-        dense = functools.partial(
-            nn.Dense,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=matmul_precision(self.dtype),
-            kernel_init=nn.initializers.normal(0.02),
-        )
+
+        def dense(features, name):
+            layer = nn.Dense(
+                features,
+                name=name,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                precision=matmul_precision(self.dtype),
+                kernel_init=nn.initializers.normal(0.02),
+            )
+            # As one matrix: with two axes to sum over, XLA for CPUs transposes the operands of a weight's gradient, and
+            # works out everything before them column by column.
+            return lambda y: layer(y.reshape(-1, y.shape[-1])).reshape(*y.shape[:-1], features)
+
         heads = lambda y, n: y.reshape(*y.shape[:2], n, cfg.head_dim)  # noqa: E731
 
         h = norm(name="attn_norm")(x)
