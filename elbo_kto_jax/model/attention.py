@@ -109,11 +109,12 @@ def _spans(segment_ids: Int[Array, "b s"], block: int) -> _Spans:
 
 def _query_tile_end(spans: _Spans, at, block: int):
     """Where the tile of queries that starts at `at` ends: never in the middle of a segment that started in it, so that
-    a long segment has tiles of its own, and short ones share a tile."""
+    a long segment has tiles of its own, and short ones share a tile. Padding shares none that it would start."""
     last = at + block - 1
     whole = (spans.start[last] == at) | (spans.end[last] == at + block)
     new = jnp.where(whole, at + block, spans.start[last])
-    return jnp.where(spans.start[at] < at, jnp.minimum(at + block, spans.end[at]), new)
+    alone = (spans.start[at] < at) | ~spans.is_real[at]
+    return jnp.where(alone, jnp.minimum(at + block, spans.end[at]), new)
 
 
 class _Residuals(NamedTuple):

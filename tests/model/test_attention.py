@@ -13,13 +13,13 @@ def random_inputs(s, *, h=4, kv=2, b=2, e=6, dtype=jnp.float32, seed=0):
     return [jnp.asarray(rng.normal(size=(b, s, n, e)), dtype) for n in (h, kv, kv)]
 
 
-def random_segments(s, *, b=2, seed=0):
-    """Runs of random lengths, and padding at the end of some rows."""
+def random_segments(s, *, b=2, seed=0, padding=4):
+    """Four runs of random lengths, of which the one numbered `padding` is padding in every row but the first."""
     rng, rows = np.random.default_rng(seed), []
     for r in range(b):
         cuts = np.sort(rng.choice(np.arange(1, s), 3, replace=False))
         ids = 1 + np.searchsorted(cuts, np.arange(s), side="right")
-        rows.append(np.where((ids == 4) & (r > 0), 0, ids))
+        rows.append(np.where((ids == padding) & (r > 0), 0, ids))
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
@@ -49,20 +49,23 @@ def test_formula(monkeypatch, form, kv):
 
 
 @pytest.mark.parametrize(
-    ("s", "kv", "dtype", "segments"),
+    ("s", "kv", "dtype", "padding"),
     [
-        (32, 2, "float32", True),
-        (37, 2, "float32", True),
-        (5, 4, "float32", True),
-        (37, 1, "float32", False),
-        (37, 2, "bfloat16", True),
+        (32, 2, "float32", 4),
+        (37, 2, "float32", 4),
+        (37, 2, "float32", 1),
+        (37, 2, "float32", 2),
+        (8, 2, "float32", 1),
+        (5, 4, "float32", 4),
+        (37, 1, "float32", None),
+        (37, 2, "bfloat16", 4),
     ],
 )
-def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, segments):
-    """In values and gradients; rows shorter than a tile and rows that end within one."""
+def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, padding):
+    """In values and gradients; rows shorter than a tile and rows that end within one, padding anywhere."""
     monkeypatch.setattr(attention, "BLOCK", 8)
     inputs = random_inputs(s, kv=kv, dtype=jnp.dtype(dtype))
-    segment_ids = random_segments(s) if segments else jnp.ones((2, s), jnp.int32)
+    segment_ids = random_segments(s, padding=padding)
     is_real = segment_ids > 0
     weight = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32) * is_real[..., None, None]
 
