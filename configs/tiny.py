@@ -53,7 +53,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
             },
             "train": {
                 "epochs": 0,  # `steps` counts
-                "steps": 800 if fine_tuning else 120,
+                "steps": 800 if fine_tuning else 240,
                 "global_batch_size": 64 if fine_tuning else 32,  # with the draws, 64 sequences a step
                 "microbatch_tokens": 1664,  # 13 rows, which hold them
                 "checkpoint_every": 100,
