@@ -16,7 +16,6 @@ from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.sampling.respond import Answers, answer
 from elbo_kto_jax.text.records import Record, read_records
 
@@ -27,7 +26,6 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("--out: missing; name the file that the responses to --prompts go to")
     if flags.out:
         cli.refuse_existing(flags.out, flags.overwrite)
-    check_options(config.sampler)
     flag = "--checkpoint" if flags.checkpoint else "--config.model.path"
     source = flags.checkpoint or config.model.path
     if flags.prompts:

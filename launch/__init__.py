@@ -1,1 +1,3 @@
-"""Commands that start runs: the quickstart and planning on paper."""
+"""Commands that start runs: the quickstart, and random models to try things on."""
+
+import elbo_kto_jax  # noqa: F401  # first, for it quietens transformers

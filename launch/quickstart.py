@@ -158,8 +158,16 @@ def _stage(number: int, what: str) -> None:
 
 def _run(command: Callable[[list[str]], dict[str, Any]], name: str, *arguments: str) -> dict[str, Any]:
     """Runs a command of the project in this process, and shows how it is called by itself."""
-    print(f"$ python -m {name} {shlex.join(arguments)}", file=sys.stderr, flush=True)
+    print(f"$ {_python()} -m {name} {shlex.join(arguments)}", file=sys.stderr, flush=True)
     return command(list(arguments))
+
+
+def _python() -> str:
+    """What to type for the Python that runs this: without an active environment, `python` may lack the project."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = Path(sys.executable)
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 # The task.
@@ -280,7 +288,7 @@ def _closing_words(summary: dict[str, Any], aligned: dict[str, Any]) -> str:
             f"adjusted win rate of the aligned model: {summary['adjusted_win_rate']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%}, {summary['comparisons']} comparisons, ties counted as half)",
             f"reports: {summary['report']} (answers side by side), {aligned['report']} (training curves)",
-            f"next: python -m elbo_kto_jax.generate --config={CONFIG} --checkpoint={aligned['checkpoint']} "
+            f"next: {_python()} -m elbo_kto_jax.generate --config={CONFIG} --checkpoint={aligned['checkpoint']} "
             '--prompt="Capitals mntzk"',
         ]
     )

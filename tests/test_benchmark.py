@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.benchmark import __main__ as benchmark
-from elbo_kto_jax.benchmark.worker import forward_flops
 from elbo_kto_jax.errors import UserError
 from launch import quickstart
 from tests import runs, tiny
@@ -52,7 +51,7 @@ def test_forward_flops():
     kv = model.n_kv_heads * model.head_dim
     projections = 2 * length * d * (d + kv + kv + d)
     expected = n * (projections + 2 * length * d * 3 * f + 2 * 2 * length * length * d) + 2 * 5 * d * v
-    assert forward_flops(model, examples, np.array([1]), np.array([5.0])) == expected
+    assert benchmark.forward_flops(model, examples, np.array([1]), np.array([5.0])) == expected
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ def command(golden_dir, tmp_path):
         out = tmp_path / "out.jsonl"
         argv = [f"--config={PROJECT_ROOT / 'configs' / 'tiny.py'}", f"--checkpoint={golden_dir / 'policy'}"]
         argv += [f"--config.sampler.{key}={GEN_LENGTH}" for key in ("gen_length", "steps", "block_length")]
-        argv += ["--config.sampler.temperature=0"]
         argv += ["--config.sampler.temperature=0", "--config.sampler.remasking=low_confidence"]
         if records is not None:
             prompts = tmp_path / "prompts.jsonl"

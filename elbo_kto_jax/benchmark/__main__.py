@@ -22,14 +22,15 @@ import numpy as np
 from tqdm import tqdm
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.benchmark.worker import forward_flops
 from elbo_kto_jax.checkpoint import huggingface
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.diffusion.masks import draw_masks
+from elbo_kto_jax.config import Config, Estimator
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.report import page
 from elbo_kto_jax.report.svg import Bar, bar_chart
+from elbo_kto_jax.text.examples import Examples
+from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.setup import Setup, prepare
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--records", type=int, default=24, help="the first so many of the data (default: %(default)s)")
     flags.add_argument("--rounds", type=int, default=5, help="measurements of everything (default: %(default)s)")
     flags.add_argument("--no-peer", action="store_true", help="measure this implementation alone; needs no PyTorch")
+    flags.add_argument("--peer-checkpointing", action="store_true", help="the peer recomputes activations, too")
     flags.add_argument("--out", default="runs/benchmark", help="folder for benchmark.json, report.html")
     flags.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     options, config = flags.parse(argv)
@@ -63,7 +65,13 @@ def main(argv: list[str]) -> dict:
     setup = prepare(config, skip_bad=False)
     if options.records > len(setup.data.examples):
         raise UserError(f"--records: expected at most {len(setup.data.examples)}, the records of the data set")
-    result = measure(setup, options.records, options.rounds, with_peer=not options.no_peer)
+    result = measure(
+        setup,
+        options.records,
+        options.rounds,
+        with_peer=not options.no_peer,
+        peer_checkpointing=options.peer_checkpointing,
+    )
     out = Path(options.out)
     atomic_write(out / "benchmark.json", to_json(result))
     write_report(out / "report.html", result)
@@ -98,11 +106,12 @@ class Worker:
     def __init__(self, *command: str, setting: dict):
         root = Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
@@ -115,7 +124,9 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            reason = self.process.stderr.read().strip().splitlines() or [f"exit status {self.process.wait()}"]
+            status = self.process.wait()
+            self.errors.seek(0)
+            reason = self.errors.read().strip().splitlines() or [f"exit status {status}"]
             raise RuntimeError(f"benchmark worker stopped: {reason[-1]}")
         return json.loads(line)
 
@@ -126,30 +137,38 @@ class Worker:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
-        self.process.stderr.close()
+        self.errors.close()
 
 
-def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool) -> dict:
+def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool, peer_checkpointing: bool) -> dict:
     """Everything that the report shows; seconds are medians over the rounds, per record."""
     config, draws = setup.config, setup.config.estimator.draws
     with tempfile.TemporaryDirectory() as scratch:
 
+        def estimator(draws: int) -> Estimator:
+            return dataclasses.replace(config.estimator, draws=draws)
+
         def start_ours(draws: int) -> Worker:
-            estimator = dataclasses.replace(config.estimator, draws=draws)
-            changed = dataclasses.replace(config, estimator=estimator).to_dict()
+            changed = dataclasses.replace(config, estimator=estimator(draws)).to_dict()
             return Worker("-m", "elbo_kto_jax.benchmark.worker", setting={"config": changed, "records": records})
 
         def start_peer(draws: int) -> Worker:
             file = Path(scratch) / f"{draws}.npz"
-            if not file.exists():
-                write_examples(file, setup, records, draws)
+            data = setup.data
+            write_examples(
+                file,
+                TrainingData(
+                    data.examples, data.layout, estimator=estimator(draws), batch_size=records, seed=config.seed
+                ),
+                records,
+            )
             setting = {
                 "model": config.model.path,
                 "examples": str(file),
                 "max_length": config.data.max_length,
                 "beta": config.objective.beta,
                 "learning_rate": config.optimizer.learning_rate,
-                "activation_checkpointing": False,
+                "activation_checkpointing": peer_checkpointing,
             }
             return Worker(str(PEER), setting=setting)
 
@@ -196,14 +215,15 @@ def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool) -> dict
                 with start_peer(k) as peer:
                     memory["peer"][k] = timed(peer, 1, do="train", **asked)["peak_bytes"]
         bar.close()
-    return _summarise(setup, records, rounds, found, memory)
+    versions = ours.ready | (peer.ready if with_peer else {})
+    return _summarise(setup, records, rounds, found, memory, versions)
 
 
-def write_examples(file: Path, setup: Setup, records: int, draws: int) -> None:
+def write_examples(file: Path, data: TrainingData, records: int) -> None:
     """What the peer is given: tokens, windows, labels and the very masks that we draw."""
-    examples, arrays = setup.data.examples, {"count": np.array(records)}
+    examples, arrays = data.examples, {"count": np.array(records)}
     for i in range(records):
-        masks = _masks(setup, i, draws)
+        masks = data.masks(i)
         arrays |= {
             f"{i}.tokens": examples.tokens[examples.offsets[i] : examples.offsets[i + 1]],
             f"{i}.start": examples.prompt_length[i],
@@ -212,18 +232,6 @@ def write_examples(file: Path, setup: Setup, records: int, draws: int) -> None:
             f"{i}.weights": masks.weight,
         }
     np.savez(file, **arrays)
-
-
-def _masks(setup: Setup, i: int, draws: int):
-    examples, config = setup.data.examples, setup.config
-    return draw_masks(
-        config.estimator.scheme,
-        seed=config.seed,
-        id_words=examples.id_words[i],
-        epoch=0,
-        draws=draws,
-        length=int(examples.completion_length[i]),
-    )
 
 
 def _check_equal(found: dict[str, dict]) -> None:
@@ -239,14 +247,16 @@ def _check_equal(found: dict[str, dict]) -> None:
             raise RuntimeError(f"{name}: ours {a} differs from the peer's {b}: they do not do the same work")
 
 
-def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dict) -> dict:
+def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dict, versions: dict) -> dict:
     draws, model, examples = setup.config.estimator.draws, setup.model.config, setup.data.examples
-    hidden = np.array([_masks(setup, i, draws).mask.sum() for i in range(records)]) / draws
+    hidden = np.array([setup.data.masks(i).mask.sum() for i in range(records)]) / draws
     flops = draws * forward_flops(model, examples, np.arange(records), hidden) / records
     tokens = draws * float(np.diff(examples.offsets)[:records].mean())
     per_record = {name: [run["per_record"] for run in runs] for name, runs in found.items() if "peak" not in name}
     seconds = {name: float(np.median(values)) for name, values in per_record.items()}
-    peak = float(np.median([run["flops"] for run in found["peak"]]))
+    peak, *peer_peak = (
+        float(np.median([run["flops"] for run in found[name]])) for name in ("peak", "peer.peak") if name in found
+    )
 
     def figures(side: str) -> dict:
         return {
@@ -283,9 +293,10 @@ def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dic
             "microbatch_tokens": setup.config.train.microbatch_tokens,
             "remat": setup.config.model.remat,
             "matrix_peak_flops": peak,
+            "peer_matrix_peak_flops": peer_peak[0] if peer_peak else None,
             "platform": jax.default_backend(),
             "cores": os.cpu_count(),
-            "jax": jax.__version__,
+            **versions,
         },
     }
 
@@ -313,6 +324,20 @@ def _rows(result: dict) -> list[tuple[str, ...]]:
                 )
             )
     return rows
+
+
+def forward_flops(model: ModelConfig, examples: Examples, records: np.ndarray, hidden: np.ndarray) -> float:
+    """FLOPs of one forward pass over one draw of each record that no implementation can do without.
+
+    Two per multiplication: the layers' matrices at every token, attention of every token to its own sequence, and the
+    output head at the hidden[i] hidden tokens of record i. A training step needs three times this (forward, and twice
+    as much backward).
+    """
+    length = np.diff(examples.offsets)[records].astype(np.float64)
+    attention, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    matrices = model.d_model * (2 * attention + 2 * key_value + 3 * model.mlp_hidden_size)
+    layers = model.n_layers * (2 * matrices * length + 4 * attention * length**2)
+    return float(np.sum(layers + 2 * model.d_model * model.embedding_size * hidden))
 
 
 _HEADER = ("", "s/example", "real tokens/s", "useful GFLOP/s", "of matrix peak", "ours is faster by")

@@ -1,6 +1,7 @@
 """Our side of a benchmark, in a process of its own so that its peak memory is its own.
 
-The first line of stdin is {"config": ..., "records": n}; then one JSON request per line, answered by one JSON line:
+The first line of stdin is {"config": ..., "records": n}, and one JSON request per line follows. Each is answered by one
+JSON line; that to the first says with what we compute:
 
     {"do": "peak"}                             flops: FLOP/s of a large float32 matrix product
     {"do": "reference"}                        elbo: B_ref of every record, nats
@@ -18,9 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elbo_kto_jax.config import Config
-from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import abstract_params
-from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.setup import prepare
 from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
@@ -65,7 +64,7 @@ def main() -> None:
 
         return run
 
-    answer = {"ready": True, "peak_bytes": peak_bytes()}
+    answer = {"jax": jax.__version__}
     while True:
         print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()
@@ -98,20 +97,6 @@ def matrix_peak() -> float:
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - began)
     return 2 * _PEAK_SIZE**3 / min(seconds)
-
-
-def forward_flops(model: ModelConfig, examples: Examples, records: np.ndarray, hidden: np.ndarray) -> float:
-    """FLOPs of one forward pass over one draw of each record that no implementation can do without.
-
-    Two per multiplication: the layers' matrices at every token, attention of every token to its own sequence, and the
-    output head at the hidden[i] hidden tokens of record i. A training step needs three times this (forward, and twice
-    as much backward).
-    """
-    length = np.diff(examples.offsets)[records].astype(np.float64)
-    attention, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    matrices = model.d_model * (2 * attention + 2 * key_value + 3 * model.mlp_hidden_size)
-    layers = model.n_layers * (2 * matrices * length + 4 * attention * length**2)
-    return float(np.sum(layers + 2 * model.d_model * model.embedding_size * hidden))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def attention(
         form = jax.shard_map(
             form, mesh=mesh, in_specs=(by_head, by_head, by_head, P(rows, None)), out_specs=by_head, check_vma=False
         )
-    return checkpoint_name(form(query, key, value, segment_ids), SAVED)
+    return form(query, key, value, segment_ids)
 
 
 def plain_attention(
@@ -63,7 +63,8 @@ def plain_attention(
     same = segment_ids[:, None, None, :, None] == segment_ids[:, None, None, None, :]
     scores = jnp.where(same, scores, _LOWEST)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqt,btke->bqkge", weights, value, precision=exact).reshape(b, s, h, e)
+    out = jnp.einsum("bkgqt,btke->bqkge", weights, value, precision=exact).reshape(b, s, h, e)
+    return checkpoint_name(out, SAVED)
 
 
 def block_attention(

@@ -104,18 +104,14 @@ def read_records(
     skipped: list[str] = []
     ids = _Ids()
     for file in _find_files(str(path), flag):
-        try:
-            for number, decode in _rows(file):
-                where = f"{file}:{number}"
-                try:
-                    records += ids.assign(_parse(decode(), _stem(file), needs, where))
-                except _BadRecordError as error:
-                    if not skip_bad:
-                        message = f"{where}: {error}; fix or drop the record, or pass --skip-bad-records"
-                        raise UserError(message) from None
-                    skipped.append(f"{where}: {error}")
-        except OSError as error:
-            raise UserError(f"{flag}: {file}: {error.strerror or error}; check the file") from None
+        for number, decode in _rows(file):
+            where = f"{file}:{number}"
+            try:
+                records += ids.assign(_parse(decode(), _stem(file), needs, where))
+            except _BadRecordError as error:
+                if not skip_bad:
+                    raise UserError(f"{where}: {error}; fix or drop the record, or pass --skip-bad-records") from None
+                skipped.append(f"{where}: {error}")
     if not records:
         bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"{flag}: no usable record in {path}{bad}")
@@ -205,7 +201,10 @@ def _stem(file: Path) -> str:
 
 def _rows(file: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     """(number from 1, function that decodes the row or raises _BadRecordError) for every row that is not blank."""
-    return _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+    try:
+        yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from None
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Callable[[], Any]]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from elbo_kto_jax import config
-from elbo_kto_jax.diffusion.masks import draw_masks
+from elbo_kto_jax.diffusion.masks import Draws, draw_masks
 from elbo_kto_jax.packing import Layout, Segment, pack
 from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.step import Batch, Feedback
@@ -45,6 +45,17 @@ class TrainingData:
         steps = grain.MapDataset.range(start, stop).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
 
+    def masks(self, i: int, epoch: int = 0) -> Draws:
+        """The masks of every draw of example i."""
+        return draw_masks(
+            self.estimator.scheme,
+            seed=self.seed,
+            id_words=self.examples.id_words[i],
+            epoch=epoch,
+            draws=self.estimator.draws,
+            length=int(self.examples.completion_length[i]),
+        )
+
     def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
         """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
         examples, draws = self.examples, self.estimator.draws
@@ -54,14 +65,7 @@ class TrainingData:
         feedback.completion_length[: len(indices)] = examples.completion_length[indices]
         segments = []
         for b, i in enumerate(indices):
-            masks = draw_masks(
-                self.estimator.scheme,
-                seed=self.seed,
-                id_words=examples.id_words[i],
-                epoch=epoch,
-                draws=draws,
-                length=int(examples.completion_length[i]),
-            )
+            masks = self.masks(int(i), epoch)
             tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
             start = int(examples.prompt_length[i])
             segments += [

@@ -188,7 +188,7 @@ def main() -> None:
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     examples = read_examples(setting["examples"])
     optimizer = adamw(model, setting["learning_rate"])
-    answer = {"ready": True, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    answer = {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
     while True:
         print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()

@@ -392,6 +392,18 @@ def test_hub_data_set_without_network_says_what_to_do(monkeypatch):
     assert "--config.data.eval" in second
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "data.jsonl"
+    file.write_text("{}")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"data\.jsonl: cannot be read \(Permission denied\)"):
+        read_records(file)
+
+
 # The real records.
 
 

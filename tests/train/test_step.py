@@ -91,7 +91,7 @@ def test_golden_estimates(golden, golden_programs, mode):
     for params, name in ((golden.policy, "theta"), (golden.reference, "ref")):
         estimates = scored(programs, params, batch).reshape(records, draws)
         np.testing.assert_allclose(estimates, arrays[f"{mode}.B_{name}_draws"], atol=2e-3, rtol=0)
-        np.testing.assert_allclose(estimates, arrays[f"{mode}.B_{name}_draws_f64"], rtol=1e-5)
+        np.testing.assert_allclose(estimates, arrays[f"{mode}.B_{name}_draws_f64"], rtol=3e-6)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("padded", "grads"), ("unpadded", "grads_unpadded")])
@@ -143,17 +143,9 @@ def test_golden_learning_rate(golden):
 # ---- exactness ----
 
 
-@pytest.mark.parametrize(
-    ("dtype", "packed", "sizes"),
-    [
-        ("float32", True, ONE_DEVICE),
-        ("float32", False, ONE_DEVICE),
-        ("bfloat16", True, ONE_DEVICE),
-        ("bfloat16", False, ONE_DEVICE),
-        ("bfloat16", True, config.Mesh(2, 2, 2)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [ONE_DEVICE, config.Mesh(2, 2, 2)], ids=str)
 def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes):
     """Online, and precomputed by another instance of the programs."""
     data = TrainingData(
@@ -167,8 +159,9 @@ def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, pack
         for _ in range(2)
     )
     for reference in (frozen.params, scored(other, frozen.params, batch)):
-        metrics = rewards_and_loss(programs, state.params, reference, batch)
+        _, metrics = step.train_step(programs, jax.tree.map(jnp.copy, state), batch, reference)
         np.testing.assert_array_equal(metrics["reward"], np.zeros(6))
+        assert metrics["grad_norm"] > 0  # c_b is not zero where the reward is
         np.testing.assert_allclose(metrics["loss"], 0.5 * (4 * 1.33 + 2 * 0.75) / 6, rtol=1e-6)
 
 
@@ -236,13 +229,20 @@ def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size, d
         assert_same_gradient(gradient, expected)
 
 
+@pytest.mark.parametrize("batch_size", [5, 7])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_reference_point_is_the_mean_over_the_global_batch(rows):
+def test_reference_point_is_the_mean_over_the_global_batch(rows, batch_size):
     """However many micro-batches the batch takes, and without its padding."""
     data = TrainingData(
-        tiny.examples(5), tiny.layout(rows, False), estimator=config.Estimator(2, "uniform"), batch_size=7, seed=0
+        tiny.examples(5),
+        tiny.layout(rows, False),
+        estimator=config.Estimator(2, "uniform"),
+        batch_size=batch_size,
+        seed=0,
     )
-    programs, state = setup(tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=7, draws=2, objective=tiny.KTO)
+    programs, state = setup(
+        tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=batch_size, draws=2, objective=tiny.KTO
+    )
     metrics = rewards_and_loss(programs, state.params, tiny.params(1), data.batch(0))
     reward = np.asarray(metrics["reward"])[:5]
     assert np.ptp(reward) > 0.1
