@@ -34,10 +34,10 @@ def run(checkpoint, data, out, *more: str, **settings) -> tuple[dict, list[dict]
 
 def test_golden_records(golden, golden_dir, tmp_path):
     """Every record has its line, whatever the batches; lengths as in the goldens, where the border is no problem."""
-    arrays = golden.arrays
+    arrays, draws = golden.arrays, golden.arrays["l_values"].shape[1]
     settings = {"data.max_length": golden.max_length, "train.microbatch_tokens": golden.max_length}
     summary, rows = run(
-        golden_dir / "policy", golden_dir / "records.jsonl", tmp_path / "out", **settings, **{"estimator.draws": 4}
+        golden_dir / "policy", golden_dir / "records.jsonl", tmp_path / "out", **settings, **{"estimator.draws": draws}
     )
     assert summary["records"] == len(rows) == len(arrays["label"])
     assert summary["mean_elbo"] == pytest.approx(np.mean([row["elbo"] for row in rows]))
@@ -47,7 +47,8 @@ def test_golden_records(golden, golden_dir, tmp_path):
     clean = arrays["prompt_is_prefix"]
     np.testing.assert_array_equal(tokens[clean], arrays["completion_length"][clean])
     # Other masks than the goldens', so within the spread of both estimates.
-    spread = np.std(arrays["unpadded.B_theta_draws"], axis=1, ddof=1) / 2 + np.array([row["stderr"] for row in rows])
+    stderr = np.std(arrays["unpadded.B_theta_draws"], axis=1, ddof=1) / np.sqrt(draws)
+    spread = stderr + np.array([row["stderr"] for row in rows])
     difference = np.array([row["elbo"] for row in rows]) - arrays["unpadded.B_theta"]
     assert np.all(np.abs(difference[clean]) < 6 * spread[clean])
 
