@@ -19,7 +19,7 @@ from tests.conftest import PROJECT_ROOT
 
 NONE = (None, None, None)
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
-HANG = 240  # seconds after which a process counts as hanging; several times what it takes where nothing does
+HANG = 600  # seconds after which a process counts as hanging; many times what it takes where nothing does
 
 # ---- who the others are ----
 

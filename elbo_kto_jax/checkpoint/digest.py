@@ -24,12 +24,17 @@ class Digest:
     def __init__(self, leaves: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]):
         """`leaves`: shape and dtype of every leaf by its path."""
         self._leaves = leaves
-        self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
+        self._sums: dict = dict.fromkeys(leaves, np.zeros(2, np.uint32))
+        self._latest = np.zeros(2, np.uint32)
 
     def add(self, path: tuple[str, ...], start: tuple[int, ...], piece: Shaped[Array | np.ndarray, "..."]) -> None:
-        """Adds the piece of the leaf at `path` whose first element has the index `start`."""
-        words = _position_weighted_sums(piece, np.array(start, np.uint32), self._leaves[path].shape)
-        self._sums[path] += np.asarray(words)
+        """Adds the piece of the leaf at `path` whose first element has the index `start`.
+
+        The device may still be at it when this returns, but it is through with the piece before.
+        """
+        jax.block_until_ready(self._latest)
+        self._latest = _position_weighted_sums(piece, np.array(start, np.uint32), self._leaves[path].shape)
+        self._sums[path] = self._sums[path] + self._latest
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits over every leaf's path, shape, dtype and bits.
@@ -39,7 +44,7 @@ class Digest:
         """
         digest = hashlib.blake2b(digest_size=16)
         for path in sorted(self._leaves):
-            leaf, words = self._leaves[path], self._sums[path]
+            leaf, words = self._leaves[path], np.asarray(self._sums[path])
             dtype = np.dtype(leaf.dtype).name
             digest.update(f"{'/'.join(path)} {leaf.shape} {dtype} {words[0]:08x}{words[1]:08x}\n".encode())
         return digest.hexdigest()

@@ -9,11 +9,14 @@ one kind are stacked along a new first axis:
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
+
 from elbo_kto_jax.model.config import ModelConfig
 
 TreePath = tuple[str, ...]
 Index = tuple[slice, ...]  # one slice per axis, with its start and stop
 
+_BAND = 64  # columns that are copied at once: what a cache holds of a transposed array, three times as fast as all
 ROWS = 4096  # of a published tensor that conversions hold at once: 100 MB of the 8B model's widest, in bfloat16
 
 
@@ -118,3 +121,9 @@ def pieces(leaf: Leaf, layer: int) -> Iterator[Index]:
         index = [slice(0, size) for size in shape]
         index[rows] = slice(start, min(start + ROWS, shape[rows]))
         yield (slice(layer, layer + 1), *index) if leaf.stacked else tuple(index)
+
+
+def copy(to: np.ndarray, tensor: np.ndarray) -> None:
+    """to[...] = tensor, also fast where one of them is transposed."""
+    for start in range(0, to.shape[-1], _BAND):
+        to[..., start : start + _BAND] = tensor[..., start : start + _BAND]

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerFast
 from elbo_kto_jax.checkpoint import huggingface, names
 from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import ahead
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.sharding import rules
 
@@ -119,7 +120,11 @@ class Source:
             if digest is not None:
                 digest.add(tensor.path, tuple(axis.start for axis in index), piece)
             piece = piece[0] if leaf.stacked else piece
-            yield piece.T if leaf.transposed else piece
+            if leaf.transposed:
+                rows = np.empty(piece.shape[::-1], piece.dtype)
+                names.copy(rows, piece.T)
+                piece = rows
+            yield piece
 
     def check(self, digest: Digest) -> None:
         """Raises UserError where what was read, all of it, is not what was saved."""
@@ -483,16 +488,12 @@ class _Streamed:
     def write(self, array: tensorstore.TensorStore) -> None:
         """Writes every piece; one is written while the next one is read."""
         leaf = names.parameter_leaves(self.source.config)[self.path]
-        writing = None
-        for layer in range(len(leaf.tensors)):
-            for index in names.pieces(leaf, layer):
-                piece = self.source.read(self.path, index)
-                self.digest.add(self.path, tuple(axis.start for axis in index), piece)
-                if writing is not None:
-                    writing.result()
-                writing = array[index].write(piece, can_reference_source_data_indefinitely=True)
-                self.bar.update(piece.nbytes)
-        writing.result()
+        indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
+        for index, piece in ahead((index, self.source.read(self.path, index)) for index in indices):
+            writing = array[index].write(piece, can_reference_source_data_indefinitely=True)
+            self.digest.add(self.path, tuple(axis.start for axis in index), piece)
+            writing.result()
+            self.bar.update(piece.nbytes)
 
 
 def chunk_shape(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -505,7 +506,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         for value, info in zip(values, infos, strict=True):
-            _, axes = rules.parameter_line("/".join(value.path))
+            _, axes = rules.line_of("/".join(value.path))
             array = tensorstore.open(
                 {
                     "driver": "zarr",

@@ -94,12 +94,8 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def parameter_line(name: str) -> tuple[str, tuple[str, ...]]:
-    """The line of PARAMETER_AXES for the parameter `name` (its path, joined by slashes).
-
-    Raises:
-      ValueError: it has none.
-    """
+def line_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The line of PARAMETER_AXES for the parameter with this path: its pattern and logical axes."""
     line = next((line for line in PARAMETER_AXES if re.fullmatch(line[0], name)), None)
     if line is None:
         raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
@@ -117,7 +113,7 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         name = "/".join(key.key for key in path)
-        pattern, axes = parameter_line(name)
+        pattern, axes = line_of(name)
         used.add(pattern)
         if len(axes) != len(leaf.shape):
             raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")
