@@ -12,7 +12,7 @@ from elbo_kto_jax import cli, processes
 from elbo_kto_jax.train import __main__ as train
 from elbo_kto_jax.train import loop
 
-LOST_AFTER = 10
+LOST_AFTER = 30
 
 if __name__ == "__main__":
     _, event, step, *sys.argv[1:] = sys.argv

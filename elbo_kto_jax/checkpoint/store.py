@@ -48,7 +48,7 @@ _FORMAT = {"format": "elbo_kto_jax", "version": 1}
 # Largest sizes of a chunk of a converted model by logical axis: meshes split `model` most finely, 4096 up to 64 times
 # before two devices share a chunk. The others as long as the pieces in which conversions read, names.ROWS.
 _CHUNK = {"layers": 1, "model": 64}
-_SMALL = 2**20  # bytes; chunks of a step of training are not made smaller than this
+_CHUNK_BYTES = 2**26  # of a step of training, at most
 _REMEDY = "copy or convert the checkpoint again, or remove it to go on from an earlier step"
 
 
@@ -371,7 +371,7 @@ class TrainingCheckpoints:
         trees = {"params": state.params, "opt_state": state.opt_state}
         stored = {item: _StoredTree.of(_by_path(tree), params_digest(tree)) for item, tree in trees.items()}
         items = {"assets": _AssetsSave(assets, lambda: stored), "progress": ocp.args.JsonSave(state.progress)}
-        items |= {item: _TreeSave(tree, save_args=jax.tree.map(_by_layer, tree)) for item, tree in trees.items()}
+        items |= {item: _TreeSave(tree, save_args=jax.tree.map(_save_args, tree)) for item, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract: TrainingState) -> TrainingState:
@@ -456,12 +456,9 @@ class _TreeSave(ocp.args.StandardSave):
     """Saves a tree of arrays through _TreeHandler."""
 
 
-def _by_layer(leaf: jax.Array) -> ocp.SaveArgs:
-    """Each layer of a device's part of a stacked leaf is a chunk of its own, for `Source` to read one at a time."""
-    if leaf.ndim < 3:
-        return ocp.SaveArgs()
-    _, *part = leaf.sharding.shard_shape(leaf.shape)
-    return ocp.SaveArgs(chunk_byte_size=max(_SMALL, math.prod(part) * leaf.dtype.itemsize), shard_axes=(0,))
+def _save_args(leaf: jax.Array) -> ocp.SaveArgs:
+    """Chunks of a device's part of an array: of one layer where there are layers, so that `Source` can read pieces."""
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
 
 @dataclasses.dataclass(frozen=True)
