@@ -1,11 +1,15 @@
-"""python -m conversion.from_hf --source=HF_FOLDER_OR_HUB_ID --out=DIR: published safetensors to our checkpoint."""
+"""python -m conversion.from_hf --source=HF_FOLDER_OR_HUB_ID --out=DIR: published safetensors to our checkpoint.
+
+Pieces of tensors go from file to file, so that memory does not grow with the model. DIR appears when it is whole: an
+interrupted conversion leaves a folder DIR.orbax-checkpoint-tmp that nothing loads, and the same command starts again.
+"""
 
 import time
 
 import jax
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoint import names, store
+from elbo_kto_jax.checkpoint import store
 
 
 def main(argv: list[str]) -> dict:
@@ -22,13 +26,9 @@ def main(argv: list[str]) -> dict:
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
     store.check_destination(flags.out, flags.overwrite, store.is_checkpoint)  # before minutes of reading
-    model = store.load_model(flags.source, param_dtype=flags.dtype, flag="--source")
-    store.save_model(flags.out, model, flags.overwrite)
-    return {
-        "tensors": len(names.published_tensors(model.config)),
-        "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        "seconds": time.monotonic() - started,
-    }
+    source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+    store.save_model(flags.out, source, flags.overwrite)
+    return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 
 
 if __name__ == "__main__":

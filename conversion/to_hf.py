@@ -1,4 +1,8 @@
-"""python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors."""
+"""python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors.
+
+Pieces of tensors go from file to file, so that memory does not grow with the model. DIR appears when it is whole: an
+interrupted conversion leaves a folder .DIR.partial without a config.json, and the same command starts again.
+"""
 
 import argparse
 import re
@@ -9,6 +13,7 @@ import jax
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.checkpoint.digest import Digest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -28,25 +33,29 @@ def main(argv: list[str]) -> dict:
     jax.config.update("jax_platforms", "cpu")
     out = Path(flags.out).expanduser()
     store.check_destination(out, flags.overwrite, huggingface.is_published)
-    model = store.load_model(flags.source, flag="--source")
-    sizes = write(out, model, flags.shard_size)
-    return {"tensors": len(sizes), "bytes": sum(sizes.values()), "seconds": time.monotonic() - started}
+    source = store.open_source(flags.source, flag="--source")
+    write(out, source, flags.shard_size)
+    return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 
 
-def write(out: Path, model: store.Model, shard_size: int) -> dict[str, int]:
-    """Writes `model` in its published form, replacing `out` at the end; returns the bytes of each tensor by its name.
+def write(out: Path, source: store.Source, shard_size: int) -> None:
+    """Writes a model in its published form, replacing `out` at the end.
 
     Args:
       shard_size: most bytes of tensors in one file.
+
+    Raises:
+      UserError: what was read is not what was saved; `out` is as it was.
     """
-    tensors = names.published_tensors(model.config)
-
-    def read(name: str):
-        return huggingface.published_tensor(model.params, tensors[name])
-
-    sizes = {name: read(name).nbytes for name in tensors}
-    huggingface.write_folder(out, model.assets, sizes, read, shard_size)
-    return sizes
+    tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
+    huggingface.write_folder(
+        out,
+        source.assets,
+        source.published(),
+        lambda name: source.published_pieces(tensors[name], digest),
+        shard_size,
+        check=lambda: source.check(digest),
+    )
 
 
 def shard_size(text: str) -> int:

@@ -4,6 +4,7 @@ A tensor differs if its shape, its dtype or any bit of it does: -0.0 is not 0.0,
 bits are. So a checkpoint that was converted to another dtype differs from its source.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def main(argv: list[str]) -> dict:
     folder = store.locate(flags.source, "--source", weights=True)
     if store.is_checkpoint(folder):
         raise UserError(f"--source={flags.source}: a converted checkpoint; expected a published one (safetensors)")
-    source = huggingface.open_folder(Path(folder))
-    model = store.load_model(flags.checkpoint, flag="--checkpoint")
-    theirs, ours = names.published_tensors(source.config), names.published_tensors(model.config)
+    folder = store.locate(flags.source, "--source", weights=True)
+    if store.is_checkpoint(folder):
+        raise UserError(f"--source={flags.source}: a converted checkpoint; expected a published one (safetensors)")
+    source, checkpoint = huggingface.open_folder(Path(folder)), store.open_source(flags.checkpoint, flag="--checkpoint")
+    theirs, ours = names.published_tensors(source.config), names.published_tensors(checkpoint.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
     different = 0
     for name in tqdm(every, desc="comparing", unit="tensor", disable=None, leave=False):
@@ -42,8 +45,7 @@ def main(argv: list[str]) -> dict:
         if name in theirs:
             difference = "not in the checkpoint"
         if name in theirs and name in ours:
-            expected = source.read(name, tuple(slice(0, size) for size in theirs[name].shape))
-            difference = difference_between(expected, huggingface.published_tensor(model.params, ours[name]))
+            difference = difference_between(source, checkpoint, name)
         if difference:
             different += 1
             print(f"{name}: {difference}", file=sys.stderr)
@@ -56,15 +58,21 @@ def main(argv: list[str]) -> dict:
     return summary
 
 
-def difference_between(source: np.ndarray, checkpoint: np.ndarray) -> str:
-    """How two tensors differ, in words; empty if shape, dtype and all bits are equal."""
-    if source.shape != checkpoint.shape:
-        return f"shape {source.shape} in the source, {checkpoint.shape} in the checkpoint"
-    if source.dtype != checkpoint.dtype:
-        return f"{source.dtype} in the source, {checkpoint.dtype} in the checkpoint"
-    bits = np.dtype(f"uint{8 * source.dtype.itemsize}")
-    count = np.count_nonzero(source.view(bits) != checkpoint.view(bits))
-    return f"{count} of {source.size} values differ" if count else ""
+def difference_between(source: huggingface.HuggingFaceFolder, checkpoint: store.Source, name: str) -> str:
+    """How the tensor `name` differs, in words; empty if shape, dtype and all bits are equal."""
+    theirs, ours = names.published_tensors(source.config)[name], names.published_tensors(checkpoint.config)[name]
+    if theirs.shape != ours.shape:
+        return f"shape {theirs.shape} in the source, {ours.shape} in the checkpoint"
+    dtype = checkpoint.leaves[ours.path].dtype
+    if source.dtypes[name] != dtype:
+        return f"{source.dtypes[name]} in the source, {dtype} in the checkpoint"
+    bits, count, start = np.dtype(f"uint{8 * dtype.itemsize}"), 0, 0
+    for piece in checkpoint.published_pieces(ours):
+        stop = start + len(piece)
+        expected = source.read(name, (slice(start, stop), *map(slice, theirs.shape[1:])))
+        count += np.count_nonzero(expected.view(bits) != piece.view(bits))
+        start = stop
+    return f"{count} of {math.prod(theirs.shape)} values differ" if count else ""
 
 
 if __name__ == "__main__":

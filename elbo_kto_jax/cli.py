@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
+from elbo_kto_jax import processes
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import to_json
@@ -42,9 +44,13 @@ class Flags(argparse.ArgumentParser):
         )
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
+        several = self.add_argument_group("several processes", "found by themselves on TPU slices, GKE and SLURM")
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--num-processes", type=int, metavar="N", help="of this job")
+        several.add_argument("--process-id", type=int, metavar="I", help="of this process, 0 to N-1")
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, Config | None]:
-        """The flags and, where `add_config` was called, the resolved config.
+        """The flags and, where `add_config` was called, the resolved config; then also joins the job's processes.
 
         Raises:
           UserError: an unknown flag or config key, or a value that does not fit.
@@ -68,7 +74,11 @@ class Flags(argparse.ArgumentParser):
             _override(config, key, text)
         if hasattr(flags, "workdir") and not flags.workdir:
             flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
-        return flags, Config.from_mapping(config.to_dict())
+        resolved = Config.from_mapping(config.to_dict())
+        processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+        if not processes.is_first():
+            log.setLevel(logging.WARNING)
+        return flags, resolved
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -127,7 +137,8 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     """Runs main(argv), prints the summary that it returns as the last line of stdout, and exits.
 
-    Exit status 0; 2 for a UserError (its message alone on stderr); 75 for Interrupted or Ctrl-C.
+    Exit status 0; 2 for a UserError (its message alone on stderr); 75 for Interrupted or Ctrl-C. With several processes
+    the first one prints the summary.
     """
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
@@ -138,17 +149,32 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
         summary = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except Interrupted as stop:
-        if stop.args and isinstance(stop.args[-1], dict):
+        if stop.args and isinstance(stop.args[-1], dict) and processes.is_first():
             print(to_json(stop.args[-1]))
         print(f"interrupted: {stop.args[0] if stop.args else ''}", file=sys.stderr)
         sys.exit(75)
     except KeyboardInterrupt:
         print("interrupted: the same command starts again", file=sys.stderr)
-        sys.exit(75)
-    print(to_json(summary), flush=True)
+        _leave(75)
+    except Exception:
+        if not processes.several():
+            raise
+        traceback.print_exc()
+        _leave(1)
+    if processes.is_first():
+        print(to_json(summary), flush=True)
     sys.exit(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exits; of several processes at once, for the others may wait for this one and must notice that it is gone."""
+    if processes.several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:

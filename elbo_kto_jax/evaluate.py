@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, processes
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation.judges import JUDGES
 from elbo_kto_jax.evaluation.winrate import win_rate
@@ -51,6 +51,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         for verdict in given
     ]
     result = dataclasses.asdict(win_rate(verdicts))
+    if processes.is_first():
+        _write(flags, comparisons_file, report_file, comparisons, result)
+    cli.log.info("report: %s", report_file)
+    return {**result, "comparisons_file": str(comparisons_file), "report": str(report_file)}
+
+
+def _write(flags: Any, comparisons_file: Path, report_file: Path, comparisons: list[dict], result: dict) -> None:
     atomic_write(comparisons_file, "".join(f"{to_json(comparison)}\n" for comparison in comparisons))
     write_winrate_report(
         report_file,
@@ -60,8 +67,6 @@ def main(argv: list[str]) -> dict[str, Any]:
         examples=[{key: value for key, value in c.items() if key != "expected"} for c in comparisons],
         names=(flags.checkpoint, flags.baseline),
     )
-    cli.log.info("report: %s", report_file)
-    return {**result, "comparisons_file": str(comparisons_file), "report": str(report_file)}
 
 
 def read_prompts(path: str) -> tuple[list[Record], list[dict[str, Any]]]:

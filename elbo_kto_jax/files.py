@@ -1,10 +1,14 @@
-"""Writing files so that no reader ever sees a part of one, and strict JSON."""
+"""Writing files so that no reader ever sees a part of one, reading ahead, and strict JSON."""
 
+import concurrent.futures
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 
 def to_json(value: Any) -> str:
@@ -20,6 +24,16 @@ def to_json(value: Any) -> str:
         return clean(x.item()) if hasattr(x, "item") else x
 
     return json.dumps(clean(value), ensure_ascii=False)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; the next one is made in a thread while the present one is used."""
+    end = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:

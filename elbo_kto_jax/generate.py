@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, processes
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
@@ -38,9 +38,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         records = _records_of_flags(flags.prompt, as_messages=tokenizer.chat_template is not None)
 
     answers = answer(source, records, config, flag=flag)
-    if flags.out:
+    if flags.out and processes.is_first():
         _write(flags.out, records, answers)
-    if flags.prompt:
+    if flags.prompt and processes.is_first():
         print("\n\n".join(answers.texts))
     return {
         "prompts": len(records),

@@ -9,7 +9,7 @@ Where each segment goes is a pure function of the list of lengths, so the refere
 same list, run on bit-identical rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,17 +65,29 @@ def pack(segments: Sequence[Segment], layout: Layout) -> list[Rows]:
     Raises:
       ValueError: a segment is longer than a row.
     """
-    longest = max((len(segment.tokens) for segment in segments), default=0)
+    return pack_own(
+        [len(segment.tokens) for segment in segments], segments.__getitem__, layout, np.ones(layout.rows, bool)
+    )
+
+
+def pack_own(
+    lengths: Sequence[int], segment_of: Callable[[int], Segment], layout: Layout, own: Bool[np.ndarray, " m"]
+) -> list[Rows]:
+    """`pack` for a process that holds the rows `own` of each micro-batch: the others are left empty.
+
+    Args:
+      lengths: tokens of every segment.
+      segment_of: makes a segment; called for those of own rows.
+
+    Raises:
+      ValueError: a segment is longer than a row.
+    """
+    longest = max(lengths, default=0)
     if longest > layout.length:
         raise ValueError(f"segments: expected at most {layout.length} tokens, got {longest}")
-    if layout.packed:
-        bins = first_fit([len(segment.tokens) for segment in segments], layout.length, layout.slots)
-    else:
-        bins = [[i] for i in range(len(segments))]
-    return [
-        _micro_batch([[segments[i] for i in row] for row in bins[at : at + layout.rows]], layout)
-        for at in range(0, len(bins), layout.rows)
-    ]
+    bins = first_fit(lengths, layout.length, layout.slots) if layout.packed else [[i] for i in range(len(lengths))]
+    own_of = lambda bins: [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(bins)]  # noqa: E731
+    return [_micro_batch(own_of(bins[at : at + layout.rows]), layout) for at in range(0, len(bins), layout.rows)]
 
 
 def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:

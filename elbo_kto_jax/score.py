@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, processes
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
 from elbo_kto_jax.errors import UserError
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> dict:
     options, config = flags.parse(argv)
     cli.refuse_existing(options.out, options.overwrite)
     rows = list(score_records(config, options))
-    atomic_write(options.out, "".join(to_json(row) + "\n" for row in rows))
+    if processes.is_first():
+        atomic_write(options.out, "".join(to_json(row) + "\n" for row in rows))
     log.info("written: %s", options.out)
     return {"records": len(rows), "mean_elbo": float(np.mean([row["elbo"] for row in rows])), "out": options.out}
 

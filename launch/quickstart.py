@@ -229,7 +229,8 @@ def write_untrained(folder: Path, seed: int) -> None:
     shutil.rmtree(scratch)
     model_config = ModelConfig.from_hf(config, str(folder))
     params = init_params(LLaDA(model_config), jax.random.key(seed))
-    to_hf.write(folder, store.Model(model_config, params, assets, str(folder)), to_hf.shard_size("5GB"))
+    model = store.Model(model_config, params, assets, str(folder))
+    to_hf.write(folder, store.Source.of(model), to_hf.shard_size("5GB"))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

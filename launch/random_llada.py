@@ -1,14 +1,16 @@
 """python -m launch.random_llada --size=6m --tokenizer=FOLDER --out=DIR: a published folder of random weights.
 
 For benchmarks and for trying out commands: the architecture and the tensors' names are the published ones, the numbers
-say nothing. Tensors are made and written one file at a time, so that the 8B model needs the memory of one file.
+say nothing. Tensors are made and written in pieces, so that memory does not grow with the model.
 """
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -97,15 +99,16 @@ def write(out: Path, config: dict, assets: dict[str, bytes], dtype: np.dtype, se
     """Writes the folder and returns the bytes of each tensor; a tensor is a function of the seed and its name."""
     tensors = names.published_tensors(ModelConfig.from_hf(config, str(out)))
 
-    def read(name: str) -> np.ndarray:
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        shape = tensors[name].shape
-        values = 0.02 * rng.standard_normal(shape, np.float32) if len(shape) > 1 else np.ones(shape, np.float32)
-        return values.astype(dtype)
+    def read(name: str) -> Iterator[np.ndarray]:
+        rng, (rows, *columns) = np.random.default_rng([seed, zlib.crc32(name.encode())]), tensors[name].shape
+        for start in range(0, rows, names.ROWS):
+            shape = (min(names.ROWS, rows - start), *columns)
+            values = 0.02 * rng.standard_normal(shape, np.float32) if columns else np.ones(shape, np.float32)
+            yield values.astype(dtype)
 
-    sizes = {name: int(np.prod(tensor.shape)) * dtype.itemsize for name, tensor in tensors.items()}
-    huggingface.write_folder(out, assets, sizes, read, shard)
-    return sizes
+    structs = {name: jax.ShapeDtypeStruct(tensor.shape, dtype) for name, tensor in tensors.items()}
+    huggingface.write_folder(out, assets, structs, read, shard)
+    return {name: struct.size * dtype.itemsize for name, struct in structs.items()}
 
 
 if __name__ == "__main__":

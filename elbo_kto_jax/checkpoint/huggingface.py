@@ -1,7 +1,8 @@
 """Reading and writing the published form of a LLaDA checkpoint: a folder of safetensors, config.json and tokenizer.
 
 Nothing is read before it is asked for: opening a folder reads the headers of its safetensors files, and every tensor is
-then read slice by slice, so that each process of a mesh reads only what it owns.
+then read slice by slice, so that each process of a mesh reads only what it owns. Written, too, a tensor is never whole
+in memory unless it is small.
 """
 
 import dataclasses
@@ -9,18 +10,18 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from elbo_kto_jax.checkpoint import names
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import ahead
 from elbo_kto_jax.model.config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +84,7 @@ class HuggingFaceFolder:
             tensor = self.read(name, published_index)
             tensor = tensor.T if leaf.transposed else tensor
             with np.errstate(over="ignore"):  # found below, for bfloat16 too, which sets no flag
-                row[...] = tensor
+                names.copy(row, tensor)
             if tensor.dtype != dtype and np.any(np.isinf(row) != np.isinf(tensor)):
                 raise UserError(f"{self.files[name]}: tensor {name}: a value is too large for {dtype}; choose bfloat16")
         return out
@@ -195,39 +196,35 @@ def load_params(
     params = {}
     leaves = names.parameter_leaves(folder.config)
     for path, leaf in tqdm(leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
-        leaf_dtype = _stored_dtype(folder, leaf) if dtype is None else dtype
+        leaf_dtype = stored_dtype(folder, leaf) if dtype is None else dtype
         read = functools.partial(folder.read_leaf, leaf, dtype=leaf_dtype)
         params[path] = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
     return names.unflatten(params)
 
 
-def published_tensor(params: dict, tensor: names.PublishedTensor) -> np.ndarray:
-    """One published tensor, cut out of a parameter tree on this host; a view where the tree is in host memory."""
-    leaf = np.asarray(names.get(params, tensor.path))
-    part = leaf if tensor.layer is None else leaf[tensor.layer]
-    return part.T if tensor.transposed else part
-
-
 def write_folder(
     out: Path,
     assets: Mapping[str, bytes],
-    sizes: Mapping[str, int],
-    read: Callable[[str], np.ndarray],
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str], Iterable[np.ndarray]],
     shard_size: int,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a published folder beside `out` and puts it in the place of `out` once it is whole.
 
     Args:
-      assets: config.json and the tokenizer's files.
-      sizes, read, shard_size: see `write_shards`.
+      assets: config.json and the tokenizer's files. They are written last, since nothing loads a folder without them.
+      tensors, read, shard_size: see `write_shards`.
+      check: called when everything has been read; what it raises undoes the folder.
     """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        write_shards(partial, tensors, read, shard_size)
+        check()
         for name, content in assets.items():
             (partial / name).write_bytes(content)
-        write_shards(partial, sizes, read, shard_size)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -235,14 +232,20 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray], shard_size: int) -> None:
+def write_shards(
+    folder: Path,
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str], Iterable[np.ndarray]],
+    shard_size: int,
+) -> None:
     """Writes safetensors files of at most `shard_size` bytes of tensors (or one larger tensor) each, and the index.
 
     Args:
       folder: existing folder to write into.
-      sizes: published name -> bytes, in the order of writing.
-      read: published name -> the tensor; called once per tensor, one shard in memory at a time.
+      tensors: published name -> shape and dtype, in the order of writing.
+      read: published name -> the tensor, in pieces along its first axis; called once per tensor, in that order.
     """
+    sizes = {name: tensor.size * tensor.dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = []
     used = shard_size
     for name, size in sizes.items():
@@ -257,19 +260,28 @@ def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], n
         file_names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name in shard}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
         for file_name, shard in zip(file_names, shards, strict=True):
-            save_file(
-                {name: np.ascontiguousarray(read(name)) for name in shard},
-                folder / file_name,
-                metadata={"format": "pt"},
-            )
-            shutil.copymode(folder / INDEX_FILE, folder / file_name)  # save_file ignores the umask: owner only
-            bar.update(sum(sizes[name] for name in shard))
+            with (folder / file_name).open("wb") as file:
+                file.write(_safetensors_header({name: tensors[name] for name in shard}))
+                for piece in ahead(piece for name in shard for piece in read(name)):
+                    file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+                    bar.update(piece.nbytes)
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
+def _safetensors_header(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
+    """What stands before the data of a safetensors file: the length of a JSON object, and where each tensor lies."""
+    dtypes, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.size * tensor.dtype.itemsize
+        header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
     """The one dtype in which every layer of `leaf` is stored.
 
     Raises:

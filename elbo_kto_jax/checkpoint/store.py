@@ -8,6 +8,8 @@ A checkpoint is one Orbax step folder, the same for a converted model and for a 
     progress/     training only: JSON, where training stands
 
 It refers to nothing outside, so it can be moved. Orbax writes it under a temporary name and renames it when complete.
+Arrays are stored layer by layer, and a converted model in chunks that a mesh need not share, so that each process reads
+what it owns, and a conversion holds pieces of a tensor and never a leaf of stacked layers (`Source`).
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
 manifest has a digest of its bits (checked after it was read, unless a conversion of the dtype was asked for).
 """
@@ -15,6 +17,7 @@ manifest has a digest of its bits (checked after it was read, unless a conversio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import tempfile
@@ -28,17 +31,24 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.typing import DTypeLike
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from elbo_kto_jax.checkpoint import huggingface, names
-from elbo_kto_jax.checkpoint.digest import params_digest
+from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import ahead
 from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.sharding import rules
 
 MANIFEST_FILE = "manifest.json"
 SIZES_FILE = "sizes.json"
 STEPS_FOLDER = "checkpoints"
 _FORMAT = {"format": "elbo_kto_jax", "version": 1}
+# Largest sizes of a chunk of a converted model by logical axis: meshes split `model` most finely, 4096 up to 64 times
+# before two devices share a chunk. The others as long as the pieces in which conversions read, names.ROWS.
+_CHUNK = {"layers": 1, "model": 64}
+_CHUNK_BYTES = 2**26  # of a step of training, at most
 _REMEDY = "copy or convert the checkpoint again, or remove it to go on from an earlier step"
 
 
@@ -65,6 +75,61 @@ class Model:
           UserError: the checkpoint came without a readable tokenizer.json.
         """
         return build_tokenizer(self.assets, self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model whose parameters are read piece by piece, from wherever they are.
+
+    Attributes:
+      config, assets, path: as in `Model` (there: `source`).
+      leaves: shape and dtype of every parameter by its path.
+      read: (path of a leaf, index into it) -> that piece.
+      digest: of the bits that were saved, where that is known.
+    """
+
+    config: ModelConfig
+    assets: Mapping[str, bytes]
+    path: str
+    leaves: Mapping[names.TreePath, jax.ShapeDtypeStruct]
+    read: Callable[[names.TreePath, names.Index], np.ndarray]
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> "Source":
+        """The model in memory."""
+        params = {path: names.get(model.params, path) for path in names.parameter_leaves(model.config)}
+        leaves = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in params.items()}
+        read = lambda path, index: np.asarray(params[path][index])  # noqa: E731
+        return cls(model.config, model.assets, model.source, leaves, read)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+
+    def published(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every published tensor, in the order in which they are written."""
+        tensors = names.published_tensors(self.config)
+        return {name: jax.ShapeDtypeStruct(t.shape, self.leaves[t.path].dtype) for name, t in tensors.items()}
+
+    def published_pieces(self, tensor: names.PublishedTensor, digest: Digest | None = None) -> Iterator[np.ndarray]:
+        """A published tensor, names.ROWS of its rows at a time; what is read is added to `digest`."""
+        leaf = names.parameter_leaves(self.config)[tensor.path]
+        for index in names.pieces(leaf, tensor.layer or 0):
+            piece = self.read(tensor.path, index)
+            if digest is not None:
+                digest.add(tensor.path, tuple(axis.start for axis in index), piece)
+            piece = piece[0] if leaf.stacked else piece
+            if leaf.transposed:
+                rows = np.empty(piece.shape[::-1], piece.dtype)
+                names.copy(rows, piece.T)
+                piece = rows
+            yield piece
+
+    def check(self, digest: Digest) -> None:
+        """Raises UserError where what was read, all of it, is not what was saved."""
+        if self.digest not in (None, digest.hexdigest()):
+            raise _damaged(self.path)
 
 
 class TrainingState(NamedTuple):
@@ -159,8 +224,49 @@ def load_model(
     return Model(config, params, assets, str(folder))
 
 
-def save_model(path: str | os.PathLike, model: Model, overwrite: bool = False) -> None:
-    """Writes a model as a checkpoint folder.
+def open_source(
+    path: str | os.PathLike, *, dtype: DTypeLike | None = None, flag: str = "--config.model.path"
+) -> Source:
+    """Opens a model for reading piece by piece; see `load_model` for `path` and `flag`.
+
+    Args:
+      dtype: dtype in which a published checkpoint is read; None keeps the stored ones.
+
+    Raises:
+      UserError: there is no model at `path`, or a part of it is missing or damaged.
+    """
+    folder = locate(path, flag, weights=True)
+    if not is_checkpoint(folder):
+        published = huggingface.open_folder(Path(folder))
+        leaves = names.parameter_leaves(published.config)
+        stored = {
+            path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or huggingface.stored_dtype(published, leaf)))
+            for path, leaf in leaves.items()
+        }
+        read = lambda path, index: published.read_leaf(leaves[path], index, stored[path].dtype)  # noqa: E731
+        return Source(published.config, huggingface.read_assets(published.path), str(folder), stored, read)
+
+    manifest = _read_manifest(folder)
+    config, assets = _read_assets(folder, manifest)
+    tree, stored = folder / "params", manifest.trees["params"]
+    _check_arrays(tree, stored, {path: leaf.shape for path, leaf in names.parameter_leaves(config).items()})
+    _check_files(tree)
+    arrays = {}
+
+    def read(path: names.TreePath, index: names.Index) -> np.ndarray:
+        try:
+            if path not in arrays:
+                arrays[path] = _open_array(tree, path)
+            return arrays[path][index].read().result()
+        except ValueError as error:
+            raise _unreadable(tree, error) from error
+
+    leaves = {path: jax.ShapeDtypeStruct(shape, stored.dtypes[path]) for path, shape in stored.shapes.items()}
+    return Source(config, assets, str(folder), leaves, read, stored.digest)
+
+
+def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool = False) -> None:
+    """Writes a model as a checkpoint folder, piece by piece.
 
     Args:
       path: the new folder.
@@ -171,8 +277,18 @@ def save_model(path: str | os.PathLike, model: Model, overwrite: bool = False) -
     """
     folder = _absolute(path)
     check_destination(folder, overwrite, is_checkpoint)
-    with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.Composite(**_model_items(model.params, model.assets)), force=True)
+    source = Source.of(model) if isinstance(model, Model) else model
+    digest = Digest(source.leaves)
+    bar = tqdm(total=source.nbytes, desc="writing parameters", unit="B", unit_scale=True, disable=None, leave=False)
+
+    def manifest() -> dict[str, _StoredTree]:
+        source.check(digest)
+        return {"params": _StoredTree.of(source.leaves, digest.hexdigest())}
+
+    tree = names.unflatten({path: _Streamed(source, path, digest, bar) for path in source.leaves})
+    items = {"assets": _AssetsSave(source.assets, manifest), "params": _StreamedTreeSave(tree)}
+    with bar, contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
 
 
 def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Callable[[epath.Path], bool]) -> None:
@@ -252,8 +368,10 @@ class TrainingCheckpoints:
           state: what to save; `progress` must be JSON.
           assets: config.json and tokenizer files of the model, so that the step is a complete model.
         """
-        items = _model_items(state.params, assets, opt_state=state.opt_state)
-        items["progress"] = ocp.args.JsonSave(state.progress)
+        trees = {"params": state.params, "opt_state": state.opt_state}
+        stored = {item: _StoredTree.of(_by_path(tree), params_digest(tree)) for item, tree in trees.items()}
+        items = {"assets": _AssetsSave(assets, lambda: stored), "progress": ocp.args.JsonSave(state.progress)}
+        items |= {item: _TreeSave(tree, save_args=jax.tree.map(_save_args, tree)) for item, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract: TrainingState) -> TrainingState:
@@ -295,12 +413,16 @@ class TrainingCheckpoints:
 
 
 class _AssetsHandler(ocp.CheckpointHandler):
-    """Writes plain files into an item of a checkpoint."""
+    """Writes plain files, and the manifest once every tree has been written, into an item of a checkpoint."""
 
     def save(self, directory: epath.Path, args: "_AssetsSave"):
-        if jax.process_index() == 0:
-            for name, content in args.files.items():
-                (directory / name).write_bytes(content)
+        self._args = args
+
+    def finalize(self, directory: epath.Path) -> None:
+        files, trees = self._args.files, self._args.trees()
+        manifest = {**_FORMAT, "assets": sorted(files), "trees": {item: tree.to_json() for item, tree in trees.items()}}
+        for name, content in {**files, MANIFEST_FILE: json.dumps(manifest).encode()}.items():
+            (directory / name).write_bytes(content)
 
     def restore(self, directory: epath.Path, args: Any = None):
         return {file.name: file.read_bytes() for file in directory.iterdir()}
@@ -309,13 +431,14 @@ class _AssetsHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _AssetsSave(ocp.args.CheckpointArgs):
-    """Saves files, name -> content, through _AssetsHandler."""
+    """Saves files, name -> content, through _AssetsHandler, and what the manifest says of the trees, by item."""
 
     files: Mapping[str, bytes]
+    trees: Callable[[], "dict[str, _StoredTree]"]
 
 
-class _TreeHandler(ocp.StandardCheckpointHandler):
-    """Orbax's array trees, with a list of the sizes of their files."""
+class _ListsSizes(ocp.CheckpointHandler):
+    """Adds a list of the sizes of its files to a tree."""
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
@@ -323,10 +446,95 @@ class _TreeHandler(ocp.StandardCheckpointHandler):
         (directory / SIZES_FILE).write_text(json.dumps(sizes))
 
 
+class _TreeHandler(_ListsSizes, ocp.StandardCheckpointHandler):
+    """Orbax's array trees."""
+
+
 @ocp.args.register_with_handler(_TreeHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _TreeSave(ocp.args.StandardSave):
-    """Saves a tree through _TreeHandler."""
+    """Saves a tree of arrays through _TreeHandler."""
+
+
+def _save_args(leaf: jax.Array) -> ocp.SaveArgs:
+    """Chunks of a device's part of an array: of one layer where there are layers, so that `Source` can read pieces."""
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamed:
+    """The leaf `path` of `source`, in the place of an array in a tree that is saved."""
+
+    source: Source
+    path: names.TreePath
+    digest: Digest
+    bar: tqdm
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.leaves[self.path].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.leaves[self.path].dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def write(self, array: tensorstore.TensorStore) -> None:
+        """Writes every piece; one is written while the next one is read."""
+        leaf = names.parameter_leaves(self.source.config)[self.path]
+        indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
+        for index, piece in ahead((index, self.source.read(self.path, index)) for index in indices):
+            writing = array[index].write(piece, can_reference_source_data_indefinitely=True)
+            self.digest.add(self.path, tuple(axis.start for axis in index), piece)
+            writing.result()
+            self.bar.update(piece.nbytes)
+
+
+def chunk_shape(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the chunks of a converted model's array, by its logical axes."""
+    return tuple(min(size, _CHUNK.get(axis, names.ROWS)) for size, axis in zip(shape, axes, strict=True))
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes _Streamed leaves as Orbax writes numpy arrays, but in pieces, uncompressed and in finer chunks."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info in zip(values, infos, strict=True):
+            _, axes = rules.line_of("/".join(value.path))
+            array = tensorstore.open(
+                {
+                    "driver": "zarr",
+                    # Where Orbax has each process write; it merges these folders when it is done.
+                    "kvstore": _kvstore(epath.Path(info.parent_dir) / "ocdbt.process_0", info.name),
+                    "metadata": {"compressor": None, "chunks": chunk_shape(axes, value.shape)},
+                    "store_data_equal_to_fill_value": True,
+                },
+                dtype=value.dtype.name,
+                shape=value.shape,
+                create=True,
+            ).result()
+            value.write(array)
+        return []
+
+
+class _StreamedTreeHandler(_ListsSizes, ocp.PyTreeCheckpointHandler):
+    """Trees of _Streamed leaves."""
+
+    def __init__(self):
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (_Streamed, _StreamedHandler()),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # there are none, but without it Orbax warns
+        )
+        super().__init__(type_handler_registry=registry)
+
+
+@ocp.args.register_with_handler(_StreamedTreeHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _StreamedTreeSave(ocp.args.PyTreeSave):
+    """Saves a tree of _Streamed leaves through _StreamedTreeHandler."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,10 +549,9 @@ class _StoredTree:
     dtypes: dict[names.TreePath, np.dtype]
 
     @classmethod
-    def of(cls, tree: Any) -> "_StoredTree":
-        leaves = _by_path(tree)
+    def of(cls, leaves: Mapping[names.TreePath, Any], digest: str) -> "_StoredTree":
         shapes = {path: leaf.shape for path, leaf in leaves.items()}
-        return cls(params_digest(tree), shapes, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
+        return cls(digest, shapes, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
 
     def to_json(self) -> dict:
         arrays = {"/".join(path): [shape, self.dtypes[path].name] for path, shape in self.shapes.items()}
@@ -374,18 +581,6 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
     """`path` in the form that Orbax wants; gs:// and the like stay as they are."""
     path = epath.Path(path).expanduser()
     return path if "://" in str(path) else path.absolute()
-
-
-def _model_items(params: Any, assets: Mapping[str, bytes], **trees: Any) -> dict[str, ocp.args.CheckpointArgs]:
-    """The items of a checkpoint that make it a model, and further trees to save beside it."""
-    trees = {"params": params, **trees}
-    manifest = {
-        **_FORMAT,
-        "assets": sorted(assets),
-        "trees": {item: _StoredTree.of(tree).to_json() for item, tree in trees.items()},
-    }
-    files = {**assets, MANIFEST_FILE: json.dumps(manifest).encode()}
-    return {"assets": _AssetsSave(files), **{item: _TreeSave(tree) for item, tree in trees.items()}}
 
 
 def _read_manifest(folder: epath.Path) -> _Manifest:
@@ -440,7 +635,7 @@ def _restore_tree(tree: epath.Path, stored: _StoredTree, abstract: Any) -> Any:
         raise _unreadable(tree, error) from error
     converted = any(stored.dtypes[path] != leaf.dtype for path, leaf in _by_path(abstract).items())
     if not converted and params_digest(restored) != stored.digest:
-        raise UserError(f"{tree}: damaged: its values do not have the digest of what was saved; {_REMEDY}")
+        raise _damaged(str(tree))
     return restored
 
 
@@ -457,11 +652,25 @@ def _check_files(tree: epath.Path) -> None:
         if found != size:
             raise UserError(f"{file}: expected {size} bytes, got {found}; {_REMEDY}")
     # Listing the store checks its index: one error here, where Orbax would have one for each array.
-    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
     try:
-        tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+        tensorstore.KvStore.open(_kvstore(tree)).result().list().result()
     except ValueError as error:
         raise _unreadable(tree, error) from error
+
+
+def _kvstore(tree: epath.Path, array: str = "") -> dict:
+    """TensorStore's name for the files of a stored tree, or of an array in it."""
+    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
+    return {"driver": "ocdbt", "base": base, **({"path": f"{array}/"} if array else {})}
+
+
+def _open_array(tree: epath.Path, path: names.TreePath) -> tensorstore.TensorStore:
+    """The array at `path` of a stored tree, to read from."""
+    return tensorstore.open({"driver": "zarr", "kvstore": _kvstore(tree, ".".join(path))}, read=True).result()
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}: damaged: its values do not have the digest of what was saved; {_REMEDY}")
 
 
 def _unreadable(tree: epath.Path, error: Exception) -> UserError:

@@ -92,7 +92,7 @@ def generate(
         raise ValueError(f"prompt_ids: expected one per prompt, {len(prompts)}, got {len(prompt_ids)}")
     shards = 1 if mesh is None else rules.row_shards(mesh)
     rows = -(-min(options.batch_size, len(prompts)) // shards) * shards
-    place = functools.partial(jax.device_put, device=None if mesh is None else rules.row_sharding(mesh))
+    place = jnp.asarray if mesh is None else functools.partial(rules.place, sharding=rules.row_sharding(mesh))
 
     n, g = len(prompts), options.gen_length
     result = Responses(np.empty((n, g), np.int32), np.empty((n, g), np.int32), np.empty((n, g), np.float32), 0)

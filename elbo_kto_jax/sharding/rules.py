@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool
 
 from elbo_kto_jax import config
 from elbo_kto_jax.errors import UserError
@@ -71,6 +72,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array on the devices; each process hands over only what its own devices hold, and need not know the rest."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def own_rows(mesh: Mesh, rows: int) -> Bool[np.ndarray, " m"]:
+    """Which of the `rows` rows of a micro-batch are on devices of this process."""
+    own = np.zeros(rows, bool)
+    for (index,) in row_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+        own[index] = True
+    return own
+
+
 def check_heads(model: ModelConfig, mesh: Mesh) -> None:
     """Raises UserError where the tensor axis would split a head."""
     for name in ("n_heads", "n_kv_heads"):
@@ -78,6 +92,14 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> None:
             raise UserError(
                 f"config.mesh.tensor: {mesh.shape['tensor']} does not divide {name} {getattr(model, name)} of the model"
             )
+
+
+def line_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """The line of PARAMETER_AXES for the parameter with this path: its pattern and logical axes."""
+    line = next((line for line in PARAMETER_AXES if re.fullmatch(line[0], name)), None)
+    if line is None:
+        raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
+    return line
 
 
 def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
@@ -91,10 +113,7 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         name = "/".join(key.key for key in path)
-        line = next((line for line in PARAMETER_AXES if re.fullmatch(line[0], name)), None)
-        if line is None:
-            raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
-        pattern, axes = line
+        pattern, axes = line_of(name)
         used.add(pattern)
         if len(axes) != len(leaf.shape):
             raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")

@@ -1,18 +1,19 @@
 """Global batches as a pure function of (data, config, step): order, masks and packing (METHOD 2, 5).
 
 Step t of a run is always the same batch, so resuming needs no more than the number of the step, every process can make
-the batch without asking another, and the reference pass meets the rows that training will meet.
+its rows of the batch without asking another, and the reference pass meets the rows that training will meet.
 """
 
+import functools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion.masks import Draws, draw_masks
-from elbo_kto_jax.packing import Layout, Segment, pack
+from elbo_kto_jax.packing import Layout, Segment, pack_own
 from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.step import Batch, Feedback
 
@@ -22,7 +23,18 @@ _PREFETCH = 4  # batches made ahead of the step that needs them
 class TrainingData:
     """The batches of a run. Every epoch has its own order and its own masks; its last batch may be smaller."""
 
-    def __init__(self, examples: Examples, layout: Layout, *, estimator: config.Estimator, batch_size: int, seed: int):
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        *,
+        estimator: config.Estimator,
+        batch_size: int,
+        seed: int,
+        own: Bool[np.ndarray, " m"] | None = None,
+    ):
+        """`own`: the rows of a micro-batch that this process holds, the others are left empty; None: all."""
+        self.own = np.ones(layout.rows, bool) if own is None else own
         self.examples = examples
         self.layout = layout
         self.estimator = estimator
@@ -63,12 +75,12 @@ class TrainingData:
         feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
         feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
         feedback.completion_length[: len(indices)] = examples.completion_length[indices]
-        segments = []
-        for b, i in enumerate(indices):
-            masks = self.masks(int(i), epoch)
-            tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-            start = int(examples.prompt_length[i])
-            segments += [
-                Segment(tokens, start, masks.mask[k], float(masks.weight[k]), b * draws + k) for k in range(draws)
-            ]
-        return Batch(feedback, pack(segments, self.layout), sum(len(segment.tokens) for segment in segments))
+        masks_of = functools.cache(lambda i: self.masks(i, epoch))
+
+        def segment(index: int) -> Segment:
+            i, k = int(indices[index // draws]), index % draws
+            masks, tokens = masks_of(i), examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+            return Segment(tokens, int(examples.prompt_length[i]), masks.mask[k], float(masks.weight[k]), index)
+
+        lengths = np.repeat(examples.offsets[indices + 1] - examples.offsets[indices], draws).tolist()
+        return Batch(feedback, pack_own(lengths, segment, self.layout, self.own), sum(lengths))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from elbo_kto_jax import processes
 from elbo_kto_jax.checkpoint.store import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
@@ -251,7 +252,8 @@ class _Run:
             self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
         for sample, response in zip(self.samples, responses.tokens, strict=True):
             sample[when] = to_text(response, tokenizer, stops)
-        atomic_write(file, json.dumps(self.samples, ensure_ascii=False, indent=1))
+        if processes.is_first():
+            atomic_write(file, json.dumps(self.samples, ensure_ascii=False, indent=1))
 
     def finish(self, interrupted: bool) -> dict:
         """Writes report.html and returns the summary."""
@@ -270,6 +272,8 @@ class _Run:
             "interrupted": interrupted,
             "report": str(self.workdir / "report.html"),
         }
+        if not processes.is_first():
+            return summary
         write_training_report(
             self.workdir / "report.html",
             title=f"{self.setup.config.objective.name}: {self.workdir.name}",

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from elbo_kto_jax import processes
 from elbo_kto_jax.config import differences
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write
@@ -50,8 +51,8 @@ class ReferenceCache:
             if other.parent != self.path:
                 changes = "; ".join(differences(json.loads(other.read_text()), fingerprint, prefix="reference"))
                 log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)
-        for part in sorted(self.path.glob("steps-*.npy")):
-            self._read(part)
+        processes.first(self._read_parts)
+        self.elbo_ref, self.known = processes.of_first((self.elbo_ref, self.known))
         self._fingerprint = text
 
     def complete(
@@ -66,8 +67,7 @@ class ReferenceCache:
         missing = np.flatnonzero(~self.known)
         if not len(missing):
             return 0
-        if jax.process_index() == 0:
-            atomic_write(self.path / "fingerprint.json", self._fingerprint)
+        processes.first(lambda: atomic_write(self.path / "fingerprint.json", self._fingerprint))
         pending: list[tuple[int, jax.Array]] = []
         first, saved_at = int(missing[0]), time.monotonic()
         steps = range(first, int(missing[-1]) + 1)
@@ -77,10 +77,11 @@ class ReferenceCache:
                 pending.append(
                     (step, score(programs, reference, [programs.place_rows(r) for r in batch.micro_batches]))
                 )
-            if stop_requested() or time.monotonic() - saved_at > _SAVE_EVERY:
+            stopping = stop_requested()
+            if stopping or time.monotonic() - saved_at > _SAVE_EVERY:
                 self._write(pending)
                 pending, saved_at = [], time.monotonic()
-                if stop_requested():
+                if stopping:
                     raise Interrupted(f"the reference pass is saved up to step {step + 1} of {len(self.known)}")
             elif len(pending) > 1:
                 pending[-2][1].block_until_ready()  # keeps the host from running ahead of the device without end
@@ -98,7 +99,7 @@ class ReferenceCache:
                 runs[-1].append(step)
             else:
                 runs.append([step])
-        if jax.process_index() == 0:
+        if processes.is_first():
             for run in runs:
                 buffer = io.BytesIO()
                 np.save(buffer, self.elbo_ref[run[0] : run[-1] + 1])
@@ -112,6 +113,10 @@ class ReferenceCache:
                 f"the reference gives ELBO {self.elbo_ref[step, bad[0]]} nats for example "
                 f"{self.data.examples.ids[example]!r}; check the checkpoint in --config.reference.path"
             )
+
+    def _read_parts(self) -> None:
+        for part in sorted(self.path.glob("steps-*.npy")):
+            self._read(part)
 
     def _read(self, part: Path) -> None:
         match = re.fullmatch(r"steps-(\d+)-(\d+)\.npy", part.name)

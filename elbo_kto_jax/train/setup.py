@@ -128,7 +128,12 @@ def prepare(
         )
         log.info("%s: %s", path, examples.report)
         return TrainingData(
-            examples, layout, estimator=config.estimator, batch_size=config.train.global_batch_size, seed=config.seed
+            examples,
+            layout,
+            estimator=config.estimator,
+            batch_size=config.train.global_batch_size,
+            seed=config.seed,
+            own=rules.own_rows(mesh, layout.rows),
         )
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)

@@ -199,10 +199,6 @@ def build_programs(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), grad_norm
 
-    def place_part(x: np.ndarray) -> Array:
-        """A leaf of Rows on the devices; each process hands over only the rows of its own devices."""
-        return jax.make_array_from_callback(x.shape, by_row, lambda index: x[index])
-
     param_shardings = shardings.params if shardings else None
     return Programs(
         score=jax.jit(score, donate_argnums=1, out_shardings=everywhere),
@@ -213,7 +209,7 @@ def build_programs(
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
-        place_rows=lambda rows: jax.tree.map(place_part, rows),
-        place=lambda tree: jax.device_put(tree, everywhere),
+        place_rows=lambda rows: jax.tree.map(lambda x: rules.place(x, by_row), rows),
+        place=lambda tree: jax.tree.map(lambda x: rules.place(x, everywhere), tree),
         objective=objective.name,
     )

@@ -11,10 +11,12 @@ import jax
 from tensorboardX import SummaryWriter
 
 import elbo_kto_jax
+from elbo_kto_jax import processes
 from elbo_kto_jax.config import Config, differences
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 
+CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
 
@@ -22,9 +24,18 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
     """Creates `workdir` for this config, or goes on in it where it holds the same config.
 
     Raises:
-      UserError: the folder holds a run of a different config (the differences are shown), or something else.
+      UserError: the folder holds a run of a different config (the differences are shown), or something else; or the
+        processes of this job have different folders of that name.
     """
-    file = workdir / "config.json"
+    processes.first(lambda: _open(workdir, workdir / CONFIG, config, overwrite))
+    if not (workdir / CONFIG).is_file():
+        raise UserError(
+            f"--workdir={workdir}: process 0 has made it, process {jax.process_index()} does not see it; "
+            "name a folder on a file system that all machines share"
+        )
+
+
+def _open(workdir: Path, file: Path, config: Config, overwrite: bool) -> None:
     if overwrite and file.is_file():
         shutil.rmtree(workdir)
     if file.is_file():
@@ -47,9 +58,15 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard/: one entry per logged step; a restart drops those that it will write again."""
+    """metrics.jsonl and tensorboard/: one entry per logged step; a restart drops those that it will write again.
+
+    Processes other than the first write nothing.
+    """
 
     def __init__(self, workdir: Path, first_step: int):
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         self._path = workdir / METRICS
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
@@ -57,6 +74,8 @@ class MetricsLog:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, row: dict) -> None:
+        if not self._writes:
+            return
         self._file.write(to_json(row) + "\n")
         self._file.flush()
         for name, value in row.items():
@@ -64,8 +83,9 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -82,7 +102,7 @@ def read_metrics(workdir: Path) -> list[dict]:
 def stop_on_signal() -> Iterator:
     """Within it, SIGTERM and SIGINT set a flag instead of killing; yields the function that reads the flag.
 
-    A second signal acts as usual.
+    A signal to any process is one to all (processes.together). A second signal acts as usual.
     """
     received = []
 
@@ -92,7 +112,7 @@ def stop_on_signal() -> Iterator:
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield processes.together(lambda: bool(received))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Checkpoints come back bit by bit, whole or not at all, and never wrong."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -12,8 +13,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint import names, store
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.sharding import rules
 from tests.published import DTYPES, same_bits, write_published
 
 
@@ -95,11 +97,52 @@ def test_nothing_is_overwritten_unasked_and_only_checkpoints_are(tmp_path, model
     store.save_model(tmp_path / "empty", model)
 
 
+def test_a_model_is_saved_and_read_in_pieces(tmp_path, model, state, monkeypatch):
+    """None is more than a few rows of one published tensor, from a conversion and from a step of training."""
+    monkeypatch.setattr(names, "ROWS", 5)
+    source, sizes = store.Source.of(model), []
+
+    def read(path, index):
+        sizes.append(source.read(path, index).shape)
+        return source.read(path, index)
+
+    store.save_model(tmp_path / "saved", dataclasses.replace(source, read=read))
+    assert {shape[0] for shape in sizes if len(shape) == 3} == {1}
+    assert all(min(shape[-2:]) <= 5 for shape in sizes)
+    assert_same_trees(store.load_model(tmp_path / "saved").params, model.params)
+    checkpoints = store.TrainingCheckpoints(tmp_path / "work" / "checkpoints")
+    checkpoints.save(1, state, model.assets)
+    checkpoints.close()
+    for folder, params in ((tmp_path / "saved", model.params), (tmp_path / "work", state.params)):
+        opened = store.open_source(folder)
+        for name, tensor in names.published_tensors(opened.config).items():
+            pieces = list(opened.published_pieces(tensor))
+            assert all(len(piece) <= 5 for piece in pieces)
+            leaf = np.asarray(names.get(params, tensor.path))
+            leaf = leaf if tensor.layer is None else leaf[tensor.layer]
+            assert same_bits(np.concatenate(pieces), leaf.T if tensor.transposed else leaf), name
+
+
+def test_arrays_are_stored_layer_by_layer(tmp_path, model, cpu_devices):
+    """In a step of training each device's part of it; in a converted model in chunks that no mesh need share."""
+    sharding = NamedSharding(jax.make_mesh((4, 2), ("x", "y"), devices=cpu_devices), PartitionSpec(None, "x", "y"))
+    kernel = jax.device_put(jnp.zeros((3, 2048, 1024)), sharding)
+    checkpoints = store.TrainingCheckpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, store.TrainingState({"kernel": kernel}, {"n": jnp.zeros(1)}, {}), model.assets)
+    checkpoints.close()
+    array = store._open_array(store.locate(tmp_path, "", True) / "params", ("kernel",))
+    assert array.chunk_layout.read_chunk.shape == (1, 512, 512)
+    big = {("blocks", "ff_proj", "kernel"): (1, 64, 4096), ("blocks", "ff_out", "kernel"): (1, 4096, 64)}
+    for path, chunk in big.items():
+        axes = rules.line_of("/".join(path))[1]
+        assert store.chunk_shape(axes, (32, 4096, 12288) if chunk[1] == 64 else (32, 12288, 4096)) == chunk
+
+
 def test_a_save_that_fails_leaves_nothing_that_loads(tmp_path, model, monkeypatch):
     def fail(self, directory):
         raise OSError("disk full")
 
-    monkeypatch.setattr(store._TreeHandler, "finalize", fail)
+    monkeypatch.setattr(store._ListsSizes, "finalize", fail)
     with pytest.raises(OSError, match="disk full"):
         store.save_model(tmp_path / "saved", model)
     assert not (tmp_path / "saved").exists()
@@ -111,13 +154,15 @@ def test_a_save_that_fails_leaves_nothing_that_loads(tmp_path, model, monkeypatc
     assert_same_trees(store.load_model(tmp_path / "saved").params, model.params)
 
 
-def test_a_checkpoint_from_unknown_devices_is_loaded(tmp_path, model):
-    store.save_model(tmp_path / "saved", model)
-    file = tmp_path / "saved" / "params" / "_sharding"  # Orbax's note of where the arrays were
+def test_a_checkpoint_from_unknown_devices_is_loaded(tmp_path, model, state):
+    checkpoints = store.TrainingCheckpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, model.assets)
+    checkpoints.close()
+    file = tmp_path / "checkpoints" / "1" / "params" / "_sharding"  # Orbax's note of where the arrays were
     before = file.read_text()
     assert "cpu:0" in before
     file.write_text(before.replace("cpu:0", "tpu:9"))
-    assert_same_trees(store.load_model(tmp_path / "saved").params, model.params)
+    assert_same_trees(store.load_model(tmp_path).params, state.params)
 
 
 # Orbax reads arrays concurrently and leaves the failures after the first one unawaited.

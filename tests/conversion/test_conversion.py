@@ -1,6 +1,7 @@
 """The conversion commands: there and back is byte for byte, and verify finds and names a single flipped bit."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -148,8 +149,56 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(to_hf.huggingface, "write_shards", fail)
     with pytest.raises(OSError, match="disk full"):
-        to_hf.write(tmp_path / "theirs", model, 10**9)
+        to_hf.write(tmp_path / "theirs", store.Source.of(model), 10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_export_of_a_damaged_checkpoint_leaves_nothing(tmp_path):
+    write_published(tmp_path / "source")
+    from_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'ours'}"])
+    largest = max((tmp_path / "ours" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged|cannot be read"):
+        to_hf.main([f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+
+
+@pytest.mark.parametrize("command", ["from_hf", "to_hf"])
+def test_a_killed_conversion_leaves_nothing_that_loads_and_the_same_command_starts_again(tmp_path, command):
+    """It is killed when half of the pieces have been read."""
+    write_published(tmp_path / "source")
+    source, out = tmp_path / "source", tmp_path / "out"
+    if command == "to_hf":
+        source = tmp_path / "ours"
+        from_hf.main([f"--source={tmp_path / 'source'}", f"--out={source}"])
+    arguments = [f"--source={source}", f"--out={out}"]
+    program = (
+        "import os, signal, sys\n"
+        f"from conversion import {command}\n"
+        "from elbo_kto_jax.checkpoint.digest import Digest\n"
+        "add, calls = Digest.add, []\n"
+        "def killed(*arguments):\n"
+        "    calls.append(1)\n"
+        "    len(calls) == 10 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(*arguments)\n"
+        "Digest.add = killed\n"
+        f"{command}.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path for path in tmp_path.iterdir() if "out" in path.name]
+    assert left
+    assert out not in left
+    for folder in left:
+        with pytest.raises(UserError):
+            store.load_model(folder)
+    {"from_hf": from_hf, "to_hf": to_hf}[command].main(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"source", source.name, "out"})
+    assert jax.tree.all(
+        jax.tree.map(same_bits, store.load_model(out).params, store.load_model(tmp_path / "source").params)
+    )
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("2 KB", 2000)])

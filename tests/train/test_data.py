@@ -11,13 +11,14 @@ from tests import tiny
 NUM, DRAWS = 11, 3
 
 
-def training_data(batch_size: int = 4, seed: int = 0, scheme: str = "uniform") -> TrainingData:
+def training_data(batch_size: int = 4, seed: int = 0, scheme: str = "uniform", **options) -> TrainingData:
     return TrainingData(
         tiny.examples(NUM),
         tiny.layout(2),
         estimator=config.Estimator(DRAWS, scheme),
         batch_size=batch_size,
         seed=seed,
+        **options,
     )
 
 
@@ -42,6 +43,22 @@ def hidden_tokens(batch) -> dict[int, list[tuple[int, float]]]:
 
 def test_a_step_is_the_same_batch_for_every_reader():
     assert_equal_batches(training_data().batch(5), training_data().batch(5))
+
+
+def test_a_process_lays_out_its_own_rows_only_and_they_are_those_of_the_whole(monkeypatch):
+    whole, made = training_data().batch(1), []
+    masks = TrainingData.masks
+    monkeypatch.setattr(TrainingData, "masks", lambda self, i, epoch: made.append(i) or masks(self, i, epoch))
+    for row in (0, 1):
+        made.clear()
+        part = training_data(own=np.arange(2) == row).batch(1)
+        assert_equal_batches(part.feedback, whole.feedback)
+        assert part.real_tokens == whole.real_tokens
+        for own, rows in zip(part.micro_batches, whole.micro_batches, strict=True):
+            assert_equal_batches([leaf[row] for leaf in own], [leaf[row] for leaf in rows])
+            assert own.num_targets[1 - row] == 0
+        draws = {index // DRAWS for rows in whole.micro_batches for index in rows.slot_index[row] if index < 4 * DRAWS}
+        assert sorted(made) == sorted(training_data().indices(1)[list(draws)])  # each example's masks once, if at all
 
 
 def test_batches_are_those_of_the_steps_from_any_start():

@@ -1,0 +1,108 @@
+"""The compiled step follows the table: the state, the gradients, the head and the loss are split as it says.
+
+That the losses and the parameters are the same whatever the mesh is tested in tests/train/test_step.py.
+"""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elbo_kto_jax import config
+from elbo_kto_jax.diffusion import elbo
+from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train import step
+from elbo_kto_jax.train.data import TrainingData
+from tests import tiny
+
+VOCABULARY = 88  # the only dimension of this size, whole, halved or split in eight
+MODEL = dataclasses.replace(tiny.MODEL, embedding_size=VOCABULARY)
+MESHES = [config.Mesh(1, 8, 1), config.Mesh(2, 2, 2)]
+
+
+class Compiled:
+    """The programs for a mesh, with what they take."""
+
+    def __init__(self, sizes: config.Mesh):
+        model = LLaDA(MODEL, jnp.float32, jnp.float32, "none")
+        self.mesh = rules.make_mesh(sizes, jax.devices()[:8])
+        tx = train_state.optimizer(config.Optimizer(1e-3, 0.0, 0.9, 0.95, 0.01, 1.0), 10)
+        self.shardings = train_state.state_shardings(tx, abstract_params(model), self.mesh)
+        self.programs = step.build_programs(
+            model, self.mesh, num_examples=4, draws=2, objective=tiny.KTO, tx=tx, shardings=self.shardings
+        )
+        self.data = TrainingData(
+            tiny.examples(4), tiny.layout(8, False), estimator=config.Estimator(2, "uniform"), batch_size=4, seed=0
+        )
+        self.abstract = train_state.abstract_state(tx, abstract_params(model), self.shardings)
+
+    @property
+    def rows(self):
+        return self.programs.place_rows(self.data.batch(0).micro_batches[0])
+
+    def text(self) -> str:
+        """The program GRAD as each device runs it: forward and backward pass, head and cross-entropy."""
+        grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), self.params)
+        cotangent = self.programs.place(np.zeros(4, np.float32))
+        arguments = (self.params, grads, self.programs.zero_estimates(), self.rows, cotangent)
+        return self.programs.grad.lower(*arguments).compile().as_text()
+
+    @property
+    def params(self):
+        return self.abstract.params
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def compiled(request, cpu_devices):
+    return Compiled(request.param)
+
+
+def test_what_a_step_returns_lies_where_the_table_says(compiled):
+    programs, shardings = compiled.programs, compiled.shardings
+    params = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), compiled.params), out_shardings=shardings.params
+    )()
+    estimates, pull_back = programs.forward(params, programs.zero_estimates(), compiled.rows)
+    gradient = programs.backward(pull_back, compiled.rows, programs.place(np.ones(4, np.float32)))
+    opt_state = jax.tree.map(
+        lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s), compiled.abstract.opt_state, shardings.opt_state
+    )
+    accumulated, _ = programs.grad(
+        params, programs.zero_grads(params), estimates, compiled.rows, programs.place(np.ones(4, np.float32))
+    )
+    state, _ = programs.update(train_state.TrainState(params, opt_state), gradient)
+    for tree, expected in (
+        (gradient, shardings.params),
+        (accumulated, shardings.params),
+        (state.params, shardings.params),
+        (state.opt_state, shardings.opt_state),
+    ):
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_rows_are_split_over_data_and_fsdp(compiled):
+    parts = compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
+    for leaf in compiled.rows:
+        assert leaf.sharding.shard_shape(leaf.shape)[0] == len(leaf) // parts
+
+
+def test_logits_are_never_whole(compiled):
+    """Each device has the logits of its rows and, where the tensor axis splits the vocabulary, of its part of that."""
+    parts = compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
+    tensor = compiled.mesh.shape["tensor"]
+    logits = {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", compiled.text())}
+    positions = 8 // parts * elbo.CHUNK
+    assert positions in {math.prod(shape[:-1]) for shape in logits if shape[-1] * tensor == VOCABULARY}
+    assert not {
+        shape for shape in logits if VOCABULARY in shape and math.prod(shape) > positions * VOCABULARY // tensor
+    }
+    if tensor > 1:
+        whole = {shape for shape in logits if shape[-1] == VOCABULARY or (len(shape) == 3 and VOCABULARY in shape)}
+        assert not whole
