@@ -1,44 +1,76 @@
 """A digest of a tree of arrays that depends on its bits only: not on sharding, file format or number of devices.
 
 Each leaf is read as unsigned integers; every element is mixed with its position and the results are summed modulo 2^32.
-Integer sums do not depend on their order, so the arrays stay where they are and only two words per leaf reach the host.
+Integer sums do not depend on their order, so the arrays stay where they are, or come piece by piece from a file, and
+only two words per leaf reach the host.
 """
 
+import functools
 import hashlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
 # Odd, so that multiplication by them is a bijection modulo 2^32; two of them make two independent 32-bit sums.
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77)
 
 
-def params_digest(params: PyTree) -> str:
-    """The digest of a tree of arrays: 32 hexadecimal digits over every leaf's path, shape, dtype and bits.
+class Digest:
+    """The digest of a tree whose leaves come in pieces, each element exactly once."""
 
-    Equal trees have equal digests; different ones share theirs by accident with a chance of about 2^-64 per leaf that
-    differs. It is no protection against intent.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    digest = hashlib.blake2b(digest_size=16)
-    sums = jax.device_get([_position_weighted_sums(leaf) for _, leaf in leaves])
-    for (path, leaf), words in zip(leaves, sums, strict=True):
-        keys = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{keys} {leaf.shape} {leaf.dtype.name} {words[0]:08x}{words[1]:08x}\n".encode())
+    def __init__(self, leaves: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]):
+        """`leaves`: shape and dtype of every leaf by its path."""
+        self._leaves = leaves
+        self._sums = {path: np.zeros(2, np.uint32) for path in leaves}
+
+    def add(self, path: tuple[str, ...], start: tuple[int, ...], piece: Shaped[Array | np.ndarray, "..."]) -> None:
+        """Adds the piece of the leaf at `path` whose first element has the index `start`."""
+        words = _position_weighted_sums(piece, np.array(start, np.uint32), self._leaves[path].shape)
+        self._sums[path] += np.asarray(words)
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits over every leaf's path, shape, dtype and bits.
+
+        Equal trees have equal digests; different ones share theirs by accident with a chance of about 2^-64 per leaf
+        that differs. It is no protection against intent.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(self._leaves):
+            leaf, words = self._leaves[path], self._sums[path]
+            dtype = np.dtype(leaf.dtype).name
+            digest.update(f"{'/'.join(path)} {leaf.shape} {dtype} {words[0]:08x}{words[1]:08x}\n".encode())
+        return digest.hexdigest()
+
+
+def params_digest(params: PyTree) -> str:
+    """`Digest` of a tree of arrays that are at hand, sharded or not."""
+    leaves = {
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    digest = Digest({path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()})
+    for path, leaf in leaves.items():
+        digest.add(path, (0,) * leaf.ndim, leaf)
     return digest.hexdigest()
 
 
-@jax.jit
-def _position_weighted_sums(leaf: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    bits = leaf
-    if not jnp.issubdtype(leaf.dtype, jnp.bool_):
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+@functools.partial(jax.jit, static_argnames="shape")
+def _position_weighted_sums(
+    piece: Shaped[Array, "..."], start: UInt32[Array, " axes"], shape: tuple[int, ...]
+) -> UInt32[Array, "2"]:
+    """The two sums over a piece, which starts at the index `start` of a leaf of shape `shape`."""
+    bits = piece
+    if not jnp.issubdtype(piece.dtype, jnp.bool_):
+        bits = jax.lax.bitcast_convert_type(piece, jnp.dtype(f"uint{8 * piece.dtype.itemsize}"))
     bits = bits.astype(jnp.uint32)
     # The row-major position, from one iota per axis: reshaping a sharded array would gather it.
-    position = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    position = jnp.zeros(piece.shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, piece.shape, axis) + start[axis]
+        position = position * jnp.uint32(size) + along
     sums = [jnp.sum(_mix(bits + position * jnp.uint32(m)) * jnp.uint32(m), dtype=jnp.uint32) for m in _MULTIPLIERS]
     return jnp.stack(sums)
 

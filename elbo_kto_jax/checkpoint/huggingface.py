@@ -195,7 +195,7 @@ def load_params(
     params = {}
     leaves = names.parameter_leaves(folder.config)
     for path, leaf in tqdm(leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
-        leaf_dtype = _stored_dtype(folder, leaf) if dtype is None else dtype
+        leaf_dtype = stored_dtype(folder, leaf) if dtype is None else dtype
         read = functools.partial(folder.read_leaf, leaf, dtype=leaf_dtype)
         params[path] = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
     return names.unflatten(params)
@@ -269,7 +269,7 @@ def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], n
             bar.update(sum(sizes[name] for name in shard))
 
 
-def _stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
+def stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
     """The one dtype in which every layer of `leaf` is stored.
 
     Raises:

@@ -11,6 +11,7 @@ import dataclasses
 from elbo_kto_jax.model.config import ModelConfig
 
 TreePath = tuple[str, ...]
+Index = tuple[slice, ...]  # one slice per axis, with its start and stop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ A checkpoint is one Orbax step folder, the same for a converted model and for a 
     progress/     training only: JSON, where training stands
 
 It refers to nothing outside, so it can be moved. Orbax writes it under a temporary name and renames it when complete.
+Where adapters are trained (model/lora.py), params/ are those alone, and the manifest says on which base (`Adaptation`).
+As a model, such a checkpoint is its base with the adapters merged into it.
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
 manifest has a digest of its bits (checked after it was read, unless a conversion of the dtype was asked for).
 """
@@ -28,11 +30,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.typing import DTypeLike
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from elbo_kto_jax.checkpoint import huggingface, names
-from elbo_kto_jax.checkpoint.digest import params_digest
+from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 
 MANIFEST_FILE = "manifest.json"
@@ -65,6 +69,46 @@ class Model:
           UserError: the checkpoint came without a readable tokenizer.json.
         """
         return build_tokenizer(self.assets, self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model whose parameters are read piece by piece, from wherever they are.
+
+    Attributes:
+      config, assets, path: as in `Model` (there: `source`).
+      leaves: shape and dtype of every parameter by its path.
+      read: (path of a leaf, index into it) -> that piece.
+      digest: of the bits that were saved, where that is known.
+    """
+
+    config: ModelConfig
+    assets: Mapping[str, bytes]
+    path: str
+    leaves: Mapping[names.TreePath, jax.ShapeDtypeStruct]
+    read: Callable[[names.TreePath, names.Index], np.ndarray]
+    digest: str | None = None
+
+    def check(self, digest: Digest) -> None:
+        """Raises UserError where what was read, all of it, is not what was saved."""
+        if self.digest not in (None, digest.hexdigest()):
+            raise _damaged(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """What the adapters in a checkpoint belong to.
+
+    Attributes:
+      rank, alpha: of the adapters; the merged matrix is W + alpha / rank * A @ B.
+      base_path: folder or hub id of the base.
+      base_digest: digest of the base's parameters as they are stored there.
+    """
+
+    rank: int
+    alpha: float
+    base_path: str
+    base_digest: str
 
 
 class TrainingState(NamedTuple):
@@ -147,6 +191,8 @@ def load_model(
 
     manifest = _read_manifest(folder)
     config, assets = _read_assets(folder, manifest)
+    if manifest.lora is not None:
+        return Model(config, _load_merged(folder, manifest, config, dtype, sharding_of), assets, str(folder))
     stored, leaves = manifest.trees["params"], names.parameter_leaves(config)
     _check_arrays(folder / "params", stored, {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
     abstract = {
@@ -157,6 +203,142 @@ def load_model(
     }
     params = _restore_tree(folder / "params", stored, names.unflatten(abstract))
     return Model(config, params, assets, str(folder))
+
+
+def load_base(
+    path: str | os.PathLike, abstract: Any, shardings: Any, flag: str = "--config.model.path"
+) -> tuple[dict, str, str]:
+    """Loads a base for adapters: converted and, where `abstract` has int8, quantized one stacked leaf at a time.
+
+    Args:
+      abstract: lora.abstract_base of the model.
+      shardings: tree of shardings, one per leaf of `abstract`.
+      path, flag: see `load_model`.
+
+    Returns:
+      The parameters, what to call the base in an `Adaptation`, and the digest of its parameters as they are stored.
+
+    Raises:
+      UserError: there is no whole model at `path`, or a part of it is missing or damaged.
+    """
+    source = open_source(path, flag=flag)
+    digest, params = Digest(source.leaves), {}
+    for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
+        group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
+        if "kernel_scale" in group:
+            converted = jax.jit(lora.quantize, out_shardings=to)(leaf)
+        elif group[leaf_path[-1]].dtype != leaf.dtype:
+            dtype = group[leaf_path[-1]].dtype
+            converted = {leaf_path[-1]: jax.jit(lambda x, d=dtype: x.astype(d), out_shardings=leaf.sharding)(leaf)}
+        else:
+            converted = {leaf_path[-1]: leaf}
+        params |= {(*leaf_path[:-1], name): jax.block_until_ready(value) for name, value in converted.items()}
+    source.check(digest)
+    # A working folder is pinned to the step that was read; a hub id stays one.
+    name = source.path if _absolute(path).exists() else str(path)
+    return names.unflatten(params), name, digest.hexdigest()
+
+
+def _load_merged(
+    folder: epath.Path,
+    manifest: "_Manifest",
+    config: ModelConfig,
+    dtype: np.dtype | None,
+    sharding_of: Callable[[names.TreePath], jax.sharding.Sharding],
+) -> dict:
+    """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
+    adaptation, stored = manifest.lora, manifest.trees["params"]
+    try:
+        source = open_source(adaptation.base_path, flag="base")
+    except UserError as error:
+        raise UserError(
+            f"{folder}: holds adapters, whose base is not usable: {error}\n"
+            f"Put it there, or write where it is now into {folder / 'assets' / MANIFEST_FILE} (lora, base_path)"
+        ) from error
+    leaf_shapes = names.unflatten(dict(source.leaves))
+    expected = _by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32))
+    _check_arrays(folder / "params", stored, {path: leaf.shape for path, leaf in expected.items()})
+
+    def everywhere(path: names.TreePath) -> jax.sharding.Sharding:
+        sharding = sharding_of((*path[:-1], "kernel"))
+        mesh = getattr(sharding, "mesh", None)
+        return sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, stored.dtypes[path], sharding=everywhere(path))
+        for path, leaf in expected.items()
+    }
+    adapters = _restore_tree(folder / "params", stored, names.unflatten(abstract))
+    digest, params, scale = Digest(source.leaves), {}, adaptation.alpha / adaptation.rank
+    for path, leaf in _read_leaves(source, digest, sharding_of):
+        to = leaf.dtype if dtype is None else dtype
+        merge = jax.jit(
+            lambda w, adapter, to=to: lora.merge(w, **adapter, scale=scale, dtype=to) if adapter else w.astype(to),
+            out_shardings=leaf.sharding,
+        )
+        params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
+    if digest.hexdigest() != adaptation.base_digest:
+        raise _other_base(folder, adaptation, source.path, digest.hexdigest())
+    return names.unflatten(params)
+
+
+def _read_leaves(
+    source: Source, digest: Digest, sharding_of: Callable[[names.TreePath], jax.sharding.Sharding]
+) -> Iterator[tuple[names.TreePath, jax.Array]]:
+    """The parameters of `source` one by one, in their stored dtypes; each is added to `digest`."""
+    for path, leaf in tqdm(source.leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
+        read = lambda index, path=path: source.read(path, index)  # noqa: E731
+        array = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
+        digest.add(path, (0,) * array.ndim, array)
+        yield path, array
+
+
+def _other_base(folder: epath.Path, adaptation: Adaptation, path: str, digest: str) -> UserError:
+    return UserError(
+        f"{folder}: its adapters were trained on another base (digest {adaptation.base_digest}) than the one at {path} "
+        f"(digest {digest}); put the former there"
+    )
+
+
+def open_source(path: str | os.PathLike, *, flag: str = "--config.model.path") -> Source:
+    """Opens a model for reading piece by piece; see `load_model` for `path` and `flag`.
+
+    Raises:
+      UserError: there is no model at `path`, a part of it is missing or damaged, or it holds adapters alone.
+    """
+    folder = locate(path, flag, weights=True)
+    if not is_checkpoint(folder):
+        published = huggingface.open_folder(Path(folder))
+        leaves = names.parameter_leaves(published.config)
+        stored = {
+            path: jax.ShapeDtypeStruct(leaf.shape, huggingface.stored_dtype(published, leaf))
+            for path, leaf in leaves.items()
+        }
+        read = lambda path, index: published.read_leaf(leaves[path], index, stored[path].dtype)  # noqa: E731
+        return Source(published.config, huggingface.read_assets(published.path), str(folder), stored, read)
+
+    manifest = _read_manifest(folder)
+    config, assets = _read_assets(folder, manifest)
+    if manifest.lora is not None:
+        raise UserError(
+            f"{flag}={path}: holds adapters, and a whole model is needed; merge them into their base first:\n"
+            f"python -m conversion.to_hf --source={path} --out=FOLDER"
+        )
+    tree, stored = folder / "params", manifest.trees["params"]
+    _check_arrays(tree, stored, {path: leaf.shape for path, leaf in names.parameter_leaves(config).items()})
+    _check_files(tree)
+    arrays = {}
+
+    def read(path: names.TreePath, index: names.Index) -> np.ndarray:
+        try:
+            if path not in arrays:
+                arrays[path] = _open_array(tree, path)
+            return arrays[path][index].read().result()
+        except ValueError as error:
+            raise _unreadable(tree, error) from error
+
+    leaves = {path: jax.ShapeDtypeStruct(shape, stored.dtypes[path]) for path, shape in stored.shapes.items()}
+    return Source(config, assets, str(folder), leaves, read, stored.digest)
 
 
 def save_model(path: str | os.PathLike, model: Model, overwrite: bool = False) -> None:
@@ -232,13 +414,15 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
 class TrainingCheckpoints:
     """The checkpoints/ folder of a training run: one checkpoint per saved step, written in the background."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None = None):
+    def __init__(self, directory: str | os.PathLike, keep: int | None = None, adaptation: Adaptation | None = None):
         """Opens or creates the folder, and removes what an interrupted save left there.
 
         Args:
           directory: the folder, usually WORKDIR/checkpoints.
           keep: how many of the latest steps to keep; None keeps all.
+          adaptation: what `params` belong to if they are adapters.
         """
+        self._adaptation = adaptation
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
@@ -252,7 +436,7 @@ class TrainingCheckpoints:
           state: what to save; `progress` must be JSON.
           assets: config.json and tokenizer files of the model, so that the step is a complete model.
         """
-        items = _model_items(state.params, assets, opt_state=state.opt_state)
+        items = _model_items(state.params, assets, self._adaptation, opt_state=state.opt_state)
         items["progress"] = ocp.args.JsonSave(state.progress)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -273,6 +457,9 @@ class TrainingCheckpoints:
         except (OSError, ValueError) as error:
             raise UserError(f"{progress_file}: missing or damaged; {_REMEDY}") from error
         manifest, trees = _read_manifest(folder), {}
+        ours, theirs = self._adaptation, manifest.lora
+        if ours is not None and theirs is not None and ours.base_digest != theirs.base_digest:
+            raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
         for item in ("params", "opt_state"):
             if item not in manifest.trees:
                 raise UserError(f"{folder}: a model without {item}, not a step of training; {_REMEDY}")
@@ -360,6 +547,7 @@ class _StoredTree:
 class _Manifest(NamedTuple):
     assets: list[str]
     trees: dict[str, _StoredTree]
+    lora: Adaptation | None  # params are adapters
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:
@@ -376,13 +564,16 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
-def _model_items(params: Any, assets: Mapping[str, bytes], **trees: Any) -> dict[str, ocp.args.CheckpointArgs]:
+def _model_items(
+    params: Any, assets: Mapping[str, bytes], adaptation: Adaptation | None = None, **trees: Any
+) -> dict[str, ocp.args.CheckpointArgs]:
     """The items of a checkpoint that make it a model, and further trees to save beside it."""
     trees = {"params": params, **trees}
     manifest = {
         **_FORMAT,
         "assets": sorted(assets),
         "trees": {item: _StoredTree.of(tree).to_json() for item, tree in trees.items()},
+        **({} if adaptation is None else {"lora": dataclasses.asdict(adaptation)}),
     }
     files = {**assets, MANIFEST_FILE: json.dumps(manifest).encode()}
     return {"assets": _AssetsSave(files), **{item: _TreeSave(tree) for item, tree in trees.items()}}
@@ -398,7 +589,8 @@ def _read_manifest(folder: epath.Path) -> _Manifest:
         trees = {item: _StoredTree.from_json(tree) for item, tree in manifest["trees"].items()}
         if "params" not in trees:
             raise KeyError("params")
-        return _Manifest(list(manifest["assets"]), trees)
+        adaptation = Adaptation(**manifest["lora"]) if "lora" in manifest else None
+        return _Manifest(list(manifest["assets"]), trees, adaptation)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
 
@@ -440,7 +632,7 @@ def _restore_tree(tree: epath.Path, stored: _StoredTree, abstract: Any) -> Any:
         raise _unreadable(tree, error) from error
     converted = any(stored.dtypes[path] != leaf.dtype for path, leaf in _by_path(abstract).items())
     if not converted and params_digest(restored) != stored.digest:
-        raise UserError(f"{tree}: damaged: its values do not have the digest of what was saved; {_REMEDY}")
+        raise _damaged(str(tree))
     return restored
 
 
@@ -457,11 +649,25 @@ def _check_files(tree: epath.Path) -> None:
         if found != size:
             raise UserError(f"{file}: expected {size} bytes, got {found}; {_REMEDY}")
     # Listing the store checks its index: one error here, where Orbax would have one for each array.
-    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
     try:
-        tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+        tensorstore.KvStore.open(_kvstore(tree)).result().list().result()
     except ValueError as error:
         raise _unreadable(tree, error) from error
+
+
+def _kvstore(tree: epath.Path, array: str = "") -> dict:
+    """TensorStore's name for the files of a stored tree, or of an array in it."""
+    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
+    return {"driver": "ocdbt", "base": base, **({"path": f"{array}/"} if array else {})}
+
+
+def _open_array(tree: epath.Path, path: names.TreePath) -> tensorstore.TensorStore:
+    """The array at `path` of a stored tree, to read from."""
+    return tensorstore.open({"driver": "zarr", "kvstore": _kvstore(tree, ".".join(path))}, read=True).result()
+
+
+def _damaged(where: str) -> UserError:
+    return UserError(f"{where}: damaged: its values do not have the digest of what was saved; {_REMEDY}")
 
 
 def _unreadable(tree: epath.Path, error: Exception) -> UserError:
