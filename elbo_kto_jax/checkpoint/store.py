@@ -233,6 +233,7 @@ def load_base(
         else:
             converted = {leaf_path[-1]: leaf}
         params |= {(*leaf_path[:-1], name): jax.block_until_ready(value) for name, value in converted.items()}
+        del leaf
     source.check(digest)
     # A working folder is pinned to the step that was read; a hub id stays one.
     name = source.path if _absolute(path).exists() else str(path)
@@ -277,6 +278,7 @@ def _load_merged(
             out_shardings=leaf.sharding,
         )
         params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
+        del leaf
     if digest.hexdigest() != adaptation.base_digest:
         raise _other_base(folder, adaptation, source.path, digest.hexdigest())
     return names.unflatten(params)
@@ -286,11 +288,15 @@ def _read_leaves(
     source: Source, digest: Digest, sharding_of: Callable[[names.TreePath], jax.sharding.Sharding]
 ) -> Iterator[tuple[names.TreePath, jax.Array]]:
     """The parameters of `source` one by one, in their stored dtypes; each is added to `digest`."""
-    for path, leaf in tqdm(source.leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
-        read = lambda index, path=path: source.read(path, index)  # noqa: E731
-        array = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
-        digest.add(path, (0,) * array.ndim, array)
-        yield path, array
+
+    def read(path: names.TreePath) -> jax.Array:
+        shape = source.leaves[path].shape
+        leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index))
+        digest.add(path, (0,) * leaf.ndim, leaf)
+        return leaf
+
+    for path in tqdm(source.leaves, desc="reading weights", unit="leaf", disable=None, leave=False):
+        yield path, read(path)  # not kept here: a caller that drops it before the next has one at a time
 
 
 def _other_base(folder: epath.Path, adaptation: Adaptation, path: str, digest: str) -> UserError:

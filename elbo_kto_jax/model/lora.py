@@ -111,7 +111,7 @@ def abstract_adapters(base: Params, rank: int, dtype: DTypeLike) -> Params:
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
     blocks = base["blocks"].items()
-    return {"blocks": {name: of(layer["kernel"]) for name, layer in blocks if is_matrix(("blocks", *layer))}}
+    return {"blocks": {name: of(layer["kernel"]) for name, layer in blocks if "kernel" in layer}}
 
 
 def init_adapters(abstract: Params, shardings: Params, seed: int) -> Params:
