@@ -223,5 +223,13 @@ def _check_together(config: Config) -> None:
     blocks = sampler.gen_length // sampler.block_length
     if sampler.steps % blocks:
         raise UserError(f"config.sampler.steps: {sampler.steps} steps cannot be spread evenly over {blocks} blocks")
-    if config.lora.rank or config.lora.base_quantization != "none":
-        raise UserError("config.lora: adapters and a quantized base are not available yet; set rank=0 and 'none'")
+    if config.lora.base_quantization != "none" and not config.lora.rank:
+        raise UserError(
+            f"config.lora.base_quantization: {config.lora.base_quantization!r} weights cannot be trained; "
+            "set config.lora.rank to train adapters on them, or 'none'"
+        )
+    if config.lora.rank and config.reference.path not in ("", config.model.path):
+        raise UserError(
+            f"config.reference.path: {config.reference.path}: with adapters (config.lora.rank) the reference is their "
+            "base, config.model.path; leave it empty"
+        )

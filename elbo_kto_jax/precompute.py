@@ -32,11 +32,16 @@ def main(argv: list[str]) -> dict:
         draws=config.estimator.draws,
         objective=config.objective,
     )
-    path = config.reference.path or config.model.path
-    reference = setup.load_params(path, "--config.reference.path" if config.reference.path else "--config.model.path")
+    base, _ = setup.load_base()
+    if base is None:
+        path = config.reference.path or config.model.path
+        flag = "--config.reference.path" if config.reference.path else "--config.model.path"
+        reference = source = setup.load_params(path, flag)
+    else:
+        reference, source = base.reference(setup.init_adapters()), base.params
     began = time.monotonic()
     with stop_on_signal() as stop_requested:
-        fingerprint = setup.fingerprint(reference, setup.data)
+        fingerprint = setup.fingerprint(source, setup.data)
         cache = ReferenceCache(workdir / "reference", fingerprint, setup.data, setup.total_steps)
         scored = cache.complete(programs, reference, stop_requested)
     log.info("%d of %d steps were scored now, the others were known", scored, setup.total_steps)

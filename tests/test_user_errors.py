@@ -78,7 +78,8 @@ WRONG_SETTINGS = [  # setting, and what the message must name
     ({"mesh.data": 1, "mesh.tensor": 8}, "config.mesh.tensor", "n_heads"),
     ({"model.dtype": "float16"}, "config.model.dtype", "bfloat16"),
     ({"sampler.block_length": 3}, "config.sampler.block_length", "gen_length"),
-    ({"lora.rank": 8}, "config.lora"),
+    ({"lora.base_quantization": "int8"}, "config.lora.base_quantization", "config.lora.rank"),
+    ({"lora.rank": 8, "reference.path": "elsewhere"}, "config.reference.path", "elsewhere"),
     ({"data.max_length": 4}, "config.data.train", "max_length"),
     ({"data.train": ""}, "--config.data.train"),
 ]

@@ -10,6 +10,8 @@ A checkpoint is one Orbax step folder, the same for a converted model and for a 
 It refers to nothing outside, so it can be moved. Orbax writes it under a temporary name and renames it when complete.
 Arrays are stored layer by layer, and a converted model in chunks that a mesh need not share, so that each process reads
 what it owns, and a conversion holds pieces of a tensor and never a leaf of stacked layers (`Source`).
+Where adapters are trained (model/lora.py), params/ are those alone, and the manifest says on which base (`Adaptation`).
+As a model, such a checkpoint is its base with the adapters merged into it.
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
 manifest has a digest of its bits (checked after it was read, unless a conversion of the dtype was asked for).
 """
@@ -38,6 +40,7 @@ from elbo_kto_jax.checkpoint import huggingface, names
 from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import ahead
+from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.sharding import rules
 
@@ -132,6 +135,22 @@ class Source:
             raise _damaged(self.path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """What the adapters in a checkpoint belong to.
+
+    Attributes:
+      rank, alpha: of the adapters; the merged matrix is W + alpha / rank * A @ B.
+      base_path: folder or hub id of the base.
+      base_digest: digest of the base's parameters as they are stored there.
+    """
+
+    rank: int
+    alpha: float
+    base_path: str
+    base_digest: str
+
+
 class TrainingState(NamedTuple):
     """What a step of training saves: parameters, optimizer state, and where training stands (JSON)."""
 
@@ -212,6 +231,8 @@ def load_model(
 
     manifest = _read_manifest(folder)
     config, assets = _read_assets(folder, manifest)
+    if manifest.lora is not None:
+        return Model(config, _load_merged(folder, manifest, config, dtype, sharding_of), assets, str(folder))
     stored, leaves = manifest.trees["params"], names.parameter_leaves(config)
     _check_arrays(folder / "params", stored, {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
     abstract = {
@@ -222,6 +243,107 @@ def load_model(
     }
     params = _restore_tree(folder / "params", stored, names.unflatten(abstract))
     return Model(config, params, assets, str(folder))
+
+
+def load_base(
+    path: str | os.PathLike, abstract: Any, shardings: Any, flag: str = "--config.model.path"
+) -> tuple[dict, str, str]:
+    """Loads a base for adapters: converted and, where `abstract` has int8, quantized one stacked leaf at a time.
+
+    Args:
+      abstract: lora.abstract_base of the model.
+      shardings: tree of shardings, one per leaf of `abstract`.
+      path, flag: see `load_model`.
+
+    Returns:
+      The parameters, what to call the base in an `Adaptation`, and the digest of its parameters as they are stored.
+
+    Raises:
+      UserError: there is no whole model at `path`, or a part of it is missing or damaged.
+    """
+    source = open_source(path, flag=flag)
+    digest, params = Digest(source.leaves), {}
+    for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
+        group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
+        if "kernel_scale" in group:
+            converted = jax.jit(lora.quantize, out_shardings=to)(leaf)
+        elif group[leaf_path[-1]].dtype != leaf.dtype:
+            dtype = group[leaf_path[-1]].dtype
+            converted = {leaf_path[-1]: jax.jit(lambda x, d=dtype: x.astype(d), out_shardings=leaf.sharding)(leaf)}
+        else:
+            converted = {leaf_path[-1]: leaf}
+        params |= {(*leaf_path[:-1], name): jax.block_until_ready(value) for name, value in converted.items()}
+        del leaf
+    source.check(digest)
+    # A working folder is pinned to the step that was read; a hub id stays one.
+    name = source.path if _absolute(path).exists() else str(path)
+    return names.unflatten(params), name, digest.hexdigest()
+
+
+def _load_merged(
+    folder: epath.Path,
+    manifest: "_Manifest",
+    config: ModelConfig,
+    dtype: np.dtype | None,
+    sharding_of: Callable[[names.TreePath], jax.sharding.Sharding],
+) -> dict:
+    """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
+    adaptation, stored = manifest.lora, manifest.trees["params"]
+    try:
+        source = open_source(adaptation.base_path, flag="base")
+    except UserError as error:
+        raise UserError(
+            f"{folder}: holds adapters, whose base is not usable: {error}\n"
+            f"Put it there, or write where it is now into {folder / 'assets' / MANIFEST_FILE} (lora, base_path)"
+        ) from error
+    leaf_shapes = names.unflatten(dict(source.leaves))
+    expected = _by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32))
+    _check_arrays(folder / "params", stored, {path: leaf.shape for path, leaf in expected.items()})
+
+    def everywhere(path: names.TreePath) -> jax.sharding.Sharding:
+        sharding = sharding_of((*path[:-1], "kernel"))
+        mesh = getattr(sharding, "mesh", None)
+        return sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, stored.dtypes[path], sharding=everywhere(path))
+        for path, leaf in expected.items()
+    }
+    adapters = _restore_tree(folder / "params", stored, names.unflatten(abstract))
+    digest, params, scale = Digest(source.leaves), {}, adaptation.alpha / adaptation.rank
+    for path, leaf in _read_leaves(source, digest, sharding_of):
+        to = leaf.dtype if dtype is None else dtype
+        merge = jax.jit(
+            lambda w, adapter, to=to: lora.merge(w, **adapter, scale=scale, dtype=to) if adapter else w.astype(to),
+            out_shardings=leaf.sharding,
+        )
+        params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
+        del leaf
+    if digest.hexdigest() != adaptation.base_digest:
+        raise _other_base(folder, adaptation, source.path, digest.hexdigest())
+    return names.unflatten(params)
+
+
+def _read_leaves(
+    source: Source, digest: Digest, sharding_of: Callable[[names.TreePath], jax.sharding.Sharding]
+) -> Iterator[tuple[names.TreePath, jax.Array]]:
+    """The parameters of `source` one by one, in their stored dtypes; each is added to `digest`."""
+
+    def read(path: names.TreePath) -> jax.Array:
+        shape = source.leaves[path].shape
+        leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index))
+        digest.add(path, (0,) * leaf.ndim, leaf)
+        return leaf
+
+    for path in tqdm(source.leaves, desc="reading weights", unit="leaf", disable=None, leave=False):
+        yield path, read(path)  # not kept here: a caller that drops it before the next has one at a time
+
+
+def _other_base(folder: epath.Path, adaptation: Adaptation, path: str, digest: str) -> UserError:
+    return UserError(
+        f"{folder}: its adapters were trained on another base (digest {adaptation.base_digest}) than the one at {path} "
+        f"(digest {digest}); put the former there"
+    )
 
 
 def open_source(
@@ -248,6 +370,8 @@ def open_source(
 
     manifest = _read_manifest(folder)
     config, assets = _read_assets(folder, manifest)
+    if manifest.lora is not None:
+        return Source.of(load_model(path, param_dtype=dtype, flag=flag))
     tree, stored = folder / "params", manifest.trees["params"]
     _check_arrays(tree, stored, {path: leaf.shape for path, leaf in names.parameter_leaves(config).items()})
     _check_files(tree)
@@ -348,13 +472,15 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
 class TrainingCheckpoints:
     """The checkpoints/ folder of a training run: one checkpoint per saved step, written in the background."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None = None):
+    def __init__(self, directory: str | os.PathLike, keep: int | None = None, adaptation: Adaptation | None = None):
         """Opens or creates the folder, and removes what an interrupted save left there.
 
         Args:
           directory: the folder, usually WORKDIR/checkpoints.
           keep: how many of the latest steps to keep; None keeps all.
+          adaptation: what `params` belong to if they are adapters.
         """
+        self._adaptation = adaptation
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
@@ -370,7 +496,10 @@ class TrainingCheckpoints:
         """
         trees = {"params": state.params, "opt_state": state.opt_state}
         stored = {item: _StoredTree.of(_by_path(tree), params_digest(tree)) for item, tree in trees.items()}
-        items = {"assets": _AssetsSave(assets, lambda: stored), "progress": ocp.args.JsonSave(state.progress)}
+        items = {
+            "assets": _AssetsSave(assets, lambda: stored, self._adaptation),
+            "progress": ocp.args.JsonSave(state.progress),
+        }
         items |= {item: _TreeSave(tree, save_args=jax.tree.map(_save_args, tree)) for item, tree in trees.items()}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -391,6 +520,9 @@ class TrainingCheckpoints:
         except (OSError, ValueError) as error:
             raise UserError(f"{progress_file}: missing or damaged; {_REMEDY}") from error
         manifest, trees = _read_manifest(folder), {}
+        ours, theirs = self._adaptation, manifest.lora
+        if ours is not None and theirs is not None and ours.base_digest != theirs.base_digest:
+            raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
         for item in ("params", "opt_state"):
             if item not in manifest.trees:
                 raise UserError(f"{folder}: a model without {item}, not a step of training; {_REMEDY}")
@@ -419,8 +551,10 @@ class _AssetsHandler(ocp.CheckpointHandler):
         self._args = args
 
     def finalize(self, directory: epath.Path) -> None:
-        files, trees = self._args.files, self._args.trees()
+        files, trees, adaptation = self._args.files, self._args.trees(), self._args.adaptation
         manifest = {**_FORMAT, "assets": sorted(files), "trees": {item: tree.to_json() for item, tree in trees.items()}}
+        if adaptation is not None:
+            manifest["lora"] = dataclasses.asdict(adaptation)
         for name, content in {**files, MANIFEST_FILE: json.dumps(manifest).encode()}.items():
             (directory / name).write_bytes(content)
 
@@ -435,6 +569,7 @@ class _AssetsSave(ocp.args.CheckpointArgs):
 
     files: Mapping[str, bytes]
     trees: Callable[[], "dict[str, _StoredTree]"]
+    adaptation: Adaptation | None = None
 
 
 class _ListsSizes(ocp.CheckpointHandler):
@@ -567,6 +702,7 @@ class _StoredTree:
 class _Manifest(NamedTuple):
     assets: list[str]
     trees: dict[str, _StoredTree]
+    lora: Adaptation | None  # params are adapters
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:
@@ -593,7 +729,8 @@ def _read_manifest(folder: epath.Path) -> _Manifest:
         trees = {item: _StoredTree.from_json(tree) for item, tree in manifest["trees"].items()}
         if "params" not in trees:
             raise KeyError("params")
-        return _Manifest(list(manifest["assets"]), trees)
+        adaptation = Adaptation(**manifest["lora"]) if "lora" in manifest else None
+        return _Manifest(list(manifest["assets"]), trees, adaptation)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
 

@@ -5,6 +5,8 @@ program does not grow with the depth. Names follow the published checkpoint:
 
     wte/embedding [v d]    blocks/{attn_norm,ff_norm}/scale [n d]    blocks/{q_proj,k_proj,v_proj,attn_out}/kernel
     [n in out]    blocks/{ff_proj,up_proj,ff_out}/kernel [n in out]    ln_f/scale [d]    head/kernel [d v]
+
+The kernels of the blocks may be int8 and have adapters beside them (model/lora.py).
 """
 
 import functools
@@ -19,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from elbo_kto_jax.model import rope
 from elbo_kto_jax.model.attention import SAVED, attention
 from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.model.lora import Linear
 
 Params = Any  # the tree above
 
@@ -89,18 +92,8 @@ class Block(nn.Module):
         norm = functools.partial(RMSNorm, cfg, self.param_dtype)
 
         def dense(features, name):
-            layer = nn.Dense(
-                features,
-                name=name,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                precision=matmul_precision(self.dtype),
-                kernel_init=nn.initializers.normal(0.02),
-            )
-            # As one matrix: with two axes to sum over, XLA for CPUs transposes the operands of a weight's gradient, and
-            # works out everything before them column by column.
-            return lambda y: layer(y.reshape(-1, y.shape[-1])).reshape(*y.shape[:-1], features)
+            init = nn.initializers.normal(0.02)
+            return Linear(features, self.dtype, self.param_dtype, matmul_precision(self.dtype), init, name=name)
 
         heads = lambda y, n: y.reshape(*y.shape[:2], n, cfg.head_dim)  # noqa: E731
 

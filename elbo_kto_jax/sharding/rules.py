@@ -32,10 +32,19 @@ PARAMETER_AXES = (
     (r"ln_f/scale", ("norm",)),
     (r"head/kernel", ("model", "vocabulary")),
 )
+_MATRICES = tuple(line for line in PARAMETER_AXES if line[0].startswith("blocks/") and line[0].endswith("/kernel"))
+# What model/lora.py puts beside a matrix of the blocks lies as that matrix does; the rank is never split.
+QUANTIZED_AXES = tuple((f"{matrix}_scale", (axes[0], axes[2])) for matrix, axes in _MATRICES)
+ADAPTER_AXES = (
+    *((matrix.replace("kernel", "lora_a"), (*axes[:2], "rank")) for matrix, axes in _MATRICES),
+    *((matrix.replace("kernel", "lora_b"), (axes[0], "rank", axes[2])) for matrix, axes in _MATRICES),
+)
+_TABLES = (PARAMETER_AXES, QUANTIZED_AXES, ADAPTER_AXES)
 MESH_AXES = {
     "rows": ("data", "fsdp"),
     "layers": None,
     "norm": None,
+    "rank": None,
     "model": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -95,19 +104,19 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def line_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """The line of PARAMETER_AXES for the parameter with this path: its pattern and logical axes."""
-    line = next((line for line in PARAMETER_AXES if re.fullmatch(line[0], name)), None)
+    """The line of a table for the parameter with this path: its pattern and logical axes."""
+    line = next((line for table in _TABLES for line in table if re.fullmatch(line[0], name)), None)
     if line is None:
-        raise ValueError(f"parameter {name} has no line in PARAMETER_AXES")
+        raise ValueError(f"parameter {name} has no line in a table of sharding/rules.py")
     return line
 
 
 def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each parameter of the tree (arrays or ShapeDtypeStructs).
+    """A NamedSharding for each parameter of the tree (arrays or ShapeDtypeStructs): a model, its adapters, or both.
 
     Raises:
       UserError: a dimension is not divisible by its mesh axis.
-      ValueError: a parameter has no line in the table, or a line no parameter.
+      ValueError: a parameter has no line in a table, or a line no parameter though others of its table have.
     """
     used = set()
 
@@ -127,7 +136,8 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*spec))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params)
-    unused = [pattern for pattern, _ in PARAMETER_AXES if pattern not in used]
-    if unused:
-        raise ValueError(f"lines of PARAMETER_AXES without a parameter: {unused}")
+    for table in _TABLES:
+        unused = [pattern for pattern, _ in table if pattern not in used]
+        if 0 < len(unused) < len(table):
+            raise ValueError(f"lines of sharding/rules.py without a parameter: {unused}")
     return shardings

@@ -16,7 +16,8 @@ from elbo_kto_jax.checkpoint.store import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write
-from elbo_kto_jax.model.llada import Params, abstract_params
+from elbo_kto_jax.model import lora
+from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.report.training import write_training_report
 from elbo_kto_jax.sampling.decode import generate, to_text
 from elbo_kto_jax.text.chat import EOT_TOKEN
@@ -24,7 +25,7 @@ from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
-from elbo_kto_jax.train.step import Batch, batch_loss, build_programs, score, train_step
+from elbo_kto_jax.train.step import Batch, Weights, batch_loss, build_programs, score, train_step
 from elbo_kto_jax.train.workdir import MetricsLog, open_workdir, read_metrics, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,11 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
         return _Run(setup, workdir, stop_requested).run()
 
 
-Reference = ReferenceCache | Params | None  # B_ref precomputed, the reference's parameters (online), none (SFT)
+# B_ref precomputed, the reference's parameters or the adapters' base (online), none (SFT)
+Reference = ReferenceCache | Params | lora.Base | None
 
 
-def reference_of(reference: Reference, step: int) -> Params | np.ndarray | None:
+def reference_of(reference: Reference, step: int) -> Params | lora.Base | np.ndarray | None:
     """What `train_step` wants to know of the reference in step `step`."""
     return reference.elbo_ref[step] if isinstance(reference, ReferenceCache) else reference
 
@@ -60,7 +62,7 @@ class _Run:
         self.total_steps = setup.total_steps
         self.tx = train_state.optimizer(config.optimizer, self.total_steps)
         self.learning_rate = train_state.learning_rate(config.optimizer, self.total_steps)
-        abstract = abstract_params(setup.model)
+        abstract = train_state.abstract_trained(setup.model, config.lora)
         self.shardings = train_state.state_shardings(self.tx, abstract, setup.mesh)
         self.abstract = train_state.abstract_state(self.tx, abstract, self.shardings)
         self.programs = build_programs(
@@ -72,7 +74,8 @@ class _Run:
             tx=self.tx,
             shardings=self.shardings,
         )
-        self.checkpoints = TrainingCheckpoints(workdir / "checkpoints")
+        self.base, adaptation = setup.load_base()
+        self.checkpoints = TrainingCheckpoints(workdir / "checkpoints", adaptation=adaptation)
         self.progress = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
         self.samples: list[dict] = []
 
@@ -80,7 +83,10 @@ class _Run:
         setup, config = self.setup, self.setup.config
         start = self.checkpoints.latest_step()
         if start is None:
-            params = setup.load_params(config.model.path, "--config.model.path")
+            if self.base is None:
+                params = setup.load_params(config.model.path, "--config.model.path")
+            else:
+                params = setup.init_adapters()
             state = train_state.init_state(self.tx, params, self.shardings)
         else:
             restored = self.checkpoints.restore(start, TrainingState(*self.abstract, progress={}))
@@ -98,37 +104,46 @@ class _Run:
             setup.data.layout.length,
         )
         try:
-            self.sample("before", state.params)
-            reference, eval_reference = self.prepare_reference(state.params if start is None else None)
+            self.sample("before", self.policy(state.params))
+            reference, eval_reference = self.prepare_reference(state.params, fresh=start is None)
             state = self.steps(state, reference, eval_reference)
-            self.sample("after", state.params)
+            self.sample("after", self.policy(state.params))
         except Interrupted as stop:
             raise Interrupted(*stop.args, self.finish(interrupted=True)) from None
         return self.finish(interrupted=False)
 
-    def prepare_reference(self, initial: Params | None) -> tuple[Reference, Reference]:
+    def policy(self, trained: Params) -> Weights:
+        """The whole model of which `trained` is what the optimizer moves."""
+        return trained if self.base is None else self.base.policy(trained)
+
+    def prepare_reference(self, trained: Params, fresh: bool) -> tuple[Reference, Reference]:
         """What the rewards of the training and of the held-out batches are measured against.
 
-        `initial` are the parameters that training starts from, where they are at hand: mostly they are the reference.
+        `trained` is what the optimizer moves; where it is `fresh`, that which training starts from, it mostly is the
+        reference.
         """
         config = self.setup.config
         if config.objective.name != "elbo_kto":
             return None, None
         path = config.reference.path or config.model.path
         flag = "--config.reference.path" if config.reference.path else "--config.model.path"
-        if initial is None or path != config.model.path:
+        online = config.reference.mode == "online"
+        if self.base is not None:
+            reference = self.base if online else self.base.reference(trained)
+        elif not fresh or path != config.model.path:
             reference = self.setup.load_params(path, flag)
-        elif config.reference.mode == "online":
-            reference = jax.tree.map(jnp.copy, initial)  # the originals are donated by the first step
+        elif online:
+            reference = jax.tree.map(jnp.copy, trained)  # the originals are donated by the first step
         else:
-            reference = initial
-        if config.reference.mode == "online":
+            reference = trained
+        if online:
             return reference, reference
 
         def cache(folder: str, data: TrainingData | None, steps: int) -> ReferenceCache | None:
             if data is None:
                 return None
-            cache = ReferenceCache(self.workdir / folder, self.setup.fingerprint(reference, data), data, steps)
+            fingerprint = self.setup.fingerprint(reference if self.base is None else self.base.params, data)
+            cache = ReferenceCache(self.workdir / folder, fingerprint, data, steps)
             cache.complete(self.programs, reference, self.stop_requested)
             return cache
 
@@ -150,7 +165,7 @@ class _Run:
         bar = tqdm(total=self.total_steps, initial=first, desc="train", unit="step")
         try:
             for step, batch in zip(itertools.count(first), data.batches(first, self.total_steps)):
-                state, metrics = train_step(self.programs, state, batch, reference_of(reference, step))
+                state, metrics = train_step(self.programs, state, batch, reference_of(reference, step), base=self.base)
                 if config.train.eval_every and self.setup.eval_data and (step + 1) % config.train.eval_every == 0:
                     metrics |= self.evaluate(state.params, eval_reference)
                 if late is not None:
@@ -176,12 +191,14 @@ class _Run:
 
     def evaluate(self, params: Params, reference: Reference) -> dict:
         """Loss and reward margin on the held-out data (means over its examples)."""
-        data, programs = self.setup.eval_data, self.programs
+        data, programs, policy = self.setup.eval_data, self.programs, self.policy(params)
+        if isinstance(reference, lora.Base):
+            reference = reference.reference(params)
         losses, counts, rewards, labels = [], [], [], []
         for step, batch in enumerate(data.batches(0, data.steps_per_epoch)):
             micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
             _, metrics = batch_loss(
-                programs, score(programs, params, micro_batches), reference_of(reference, step), batch, micro_batches
+                programs, score(programs, policy, micro_batches), reference_of(reference, step), batch, micro_batches
             )
             here = batch.feedback.is_example
             losses.append(float(metrics["loss"]))
@@ -224,7 +241,7 @@ class _Run:
         if step % self.setup.config.train.log_every == 0 or step in (1, self.total_steps):
             metrics_log.write({"step": step, **values, **{k: v for k, v in figures.items() if k != "step"}})
 
-    def sample(self, when: str, params: Params) -> None:
+    def sample(self, when: str, weights: Weights) -> None:
         """Answers a few prompts with the present parameters; kept in samples.json for the report."""
         count, file = self.setup.config.train.samples, self.workdir / "samples.json"
         if file.is_file():
@@ -239,7 +256,7 @@ class _Run:
         log.info("sampling %d answers %s training", len(prompts), when)
         responses = generate(
             self.setup.model,
-            params,
+            lora.parameters(weights),
             prompts,
             options,
             seed=self.setup.config.seed,

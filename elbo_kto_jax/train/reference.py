@@ -25,9 +25,8 @@ from elbo_kto_jax import processes
 from elbo_kto_jax.config import differences
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write
-from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.train.data import TrainingData
-from elbo_kto_jax.train.step import Programs, score
+from elbo_kto_jax.train.step import Programs, Weights, score
 
 log = logging.getLogger(__name__)
 _SAVE_EVERY = 30.0  # seconds between parts
@@ -56,7 +55,7 @@ class ReferenceCache:
         self._fingerprint = text
 
     def complete(
-        self, programs: Programs, reference: Params, stop_requested: Callable[[], bool] = lambda: False
+        self, programs: Programs, reference: Weights, stop_requested: Callable[[], bool] = lambda: False
     ) -> int:
         """Scores every step that is not known yet under the parameters `reference`, and returns how many those were.
 

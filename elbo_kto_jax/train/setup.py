@@ -13,12 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
+from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
 from elbo_kto_jax.text.examples import load_examples
+from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,24 @@ class Setup:
         log.info("loading %s", path)
         return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
 
+    def load_base(self) -> tuple[lora.Base, store.Adaptation] | tuple[None, None]:
+        """What the run's adapters are trained on, and how their checkpoints name it; None without adapters."""
+        config, options = self.config, self.config.lora
+        if not options.rank:
+            return None, None
+        abstract = train_state.abstract_base(self.model, options)
+        log.info("loading %s as the base of adapters of rank %d", config.model.path, options.rank)
+        params, path, digest = store.load_base(
+            config.model.path, abstract, rules.param_shardings(abstract, self.mesh), flag="--config.model.path"
+        )
+        base = lora.Base(params, options.alpha / options.rank)
+        return base, store.Adaptation(options.rank, options.alpha, path, digest)
+
+    def init_adapters(self) -> Params:
+        """The adapters before the first step."""
+        abstract = train_state.abstract_trained(self.model, self.config.lora)
+        return lora.init_adapters(abstract, rules.param_shardings(abstract, self.mesh), self.config.seed)
+
     def fingerprint(self, reference: Params, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on."""
         config, layout = self.config, data.layout
@@ -60,6 +80,7 @@ class Setup:
             "seed": config.seed,
             "draws": config.estimator.draws,
             "scheme": config.estimator.scheme,
+            "lora_rank": config.lora.rank,  # another program: it may round differently
             "global_batch_size": data.batch_size,
             "platform": jax.default_backend(),
             "jax": jax.__version__,
@@ -96,7 +117,7 @@ def prepare(
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     model = LLaDA(model_config, jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype), config.model.remat)
-    rules.param_shardings(abstract_params(model), mesh)
+    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh)
     if config.data.max_length > model_config.max_sequence_length:
         log.warning(
             "config.data.max_length %d is more than the %d positions that the model was trained with",

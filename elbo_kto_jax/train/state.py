@@ -9,13 +9,28 @@ import optax
 from jax.sharding import Mesh
 
 from elbo_kto_jax import config
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.model import lora
+from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.sharding import rules
 
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: Any
+
+
+def abstract_trained(model: LLaDA, options: config.Lora) -> Params:
+    """Shapes and dtypes of what the optimizer moves: every parameter, or adapters alone."""
+    whole = abstract_params(model)
+    return lora.abstract_adapters(whole, options.rank, model.param_dtype) if options.rank else whole
+
+
+def abstract_base(model: LLaDA, options: config.Lora) -> Params:
+    """Shapes and dtypes of the base of adapters.
+
+    It is kept in the dtype that the model computes in: nothing is ever added to it, so more bits would change nothing.
+    """
+    return lora.abstract_base(abstract_params(model), model.dtype, options.base_quantization == "int8")
 
 
 def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule:
@@ -49,13 +64,13 @@ def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTran
     )
 
 
-def state_shardings(tx: optax.GradientTransformation, abstract_params: Params, mesh: Mesh) -> TrainState:
+def state_shardings(tx: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
     """Shardings of the whole state: Adam's moments lie where their parameters do, counters everywhere."""
-    params = rules.param_shardings(abstract_params, mesh)
+    params = rules.param_shardings(abstract, mesh)
     opt_state = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, abstract_params),
+        jax.eval_shape(tx.init, abstract),
         params,
         transform_non_params=lambda _: rules.replicated(mesh),
     )
@@ -67,9 +82,9 @@ def init_state(tx: optax.GradientTransformation, params: Params, shardings: Trai
     return TrainState(params, jax.jit(tx.init, out_shardings=shardings.opt_state)(params))
 
 
-def abstract_state(tx: optax.GradientTransformation, abstract_params: Params, shardings: TrainState) -> TrainState:
+def abstract_state(tx: optax.GradientTransformation, abstract: Params, shardings: TrainState) -> TrainState:
     """The state as shapes, dtypes and shardings, for restoring a checkpoint."""
-    shapes = TrainState(abstract_params, jax.eval_shape(tx.init, abstract_params))
+    shapes = TrainState(abstract, jax.eval_shape(tx.init, abstract))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

@@ -10,9 +10,12 @@ of one micro-batch, whatever the number of draws or examples. A batch that is on
 apart into FORWARD, which scores and hands out what the backward pass needs, and BACKWARD, with LOSS between them.
 
 Policy and reference share SCORE (or FORWARD), its shapes and its rows, so a reward is exactly 0 while the two have the
-same parameters, in bfloat16 too.
+same parameters, in bfloat16 too. Where adapters are trained (model/lora.py), the programs take a lora.Adapted for
+params, state and gradient hold the adapters alone, and the reference is the base with the adapters' scale at 0.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +28,14 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion import elbo
+from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.llada import LLaDA, Params
 from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.preference import kto
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train.state import TrainState, zeros_like_params
 
+Weights = Params | lora.Adapted  # a whole model, for a pass through it
 SATURATED = 4.0  # |s| beyond which an example's gradient is below 7.1% of its maximum, 4 * sigmoid'(4)
 
 
@@ -53,11 +58,11 @@ class Batch(NamedTuple):
 class Programs(NamedTuple):
     """The compiled programs; see `build_programs`."""
 
-    score: Callable[[Params, Float32[Array, " bk"], Rows], Float32[Array, " bk"]]
+    score: Callable[[Weights, Float32[Array, " bk"], Rows], Float32[Array, " bk"]]
     loss: Callable[..., tuple[Float32[Array, " b"], dict[str, Array]]]
     grad: Callable[..., tuple[Params, Float32[Array, " bk"]]]
-    forward: Callable[[Params, Float32[Array, " bk"], Rows], tuple[Float32[Array, " bk"], Callable]]
-    backward: Callable[[Callable, Rows, Float32[Array, " b"]], Params]
+    forward: Callable[[Weights, Float32[Array, " bk"], Rows], tuple[Float32[Array, " bk"], Callable]]
+    backward: Callable[[Callable, Weights, Rows, Float32[Array, " b"]], Params]
     update: Callable[[TrainState, Params], tuple[TrainState, Float32[Array, ""]]]
     zero_estimates: Callable[[], Float32[Array, " bk"]]
     zero_grads: Callable[[Params], Params]
@@ -67,25 +72,33 @@ class Programs(NamedTuple):
 
 
 def train_step(
-    programs: Programs, state: TrainState, batch: Batch, reference: Params | Float32[np.ndarray, " bk"] | None
+    programs: Programs,
+    state: TrainState,
+    batch: Batch,
+    reference: Params | lora.Base | Float32[np.ndarray, " bk"] | None,
+    base: lora.Base | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step, and its metrics (still on the device).
 
-    `reference` is B_ref of every draw (precomputed) or the reference's parameters (online); SFT has none.
+    `reference` is B_ref of every draw (precomputed), or the reference's parameters or the adapters' base (online); SFT
+    has none. `base` is what the adapters in `state` belong to; None: the state holds a whole model.
     """
+    policy = state.params if base is None else base.policy(state.params)
+    if isinstance(reference, lora.Base):
+        reference = reference.reference(state.params)
     micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
     if len(micro_batches) == 1:
         (rows,) = micro_batches
-        elbo_policy, pull_back = programs.forward(state.params, programs.zero_estimates(), rows)
+        elbo_policy, pull_back = programs.forward(policy, programs.zero_estimates(), rows)
         elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
-        state, grad_norm = programs.update(state, programs.backward(pull_back, rows, elbo_cotangent))
+        state, grad_norm = programs.update(state, programs.backward(pull_back, policy, rows, elbo_cotangent))
         return state, {**metrics, "grad_norm": grad_norm}
     needs_rewards = programs.objective == "elbo_kto"
-    elbo_policy = score(programs, state.params, micro_batches) if needs_rewards else programs.zero_estimates()
+    elbo_policy = score(programs, policy, micro_batches) if needs_rewards else programs.zero_estimates()
     elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
     grads, elbo_policy = programs.zero_grads(state.params), programs.zero_estimates()
     for rows in micro_batches:
-        grads, elbo_policy = programs.grad(state.params, grads, elbo_policy, rows, elbo_cotangent)
+        grads, elbo_policy = programs.grad(policy, grads, elbo_policy, rows, elbo_cotangent)
     if not needs_rewards:
         _, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
     state, grad_norm = programs.update(state, grads)
@@ -95,7 +108,7 @@ def train_step(
 def batch_loss(
     programs: Programs,
     elbo_policy: Float32[Array, " bk"],
-    reference: Params | Float32[np.ndarray, " bk"] | None,
+    reference: Weights | Float32[np.ndarray, " bk"] | None,
     batch: Batch,
     micro_batches: Sequence[Rows],
 ) -> tuple[Float32[Array, " b"], dict[str, Array]]:
@@ -109,13 +122,13 @@ def batch_loss(
     return programs.loss(elbo_policy, elbo_ref, programs.place(batch.feedback))
 
 
-def score(programs: Programs, params: Params, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
+def score(programs: Programs, weights: Weights, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
     """The ELBO estimate, in nats, of every draw in the micro-batches (placed on the devices), by Segment.index."""
     estimates = programs.zero_estimates()
     if len(micro_batches) == 1:  # the program that `train_step` runs, for the same bits
-        return programs.forward(params, estimates, micro_batches[0])[0]
+        return programs.forward(weights, estimates, micro_batches[0])[0]
     for rows in micro_batches:
-        estimates = programs.score(params, estimates, rows)
+        estimates = programs.score(weights, estimates, rows)
     return estimates
 
 
@@ -136,7 +149,8 @@ def build_programs(
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
     model = model.clone(mesh=mesh)
 
-    def estimates_of(params: Params, rows: Rows) -> Float32[Array, "m g"]:
+    def estimates_of(weights: Weights, rows: Rows) -> Float32[Array, "m g"]:
+        params = lora.parameters(weights)
         hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.segment_ids)
         return elbo.elbo_draws(
             hidden,
@@ -149,8 +163,8 @@ def build_programs(
             slots=rows.slot_index.shape[1],
         )
 
-    def score(params, estimates, rows):
-        return estimates.at[rows.slot_index].set(estimates_of(params, rows), mode="drop")
+    def score(weights, estimates, rows):
+        return estimates.at[rows.slot_index].set(estimates_of(weights, rows), mode="drop")
 
     def kto_loss(elbo_policy, elbo_ref, feedback):
         reward = jnp.mean(elbo_policy.reshape(-1, draws), axis=1) - jnp.mean(elbo_ref.reshape(-1, draws), axis=1)
@@ -181,17 +195,25 @@ def build_programs(
         scale = feedback.is_example / (jnp.maximum(feedback.completion_length, 1) * jnp.sum(feedback.is_example))
         return -scale, {"loss": -jnp.sum(scale * jnp.mean(elbo_policy.reshape(-1, draws), axis=1))}
 
-    def forward(params, estimates, rows):
-        values, pull_back = jax.vjp(lambda p: estimates_of(p, rows), params)
+    def forward(weights, estimates, rows):
+        trained, replace = lora.split_trained(weights)
+        values, pull_back = jax.vjp(lambda t: estimates_of(replace(t), rows), trained)
         return estimates.at[rows.slot_index].set(values, mode="drop"), pull_back
 
-    def backward(pull_back, rows, elbo_cotangent):
+    def pull(pull_back, rows, elbo_cotangent):
         per_slot = elbo_cotangent.at[rows.slot_index // draws].get(mode="fill", fill_value=0) / draws
         return jax.tree.map(lambda g: g.astype(jnp.float32), pull_back(per_slot)[0])
 
-    def grad(params, grads, estimates, rows, elbo_cotangent):
-        estimates, pull_back = forward(params, estimates, rows)
-        return jax.tree.map(jnp.add, grads, backward(pull_back, rows, elbo_cotangent)), estimates
+    def grad(weights, grads, estimates, rows, elbo_cotangent):
+        estimates, pull_back = forward(weights, estimates, rows)
+        return jax.tree.map(jnp.add, grads, pull(pull_back, rows, elbo_cotangent)), estimates
+
+    def forward_alone(weights, estimates, rows):
+        estimates, pull_back = forward(weights, estimates, rows)
+        return estimates, _without(pull_back, weights)
+
+    def backward(pull_back, weights, rows, elbo_cotangent):
+        return pull(_with(pull_back, weights), rows, elbo_cotangent)
 
     def update(state, grads):
         grad_norm = optax.tree.norm(grads)
@@ -204,7 +226,7 @@ def build_programs(
         score=jax.jit(score, donate_argnums=1, out_shardings=everywhere),
         loss=jax.jit(kto_loss if objective.name == "elbo_kto" else sft_loss, out_shardings=everywhere),
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(param_shardings, everywhere)),
-        forward=jax.jit(forward, donate_argnums=1, out_shardings=(everywhere, None)),
+        forward=jax.jit(forward_alone, donate_argnums=1, out_shardings=(everywhere, None)),
         backward=jax.jit(backward, out_shardings=param_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
@@ -213,3 +235,24 @@ def build_programs(
         place=lambda tree: jax.tree.map(lambda x: rules.place(x, everywhere), tree),
         objective=objective.name,
     )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("index",))
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """In the place of a weight among what a backward pass needs: a program that handed it out would copy it."""
+
+    index: int  # among the leaves of the weights
+
+
+def _without(pull_back: Callable, weights: Weights) -> Callable:
+    """`pull_back` with a `_Weight` for each of its leaves that is one of the weights."""
+    index = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
+    return jax.tree.map(lambda leaf: _Weight(index[id(leaf)]) if id(leaf) in index else leaf, pull_back)
+
+
+def _with(pull_back: Callable, weights: Weights) -> Callable:
+    """The inverse of `_without`."""
+    leaves = jax.tree.leaves(weights)
+    is_weight = lambda leaf: isinstance(leaf, _Weight)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaves[leaf.index] if is_weight(leaf) else leaf, pull_back, is_leaf=is_weight)

@@ -35,6 +35,32 @@ def test_every_parameter_has_exactly_one_line_and_every_line_a_parameter(abstrac
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
+def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
+    options, model = config.Lora(4, 1.0, "int8"), LLaDA(tiny.MODEL)
+    mesh, found = mesh_of(2, 2, 2), {}
+    for tree in (train_state.abstract_base(model, options), train_state.abstract_trained(model, options)):
+        names = leaves_by_name(tree)
+        found |= leaves_by_name(rules.param_shardings(tree, mesh))
+        tables = (rules.PARAMETER_AXES, rules.QUANTIZED_AXES, rules.ADAPTER_AXES)
+        for name in names:
+            assert sum(re.fullmatch(pattern, name) is not None for table in tables for pattern, _ in table) == 1, name
+    for name, sharding in leaves_by_name(rules.param_shardings(abstract, mesh)).items():
+        if name.startswith("blocks/") and name.endswith("/kernel"):
+            layers, rows, columns = sharding.spec
+            assert found[name] == sharding
+            assert found[f"{name}_scale"].spec == (layers, columns)
+            assert found[name.replace("kernel", "lora_a")].spec == (layers, rows, None)
+            assert found[name.replace("kernel", "lora_b")].spec == (layers, None, columns)
+
+
+@pytest.mark.parametrize("missing", ["lora_a", "lora_b"])
+def test_an_adapter_without_its_other_half_is_an_error(abstract, missing):
+    tree = train_state.abstract_trained(LLaDA(tiny.MODEL), config.Lora(4, 1.0, "none"))
+    del tree["blocks"]["attn_out"][missing]
+    with pytest.raises(ValueError, match=f"attn_out/{missing}"):
+        rules.param_shardings(tree, mesh_of(2, 2, 2))
+
+
 def test_matrices_are_split_over_fsdp_and_tensor_and_scales_are_whole(abstract):
     shardings, shapes = leaves_by_name(rules.param_shardings(abstract, mesh_of(2, 2, 2))), leaves_by_name(abstract)
     for name, leaf in shapes.items():
