@@ -11,6 +11,7 @@ lost, is noticed LOST_AFTER seconds later at the latest, and the others end with
 another number of processes if need be, goes on from the latest checkpoint.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from elbo_kto_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 START_WITHIN = 300  # seconds that the processes wait for each other at the start
 LOST_AFTER = 60  # seconds without a sign of life after which a process counts as lost
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -34,13 +36,15 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     """Joins the processes of this job. Must come before anything runs on a device; one process alone needs nothing.
 
     Raises:
-      UserError: the flags or variables do not fit together, or the others did not come.
+      UserError: the flags or variables do not fit together, or this process cannot listen or find the others.
     """
     if jax.distributed.is_initialized():
         return
     found = arguments((coordinator, num_processes, process_id), os.environ)
     if found is None:
         return
+    # jax itself ends a process that waits in vain, with a long message after this one.
+    log.info("waiting up to %d seconds for the other processes of this job", START_WITHIN)
     # On CPUs, two programs at once would wait for each other's collectives.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
@@ -55,8 +59,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             return  # TPU chips, but neither a metadata server nor GKE's variables: one machine
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"the processes of this job did not find each other ({reason});\nstart all of them within {START_WITHIN} "
-            "seconds, and check --coordinator, --num-processes and --process-id where they are given"
+            f"this process cannot join the others of its job ({reason});\n"
+            "check --coordinator, --num-processes and --process-id where they are given"
         ) from error
     if not is_first():
         # Bars of the others would only repeat those of process 0.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from conversion import to_hf
 from elbo_kto_jax import config, generate, precompute, score
@@ -195,7 +196,7 @@ def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, setting
         for path, (shape, dtype) in arrays.items()
     }
     trained = ocp.StandardCheckpointHandler().restore(
-        folder / "params", args=ocp.args.StandardRestore(names.unflatten(abstract))
+        epath.Path(folder / "params"), args=ocp.args.StandardRestore(names.unflatten(abstract))
     )
     base = store.load_model(settings["model.path"])
 
