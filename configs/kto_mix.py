@@ -74,5 +74,6 @@ def get_config() -> ConfigDict:
                 "cache": "none",  # [ours]
                 "batch_size": 8,  # [ours]
             },
+            "tasks": "",  # benchmarks of `evaluate`, "gsm8k,arc_challenge"; their settings: configs/tasks.py
         }
     )

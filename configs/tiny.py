@@ -78,5 +78,6 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "cache": "none",
                 "batch_size": 125,
             },
+            "tasks": "",  # benchmarks of `evaluate`, "gsm8k,arc_challenge"; their settings: configs/tasks.py
         }
     )
