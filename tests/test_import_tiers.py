@@ -32,6 +32,7 @@ TIERS = {
     "score": 5,
     "generate": 5,
     "evaluate": 5,
+    "sweep": 5,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

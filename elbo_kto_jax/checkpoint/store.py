@@ -319,7 +319,7 @@ class _TreeHandler(ocp.StandardCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        sizes = {str(file.relative_to(directory)): file.stat().length for file in _files(directory)}
+        sizes = {str(file.relative_to(directory)): file.stat().length for file in files_in(directory)}
         (directory / SIZES_FILE).write_text(json.dumps(sizes))
 
 
@@ -362,10 +362,11 @@ class _Manifest(NamedTuple):
     trees: dict[str, _StoredTree]
 
 
-def _files(directory: epath.Path) -> Iterator[epath.Path]:
+def files_in(directory: epath.Path) -> Iterator[epath.Path]:
+    """Every file below `directory`, in no particular order."""
     for child in directory.iterdir():
         if child.is_dir():
-            yield from _files(child)
+            yield from files_in(child)
         else:
             yield child
 
