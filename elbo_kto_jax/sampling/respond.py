@@ -1,9 +1,12 @@
 """From a checkpoint and records to answers in text: loading, chat template, decoding (METHOD 5, 6)."""
 
+import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
@@ -13,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text import chat
@@ -36,44 +39,75 @@ class Answers(NamedTuple):
     seconds: float
 
 
-def answer(source: str, records: Sequence[Record], config: Config, *, flag: str) -> Answers:
-    """Answers the prompts of `records` with the checkpoint `source` and the options `config.sampler`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint that answers: its weights are read when they are first needed, and once."""
 
-    The random draws of an answer depend on `config.seed` and the record's id alone: two checkpoints get the same.
+    source: str
+    flag: str  # the flag or config key that named `source`, for messages
+    model: LLaDA
+    tokenizer: PreTrainedTokenizerBase
+    mesh: jax.sharding.Mesh
 
-    Args:
-      flag: the flag or config key that named `source`, for messages.
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters over the devices of `mesh`, in the dtype that the model computes in: all that it has to keep.
+
+        Raises:
+          UserError: they are missing, damaged or cannot be split as the mesh asks.
+        """
+        shardings = rules.param_shardings(abstract_params(self.model), self.mesh)
+        dtype = self.model.param_dtype
+        return store.load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
+
+
+def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
+    """The checkpoint `source` in `config.model.dtype` on `config.mesh`; its weights are not read yet.
 
     Raises:
-      UserError: the checkpoint is not usable, or a prompt does not fit into it.
+      UserError: the checkpoint or its tokenizer is not usable, or does not fit on the mesh.
     """
-    decode.check_options(config.sampler)
     model_config, assets = store.load_config(source, flag)
     tokenizer = store.build_tokenizer(assets, source)
     chat.check_tokenizer(tokenizer, model_config, source)
-    needs_eot = config.sampler.confidence_eos_eot_inf or chat.EOT_TOKEN in tokenizer.get_added_vocab()
-    eot_id = chat.find_eot_id(tokenizer, source) if needs_eot else None
-    longest = model_config.max_sequence_length - config.sampler.gen_length
-    prompts = [_encode(tokenizer, record, longest) for record in records]
-
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     dtype = jnp.dtype(config.model.dtype)
-    model = LLaDA(model_config, dtype=dtype, param_dtype=dtype)  # what it computes in is all that it has to keep
-    shardings = rules.param_shardings(abstract_params(model), mesh)
-    params = store.load_model(source, param_dtype=dtype, shardings=shardings, flag=flag).params
+    return Checkpoint(source, flag, LLaDA(model_config, dtype=dtype, param_dtype=dtype), tokenizer, mesh)
+
+
+def answer(source: str, records: Sequence[Record], config: Config, *, flag: str) -> Answers:
+    """`respond` with the checkpoint `source`, which the flag or config key `flag` named."""
+    return respond(open_checkpoint(source, config, flag=flag), records, config)
+
+
+def respond(checkpoint: Checkpoint, records: Sequence[Record], config: Config) -> Answers:
+    """Answers the prompts of `records` with the options `config.sampler`.
+
+    The random draws of an answer depend on `config.seed` and the record's id alone: two checkpoints get the same.
+
+    Raises:
+      UserError: the weights are not usable, or a prompt does not fit into the model.
+    """
+    decode.check_options(config.sampler)
+    tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
+    needs_eot = config.sampler.confidence_eos_eot_inf or chat.EOT_TOKEN in tokenizer.get_added_vocab()
+    eot_id = chat.find_eot_id(tokenizer, checkpoint.source) if needs_eot else None
+    longest = model_config.max_sequence_length - config.sampler.gen_length
+    prompts = [_encode(tokenizer, record, longest) for record in records]
+    params = checkpoint.params
 
     start = time.perf_counter()
     with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
         responses = decode.generate(
-            model,
+            checkpoint.model,
             params,
             prompts,
             config.sampler,
             seed=config.seed,
             prompt_ids=[record.id for record in records],
             eot_id=eot_id,
-            mesh=mesh,
+            mesh=checkpoint.mesh,
             progress=bar.update,
         )
     seconds = time.perf_counter() - start
