@@ -34,11 +34,15 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def add_config(self, workdir: bool = False) -> None:
-        """Adds --config and, for commands that keep a working folder, --workdir."""
+    def add_config(self, workdir: bool = False, default: str = "") -> None:
+        """Adds --config, which may be left out where there is a default, and --workdir for commands that keep one."""
         self._has_config = True
         self.add_argument(
-            "--config", required=True, metavar="FILE.py[:ARG]", help="config file; --config.KEY=VALUE overrides a key"
+            "--config",
+            required=not default,
+            default=default,
+            metavar="FILE.py[:ARG]",
+            help="config file; --config.KEY=VALUE overrides a key" + (f" (default: {default})" if default else ""),
         )
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
