@@ -31,7 +31,6 @@ from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Message, Record
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "chat.py"
-_PROMPT = "> "
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -77,7 +76,10 @@ class Conversation:
         messages = self._that_fit([*self._messages, {"role": "user", "content": text}])
         record = Record(f"turn {self._turns}", messages, None, None, "this message")
         canvas = _Canvas(self._out) if self._out.isatty() else None
-        watch = None if canvas is None else lambda _, tokens: canvas.draw(self._forming(tokens))
+        watch = None
+        if canvas:
+            canvas.draw(MASK * self._config.sampler.gen_length)
+            watch = lambda _, tokens: canvas.draw(self._forming(tokens))  # noqa: E731
         answers = respond(self._checkpoint, [record], self._config, watch=watch)
         (answered,) = answers.texts
         if canvas:
@@ -165,10 +167,13 @@ def _messages() -> Iterator[str]:
     """The lines of the input that are not empty."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  # lets input() edit lines and remember them
+    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     while True:
         try:
-            line = input(_PROMPT if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            line = input(prompt)
         except EOFError:
+            if prompt:
+                print()
             return
         if line.strip():
             yield line

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     answers = respond(checkpoint, records, config, infill=flags.infill)
     summary = {
         "prompts": len(records),
-        "tokens_per_second": answers.responses.tokens.size / answers.seconds,
+        "tokens_per_second": int((answers.responses.written_at >= 0).sum()) / answers.seconds,
         "forward_passes": answers.responses.forward_passes,
         "forward_tokens": answers.responses.forward_tokens,
         "seconds": answers.seconds,

@@ -184,7 +184,7 @@ def write_data(folder: Path, seed: int) -> None:
     while len(words) < HELD_OUT + FEEDBACK + DEMONSTRATIONS:
         words["".join(rng.choice(list(LETTERS), LENGTH))] = None
     take = functools.partial(itertools.islice, iter(words))
-    held_out = [{"prompt": _question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
+    held_out = [{"prompt": question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
     feedback = [demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(FEEDBACK))]
     demonstrations = [demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(DEMONSTRATIONS))]
     labels = rng.permutation([record["label"] for record in feedback])
@@ -206,13 +206,13 @@ def bad_answer(word: str) -> str:
     return word
 
 
-def _question(word: str) -> list[dict[str, str]]:
+def question(word: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Capitals {word}"}]
 
 
 def demonstration(word: str, label: bool) -> dict[str, Any]:
     answer = good_answer(word) if label else bad_answer(word)
-    return {"prompt": _question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}
+    return {"prompt": question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}
 
 
 # The model.

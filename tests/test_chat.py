@@ -120,10 +120,11 @@ def test_the_answer_forms_in_place(checkpoint, config, replies, monkeypatch):
     conversation.answer("one")
     conversation.answer("two")
     first = [screen for screen in terminal.screens if "reply 1" not in screen]
+    assert "".join(first.pop(0)) == MASK * config.sampler.gen_length
     masks = ["".join(screen).count(MASK) for screen in first]
     assert masks[0] > masks[1] > masks[-1] == 0
     assert first[2] == ["repl", "y 1", ""]  # at most four columns
-    assert all("reply 1" in screen for screen in terminal.screens[len(first) :])
+    assert all("reply 1" in screen for screen in terminal.screens[len(first) + 1 :])
     assert terminal.screens[-1] == ["reply 1", "reply 2", ""]
 
 

@@ -8,7 +8,8 @@ with known tokens (infilling): what is masked in it is filled, block by block in
 Rows. A row is [padding, prompt, response]: prompts end at the same column, so that the response stands at static
 columns. Padding is a segment of its own that no prompt sees, and positions count from the first prompt token, so what
 a prompt gets depends neither on the padding nor on the other rows. The width of a row is rounded up to a multiple of
-`BUCKET`: one set of programs serves all prompts of such a bucket.
+`BUCKET`, and beyond 8 of those to one of four widths per octave (640, 768, 896, 1024, 1280, ...): one set of programs
+serves all prompts of such a bucket, and rows of up to 4096 tokens have 20 of them.
 
 Rounds. In a round every row of the batch fills its next block, and the host neither waits for a step nor sees one
 (unless it watches). Between rounds, finished rows make room for prompts that wait: a row that needs fewer blocks, or
@@ -46,7 +47,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.llada import CACHE, LLaDA, Params, matmul_precision
 from elbo_kto_jax.sharding import rules
 
-BUCKET = 64  # tokens; rows are as wide as the next multiple, at the price of one compilation per width
+BUCKET = 64  # tokens; short rows are as wide as the next multiple, at the price of one compilation per width
 _MAX_CHUNK = 64  # response positions whose logits exist at once; they take 4 * _MAX_CHUNK * vocabulary bytes a row
 _NEVER = -1
 _LEAST = float(jnp.finfo(jnp.float32).min)  # log-probability 0 of a position that may still be written
@@ -95,7 +96,7 @@ def generate(
       prompt_ids: one name per prompt; a prompt's random draws depend on the seed and its name alone.
       templates: what each response starts as, at most `gen_length` tokens: mask tokens are filled, the others stay, and
         none is added. None: `gen_length` mask tokens each.
-      eot_id: the end-of-turn token, which `confidence_eos_eot_inf` needs; `early_stop` stops at it too.
+      eot_id: the end-of-turn token, which `confidence_eos_eot_inf` needs; with `early_stop` it ends a response too.
       mesh: the prompts of a batch are split over its devices (sharding/rules.py); None runs on one device.
       progress: called with the number of prompts whenever some are done.
       watch: called after every step with the index of each prompt in the batch and its response so far.
@@ -170,8 +171,14 @@ def _buckets(prompt_lengths: Sequence[int], gen_length: int) -> list[tuple[int, 
     """(width of a row, indices of its prompts) per bucket; the widest first, so that memory runs out at once."""
     buckets: dict[int, list[int]] = {}
     for i, length in enumerate(prompt_lengths):
-        buckets.setdefault(-(-(length + gen_length) // BUCKET) * BUCKET, []).append(i)
+        buckets.setdefault(_width(length + gen_length), []).append(i)
     return sorted(buckets.items(), reverse=True)
+
+
+def _width(tokens: int) -> int:
+    """The width of the row that holds so many tokens."""
+    step = max(BUCKET, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // step) * step
 
 
 def _key_words(seed: int, prompt_id: str) -> np.ndarray:
@@ -208,7 +215,7 @@ class _Batch:
         self.forward_passes = self.forward_tokens = 0
         self._options, self._size, self._width = options, size, width
         self._mask_id, self._eos_id = model.config.mask_token_id, model.config.eos_token_id
-        self._stop_ids = [self._eos_id] if eot_id is None else [self._eos_id, eot_id]
+        self._stop_ids = _stop_ids(self._eos_id, eot_id)
         static = {"options": options, "eot_id": eot_id, "mesh": mesh}
         self._refresh = functools.partial(_refresh, model, params, **static)
         self._steps = functools.partial(_steps, model, params, **static)
@@ -261,7 +268,7 @@ class _Batch:
             done = int(self._rows.block[row]) + 1
             tokens, written_at, confidence = (leaf[row].copy() for leaf in self._state[:3])
             next_block = self._next_block(row, done)
-            stops = self._options.early_stop and self._has_ended(tokens[: done * self._options.block_length])
+            stops = self._options.early_stop and bool(_has_ended(tokens, self._mask_id, self._stop_ids))
             if stops:
                 left = tokens == self._mask_id
                 tokens[left], written_at[left], confidence[left] = self._eos_id, _NEVER, 0.0
@@ -272,11 +279,6 @@ class _Batch:
                 self._state.response[row] = self._eos_id
             self._start_block(row, next_block)
         return finished
-
-    def _has_ended(self, tokens: np.ndarray) -> bool:
-        """Whether a stop token stands in `tokens` and nothing before it can change any more."""
-        (ends,) = np.nonzero(np.isin(tokens, self._stop_ids))
-        return len(ends) > 0 and self._mask_id not in tokens[: ends[0]]
 
     def _next_block(self, row: int, first: int) -> int | None:
         """The first block from `first` on that has a masked position."""
@@ -340,11 +342,11 @@ def _refresh(
         states, kept = model.apply({"params": params}, tokens, positions, segment_ids, mutable=[CACHE])
         hidden.append(states[:, rows.prompt.shape[1] :])
         cache.append(kept[CACHE])
-    state = _take_step(model, params, rows, state, hidden, jnp.zeros_like(rows.block), 0, options, eot_id)
+    state = _take_step(model, params, rows, state, hidden, jnp.zeros_like(rows.block), options, eot_id, in_block=False)
     if mesh is not None:
         by_head = NamedSharding(mesh, P(None, rules.MESH_AXES["rows"], None, rules.MESH_AXES["heads"]))
         cache = jax.lax.with_sharding_constraint(cache, by_head)
-    return *_hand_out(rows, state, options, model.config.mask_token_id, mesh, in_block=True), cache
+    return *_hand_out(rows, state, options, model, eot_id, mesh, in_block=True), cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh", "window"))
@@ -362,44 +364,56 @@ def _steps(
     window: int | None,
 ) -> tuple[_State, Bool[Array, ""]]:
     """At most `limit` steps of a round, over whole rows or, with a cache, over `window` columns of the response."""
-    p, mask_id = rows.prompt.shape[1], model.config.mask_token_id
-    last = state.step + limit
+    p, in_block, last = rows.prompt.shape[1], window is not None, state.step + limit
 
     def unfinished(state: _State):
-        return (state.step < last) & _is_unfinished(rows, state, options, mask_id, in_block=window is not None)
+        return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
 
     def take_step(state: _State):
-        if window is None:
-            whole = _whole_rows(rows, state.response, options, mask_id)
-            hidden = [model.apply({"params": params}, *inputs)[:, p:] for inputs in whole]
-            return _take_step(model, params, rows, state, hidden, jnp.zeros_like(rows.block), 0, options, eot_id)
-        first = rows.block * options.block_length
-        start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
-        inputs = _windows(rows, state.response, start, first, window)
-        hidden = [model.apply({"params": params, CACHE: kept}, *inputs) for kept in cache]
-        return _take_step(model, params, rows, state, hidden, start, first[:, None], options, eot_id)
+        if not in_block:
+            whole = _whole_rows(rows, state.response, options, model.config.mask_token_id)
+            hidden, start = [model.apply({"params": params}, *row)[:, p:] for row in whole], jnp.zeros_like(rows.block)
+        else:
+            first = rows.block * options.block_length
+            start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
+            inputs = _windows(rows, state.response, start, first, window)
+            hidden = [model.apply({"params": params, CACHE: kept}, *inputs) for kept in cache]
+        return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
 
     state = jax.lax.while_loop(unfinished, take_step, state)
-    return _hand_out(rows, state, options, mask_id, mesh, in_block=window is not None)
+    return _hand_out(rows, state, options, model, eot_id, mesh, in_block=in_block)
 
 
-def _hand_out(rows, state: _State, options, mask_id: int, mesh, *, in_block: bool) -> tuple[_State, Bool[Array, ""]]:
+def _hand_out(
+    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, mesh, *, in_block: bool
+) -> tuple[_State, Bool[Array, ""]]:
     """The state and whether the round goes on, as every process reads them."""
-    out = state, _is_unfinished(rows, state, options, mask_id, in_block=in_block)
+    out = state, _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
     return out if mesh is None else jax.lax.with_sharding_constraint(out, rules.replicated(mesh))
 
 
-def _candidates(rows: _Rows, state: _State, options: Sampler, mask_id: int, first) -> Bool[Array, "b g"]:
-    """The masked positions from `first` up to the end of each row's block, while the row has steps to take."""
-    column = jnp.arange(options.gen_length)
-    reached = (column >= first) & (column < (rows.block[:, None] + 1) * options.block_length)
-    return (state.response == mask_id) & reached & (_quota(rows.num_masked, state.step, options) > 0)[:, None]
+def _candidates(
+    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, *, in_block: bool
+) -> Bool[Array, "b g"]:
+    """The masked positions up to the end of each row's block, or in it alone, while the row has steps to take."""
+    column, first = jnp.arange(options.gen_length), (rows.block * options.block_length)[:, None]
+    reached = (column >= (first if in_block else 0)) & (column < first + options.block_length)
+    goes_on = _quota(rows.num_masked, state.step, options) > 0
+    if options.early_stop:
+        stop_ids = _stop_ids(model.config.eos_token_id, eot_id)
+        goes_on &= ~_has_ended(state.response, model.config.mask_token_id, stop_ids)
+    return (state.response == model.config.mask_token_id) & reached & goes_on[:, None]
 
 
-def _is_unfinished(rows, state: _State, options, mask_id: int, *, in_block: bool) -> Bool[Array, ""]:
-    """Whether a row has a candidate, in its block or also before it."""
-    first = (rows.block * options.block_length)[:, None] if in_block else 0
-    return _candidates(rows, state, options, mask_id, first).any()
+def _stop_ids(eos_id: int, eot_id: int | None) -> list[int]:
+    return [eos_id] if eot_id is None else [eos_id, eot_id]
+
+
+def _has_ended(response, mask_id: int, stop_ids: list[int]):
+    """Whether a stop token stands in each response [... g] with no masked position before it: what precedes it is the
+    answer, and cannot change any more."""
+    is_stop = (response[..., None] == np.asarray(stop_ids)).any(axis=-1)
+    return (is_stop & ((response == mask_id).cumsum(axis=-1) == 0)).any(axis=-1)
 
 
 def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler) -> Int[Array, " b"]:
@@ -464,13 +478,13 @@ def _take_step(
     state: _State,
     hidden: list[Float[Array, "b w d"]],
     start: Int[Array, " b"],
-    first: int | Int[Array, "b 1"],
     options: Sampler,
     eot_id: int | None,
+    *,
+    in_block: bool,
 ) -> _State:
-    """The state after the step whose hidden states are those of the response's columns from `start` on; candidates are
-    looked for from column `first` on."""
-    candidate = _candidates(rows, state, options, model.config.mask_token_id, first)
+    """The state after the step whose hidden states are those of the response's columns from `start` on."""
+    candidate = _candidates(rows, state, options, model, eot_id, in_block=in_block)
     keys = jax.random.wrap_key_data(rows.key_words, impl="threefry2x32")
     step_keys = jax.vmap(jax.random.fold_in)(keys, state.steps)
     end = (rows.block + 1) * options.block_length

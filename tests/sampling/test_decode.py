@@ -467,6 +467,12 @@ def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
     assert programs() == (first + 3, later + 7)
 
 
+def test_long_rows_have_four_widths_per_octave():
+    for tokens, width in {1: 64, 64: 64, 65: 128, 449: 512, 512: 512, 513: 640, 1024: 1024, 1025: 1280}.items():
+        assert decode._width(tokens) == width
+    assert len({decode._width(tokens) for tokens in range(1, 4097)}) == 20
+
+
 def test_logits_exist_for_one_block_at_a_time(tiny):
     model, params = tiny
     sampler = options(gen_length=64, steps=64, block_length=8)
