@@ -36,11 +36,11 @@ LENGTH = 31  # letters of the bigger model's words; with the end of the turn, 32
 DEMONSTRATIONS, HELD_OUT = 10_000, 500  # prompts
 DIMENSIONS = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256}
 TRAINING = {  # where it differs from configs/tiny.py:sft
-    "data.max_length": 148,  # two examples to a packed row
+    "data.max_length": 152,  # two examples to a packed row
     "optimizer.learning_rate": 2e-3,
     "train.steps": 300,
     "train.global_batch_size": 16,
-    "train.microbatch_tokens": 8 * 148,
+    "train.microbatch_tokens": 8 * 152,
     "train.samples": 0,
 }
 SETTINGS = {
