@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
                 "remasking": "low_confidence",
                 "logits_eos_inf": False,
                 "confidence_eos_eot_inf": False,
+                "early_stop": False,  # [llada] the whole response is written
                 "threshold": 0.0,
                 "cache": "none",
                 "batch_size": 32,  # [ours] over all devices

@@ -35,11 +35,18 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def add_config(self, workdir: bool = False, kind: type[Config] = Config) -> None:
-        """Adds --config, whose file states a `kind`, and, for commands that keep a working folder, --workdir."""
+    def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
+        """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
+
+        With a `default`, --config may be left out.
+        """
         self._has_config, self._kind = True, kind
         self.add_argument(
-            "--config", required=True, metavar="FILE.py[:ARG]", help="config file; --config.KEY=VALUE overrides a key"
+            "--config",
+            required=not default,
+            default=default,
+            metavar="FILE.py[:ARG]",
+            help="config file; --config.KEY=VALUE overrides a key" + (f" (default: {default})" if default else ""),
         )
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")

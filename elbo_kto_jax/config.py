@@ -128,6 +128,7 @@ class Sampler:
     confidence_eos_eot_inf: bool
     threshold: Fraction  # 0: off; otherwise fill every position whose confidence exceeds it
     cache: Literal["none", "prefix", "dual"]  # reuse of keys and values within a block
+    early_stop: bool  # end a response once nothing before its first end-of-text or end-of-turn token is masked
     batch_size: Count  # prompts decoded at once
 
 

@@ -31,6 +31,7 @@ TIERS = {
     "precompute": 5,
     "score": 5,
     "generate": 5,
+    "chat": 5,
     "evaluate": 5,
     "sweep": 5,
 }

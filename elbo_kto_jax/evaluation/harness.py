@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +24,16 @@ from tqdm import tqdm
 
 from elbo_kto_jax.config import Config, Task
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.evaluation.likelihood import stratified_counts
+from elbo_kto_jax.evaluation.likelihood import log_likelihoods
 from elbo_kto_jax.files import atomic_write
-from elbo_kto_jax.packing import Layout, Segment, pack
+from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
-from elbo_kto_jax.train.step import build_programs, score
 
 # A task that has no row in the table: what its own file says, and the masks of METHOD 7.
 _UNLISTED = Task(num_fewshot=-1, chat_template=True, sampler={}, draws=128, executes_code=False)
-_SEGMENTS = 1024  # masks that are packed into micro-batches together
 
 
 class Benchmark(NamedTuple):
@@ -188,22 +186,20 @@ class DiffusionLM(LM):
                     f"{_where(request)}: {len(context) + len(answer)} tokens, but the model takes {layout.length}; "
                     "ask for fewer examples (num_fewshot in the table of tasks)"
                 )
-        values = np.zeros(len(requests))
-        programs = build_programs(
-            self._checkpoint.model,
-            self._checkpoint.mesh,
-            num_examples=_SEGMENTS,
-            draws=1,
-            objective=self._config.objective,
-        )
         with tqdm(total=len(requests), desc="likelihood", unit="answer") as bar:
-            for segments, owners in self._chunks(encoded):
-                micro_batches = [programs.place_rows(rows) for rows in pack(segments, layout)]
-                estimates = np.asarray(score(programs, self._checkpoint.params, micro_batches), np.float64)
-                np.add.at(values, owners, estimates[: len(segments)])
-                bar.update(int(owners[-1]) + 1 - bar.n)
-        counts = np.array([self._draws_of(answer) for _, answer in encoded])
-        return [(float(value), False) for value in values / counts]
+            values = log_likelihoods(
+                self._checkpoint.model,
+                self._checkpoint.params,
+                [np.array(context, np.int32) for context, _ in encoded],
+                [np.array(answer, np.int32) for _, answer in encoded],
+                draws=self._draws,
+                batch=self._draws,
+                seed=self._config.seed,
+                layout=layout,
+                mesh=self._checkpoint.mesh,
+                progress=bar.update,
+            )
+        return [(float(value), False) for value in values]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Refused: windows that move over a text have no meaning for a model that sees both sides."""
@@ -246,29 +242,6 @@ class DiffusionLM(LM):
             pad_token=model.pad_token_id,
             packed=True,
         )
-
-    def _draws_of(self, answer: list[int]) -> int:
-        return self._draws if len(answer) > 1 else 1  # there is one mask for one token
-
-    def _chunks(self, encoded: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[Segment], np.ndarray]]:
-        """At most _SEGMENTS masked answers at a time, and the index of the request that each belongs to."""
-        segments: list[Segment] = []
-        owners: list[int] = []
-        for i, (context, answer) in enumerate(encoded):
-            if not answer:
-                continue  # nothing to predict: log 1
-            tokens = np.array(context + answer, np.int32)
-            rng = np.random.default_rng(int(_hash(f"{self._config.seed}:{tokens.tolist()}"), 16))
-            length, draws = len(answer), self._draws_of(answer)
-            for count in stratified_counts(int(rng.integers(1, length + 1)), length, draws):
-                mask = rng.permutation(length) < count
-                segments.append(Segment(tokens, len(context), mask, float(length / count), len(segments)))
-                owners.append(i)
-                if len(segments) == _SEGMENTS:
-                    yield segments, np.array(owners)
-                    segments, owners = [], []
-        if segments:
-            yield segments, np.array(owners)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,12 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: end-of-text and, where the tokenizer has one, end-of-turn."""
+        eot_id = self.tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+        return [self.model.config.eos_token_id] + ([] if eot_id is None else [eot_id])
+
     @functools.cached_property
     def params(self) -> Params:
         """The parameters over the devices of `mesh`, in the dtype that the model computes in: all that it has to keep.
@@ -81,24 +87,43 @@ def answer(source: str, records: Sequence[Record], config: Config, *, flag: str)
     return respond(open_checkpoint(source, config, flag=flag), records, config)
 
 
-def respond(checkpoint: Checkpoint, records: Sequence[Record], config: Config) -> Answers:
+def respond(
+    checkpoint: Checkpoint,
+    records: Sequence[Record],
+    config: Config,
+    *,
+    infill: bool = False,
+    watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
+) -> Answers:
     """Answers the prompts of `records` with the options `config.sampler`.
 
     The random draws of an answer depend on `config.seed` and the record's id alone: two checkpoints get the same.
 
+    Args:
+      checkpoint: the model that answers.
+      records: prompts, and for `infill` completions.
+      config: its `sampler` and `seed`.
+      infill: fill the mask tokens of the records' completions instead of writing new ones.
+      watch: see `decode.generate`; with it there is no progress bar.
+
     Raises:
-      UserError: the weights are not usable, or a prompt does not fit into the model.
+      UserError: the weights are not usable, or a prompt or a completion to fill does not fit.
     """
     decode.check_options(config.sampler)
     tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
-    needs_eot = config.sampler.confidence_eos_eot_inf or chat.EOT_TOKEN in tokenizer.get_added_vocab()
-    eot_id = chat.find_eot_id(tokenizer, checkpoint.source) if needs_eot else None
+    eot_id = tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+    if config.sampler.confidence_eos_eot_inf:
+        chat.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
     longest = model_config.max_sequence_length - config.sampler.gen_length
     prompts = [_encode(tokenizer, record, longest) for record in records]
+    templates = None
+    if infill:
+        mask_id, most = model_config.mask_token_id, config.sampler.gen_length
+        templates = [_encode_template(tokenizer, record, mask_id, most) for record in records]
     params = checkpoint.params
 
     start = time.perf_counter()
-    with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=watch is not None) as bar:
         responses = decode.generate(
             checkpoint.model,
             params,
@@ -106,13 +131,14 @@ def respond(checkpoint: Checkpoint, records: Sequence[Record], config: Config) -
             config.sampler,
             seed=config.seed,
             prompt_ids=[record.id for record in records],
+            templates=templates,
             eot_id=eot_id,
             mesh=checkpoint.mesh,
             progress=bar.update,
+            watch=watch,
         )
     seconds = time.perf_counter() - start
-    stop_ids = [model_config.eos_token_id] + ([] if eot_id is None else [eot_id])
-    texts = [decode.to_text(response, tokenizer, stop_ids) for response in responses.tokens]
+    texts = [decode.to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
     return Answers(prompts, responses, texts, seconds)
 
 
@@ -132,3 +158,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int) ->
             "shorten it or lower config.sampler.gen_length"
         )
     return np.asarray(tokens, np.int32)
+
+
+def _encode_template(
+    tokenizer: PreTrainedTokenizerBase, record: Record, mask_id: int, longest: int
+) -> Int32[np.ndarray, "_"]:
+    """The tokens of a record's completion, some of which are the mask token.
+
+    Raises:
+      UserError: there is no completion, it has no mask token, or more than `longest` tokens.
+    """
+    completion = record.completion
+    text = completion if isinstance(completion, str) else completion[0]["content"] if completion else ""
+    tokens = np.asarray(chat.encode_prompt(tokenizer, text), np.int32)
+    if mask_id not in tokens:
+        mask = tokenizer.convert_ids_to_tokens(mask_id)
+        raise UserError(f"{record.where}: field `completion`: --infill fills its {mask} tokens, and there is none")
+    if len(tokens) > longest:
+        raise UserError(
+            f"{record.where}: field `completion`: {len(tokens)} tokens, but config.sampler.gen_length is {longest}"
+        )
+    return tokens

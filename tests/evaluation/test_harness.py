@@ -16,7 +16,7 @@ from elbo_kto_jax.cli import Flags
 from elbo_kto_jax.config import Config, Task
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.evaluation import harness
+from elbo_kto_jax.evaluation import harness, likelihood
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
 from elbo_kto_jax.text.records import Record
 from tests import runs
@@ -168,7 +168,7 @@ def test_likelihood_does_not_depend_on_the_other_requests(tiny_checkpoint, monke
     model = harness.DiffusionLM(open_checkpoint(str(tiny_checkpoint), settings, flag=""), settings, 6)
     requests = [request("Capitals", f" {answer}") for answer in ("abc", "q", "uvwxyz")]
     together = model.loglikelihood(requests)
-    monkeypatch.setattr(harness, "_SEGMENTS", 4)
+    monkeypatch.setattr(likelihood, "_AT_ONCE", 4)
     split = model.loglikelihood(requests[::-1])[::-1]
     np.testing.assert_allclose([v for v, _ in split], [v for v, _ in together], rtol=1e-5)
 

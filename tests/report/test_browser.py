@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
+from elbo_kto_jax.report.denoising import Trace, write_denoising_report
 from elbo_kto_jax.report.sweep import write_sweep_report
 from elbo_kto_jax.report.training import write_training_report
 from elbo_kto_jax.report.winrate import write_winrate_report
@@ -73,6 +74,15 @@ def _winrate_page(path):
     write_winrate_report(path, title=LONG, summary=summary, examples=[example], names=(LONG, "base"))
 
 
+def _denoising_page(path):
+    steps, words = 40, [LONG, " the", "\n", " ", "é", "<b>", " tok", "en"]
+    trace = Trace(
+        LONG, [words[i % len(words)] for i in range(steps)], list(range(steps)), [i / steps for i in range(steps)]
+    )
+    summary = {"prompts": 1, "tokens_per_second": 1e9, "forward_passes": 40, "forward_tokens": 123_456_789}
+    write_denoising_report(path, title=LONG, traces=[trace], summary=summary, settings={"steps": 40})
+
+
 def _sweep_page(path):
     rows = [
         {
@@ -89,7 +99,7 @@ def _sweep_page(path):
 
 
 IN_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH")
-PAGES = pytest.mark.parametrize("write", [_training_page, _winrate_page, _sweep_page])
+PAGES = pytest.mark.parametrize("write", [_training_page, _winrate_page, _denoising_page, _sweep_page])
 
 
 @IN_BROWSER
