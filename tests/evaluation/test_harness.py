@@ -224,6 +224,16 @@ def test_answers_that_do_not_fit(tiny_checkpoint):
         model.loglikelihood_rolling([request("a", "b")])
 
 
+def test_metrics_are_those_of_a_group_or_of_each_task_of_a_tag():
+    row = {"alias": "x", "sample_len": 4, "acc,none": np.float64(0.25), "acc_stderr,none": "N/A"}
+    group = {"results": {"part": {**row, "acc,none": 0.5}, "whole": row}, "groups": {"whole": row}}
+    assert harness._metrics(group, "whole") == {"acc,none": 0.25}
+    assert harness._metrics({"results": {"one": row, "two": row}}, "tag") == {
+        "one: acc,none": 0.25,
+        "two: acc,none": 0.25,
+    }
+
+
 def test_the_table_of_the_project():
     """Every row is complete, sets keys that the sampler has, and names a task that lm_eval knows by its file."""
     table = evaluate.read_task_table(str(evaluate.TASK_TABLE))
