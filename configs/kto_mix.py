@@ -72,7 +72,9 @@ def get_config() -> ConfigDict:
                 "confidence_eos_eot_inf": False,
                 "threshold": 0.0,  # [ours] off: exact decoding
                 "cache": "none",  # [ours]
+                "early_stop": False,  # [llada] the whole response is written
                 "batch_size": 8,  # [ours]
             },
+            "tasks": "",  # benchmarks of `evaluate`, "gsm8k,arc_challenge"; their settings: configs/tasks.py
         }
     )

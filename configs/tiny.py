@@ -76,7 +76,9 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "confidence_eos_eot_inf": False,
                 "threshold": 0.0,
                 "cache": "none",
+                "early_stop": False,
                 "batch_size": 125,
             },
+            "tasks": "",  # benchmarks of `evaluate`, "gsm8k,arc_challenge"; their settings: configs/tasks.py
         }
     )

@@ -32,15 +32,23 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, command: str, description: str):
         super().__init__(prog=f"python -m {command}", description=description, allow_abbrev=False)
         self._has_config = False
+        self._kind = Config
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def add_config(self, workdir: bool = False) -> None:
-        """Adds --config and, for commands that keep a working folder, --workdir."""
-        self._has_config = True
+    def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
+        """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
+
+        With a `default`, --config may be left out.
+        """
+        self._has_config, self._kind = True, kind
         self.add_argument(
-            "--config", required=True, metavar="FILE.py[:ARG]", help="config file; --config.KEY=VALUE overrides a key"
+            "--config",
+            required=not default,
+            default=default,
+            metavar="FILE.py[:ARG]",
+            help="config file; --config.KEY=VALUE overrides a key" + (f" (default: {default})" if default else ""),
         )
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
@@ -74,14 +82,14 @@ class Flags(argparse.ArgumentParser):
             _override(config, key, text)
         if hasattr(flags, "workdir") and not flags.workdir:
             flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
-        resolved = Config.from_mapping(config.to_dict())
+        resolved = self._kind.from_mapping(config.to_dict())
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if not processes.is_first():
             log.setLevel(logging.WARNING)
         return flags, resolved
 
 
-def load_config_file(spec: str) -> ml_collections.ConfigDict:
+def load_config_file(spec: str, flag: str = "--config") -> ml_collections.ConfigDict:
     """What get_config of the file returns; `spec` is FILE.py or FILE.py:ARGUMENT, as in ml_collections.config_flags.
 
     Raises:
@@ -90,22 +98,22 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
     name, _, argument = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--config={spec}: there is no file {name}")
+        raise UserError(f"{flag}={spec}: there is no file {name}")
     loader = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if loader is None:
-        raise UserError(f"--config={spec}: expected a Python file (*.py)")
+        raise UserError(f"{flag}={spec}: expected a Python file (*.py)")
     module = importlib.util.module_from_spec(loader)
     try:
         loader.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
         if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(f"--config={spec}: get_config must return an ml_collections.ConfigDict")
+            raise UserError(f"{flag}={spec}: get_config must return an ml_collections.ConfigDict")
         return config.copy_and_resolve_references().unlock()
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is their error, not ours
         raise UserError(
-            f"--config={spec}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{flag}={spec}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from None
 
 

@@ -128,6 +128,7 @@ class Sampler:
     confidence_eos_eot_inf: bool
     threshold: Fraction  # 0: off; otherwise fill every position whose confidence exceeds it
     cache: Literal["none", "prefix", "dual"]  # reuse of keys and values within a block
+    early_stop: bool  # end a response once nothing before its first end-of-text or end-of-turn token is masked
     batch_size: Count  # prompts decoded at once
 
 
@@ -146,6 +147,7 @@ class Config:
     mesh: Mesh
     lora: Lora
     sampler: Sampler
+    tasks: str  # lm-evaluation-harness tasks that `evaluate` runs, comma-separated; "": none
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
@@ -160,6 +162,59 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def with_sampler(self, overrides: Mapping[str, Any], where: str) -> "Config":
+        """This configuration with some keys of `sampler` replaced, as `where` says.
+
+        Raises:
+          UserError: a key or value that the sampler does not have.
+        """
+        tree = self.to_dict()
+        try:
+            return type(self).from_mapping({**tree, "sampler": {**tree["sampler"], **overrides}})
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a task of lm-evaluation-harness is run: a row of configs/tasks.py."""
+
+    num_fewshot: Annotated[int, Range(-1)]  # examples before the question; -1: as many as the task says
+    chat_template: bool  # the question, examples included, is one message of the user
+    sampler: dict  # keys of config.sampler that it sets; for tasks that generate
+    draws: Count  # masks per answer (mc_num, METHOD 7); for tasks that compare likelihoods
+    executes_code: bool  # runs what the model wrote
+
+    @classmethod
+    def table(cls, mapping: Mapping[str, Any], where: str) -> dict[str, "Task"]:
+        """The rows of the table `mapping`, by the task's name.
+
+        Raises:
+          UserError: a row has unknown or missing keys, or values of the wrong type.
+        """
+        return {name: _build(cls, row, f"{where}: {name}") for name, row in mapping.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid of evaluations; a list is an axis of it."""
+
+    checkpoints: list[str]
+    tasks: list[str]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
+    sampler: list[dict]  # keys of config.sampler that each setting replaces; {} is config.sampler itself
+    draws: list[Count]  # K: masks per example or answer, where a likelihood is estimated
+    baseline: str  # win_rate: the checkpoint to compare with
+    prompts: str  # win_rate: JSONL records, as for `evaluate --prompts`
+    data: str  # elbo: records, as for `score --data`
+    limit: CountOrZero  # examples per task; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(Config):
+    """A `Config`, on which every evaluation of the grid is based, and the grid."""
+
+    sweep: Sweep
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
@@ -197,6 +252,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value not in choices:
             raise UserError(f"{path}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
         return value
+    if typing.get_origin(hint) is list:
+        (kind,) = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}: expected a list, got {value!r}")
+        return [_value(kind, item, f"{path}[{i}]") for i, item in enumerate(value)]
     allowed = None
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)

@@ -5,50 +5,74 @@
 With --prompt="..." (repeatable) instead of --prompts the responses are printed, and --out may be left out. The options
 of the sampler are config.sampler.* (METHOD 6). Per output line: id, prompt_ids, response_ids (the whole response) and
 response (its text up to the first end-of-text or end-of-turn token).
+
+With --infill the records' completions are templates: their mask tokens ("<|mdm_mask|>") are filled, the rest stays.
+With --html a page shows how the responses came about, step by step.
 """
 
 import collections
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from elbo_kto_jax import cli, processes
-from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.sampling.respond import Answers, answer
+from elbo_kto_jax.report.denoising import Trace, write_denoising_report
+from elbo_kto_jax.sampling.decode import cut_response
+from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, respond
 from elbo_kto_jax.text.records import Record, read_records
+
+_SHOWN = 20  # responses on a page
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     flags, config = _parser().parse(argv)
     if flags.prompts and not flags.out:
         raise UserError("--out: missing; name the file that the responses to --prompts go to")
-    if flags.out:
-        cli.refuse_existing(flags.out, flags.overwrite)
+    if flags.infill and not flags.prompts:
+        raise UserError("--infill: needs --prompts, whose completions have the masked spans")
+    for flag, path in (("--out", flags.out), ("--html", flags.html)):
+        if path:
+            cli.refuse_existing(path, flags.overwrite, flag)
     flag = "--checkpoint" if flags.checkpoint else "--config.model.path"
     source = flags.checkpoint or config.model.path
     if flags.prompts:
-        found = read_records(flags.prompts, needs=("prompt",), skip_bad=flags.skip_bad_records, flag="--prompts")
+        needs = ("prompt", "completion") if flags.infill else ("prompt",)
+        found = read_records(flags.prompts, needs=needs, skip_bad=flags.skip_bad_records, flag="--prompts")
         for message in found.skipped:
             cli.log.warning("skipped %s", message)
         records = found.records
-    else:
-        tokenizer = store.build_tokenizer(store.load_config(source, flag)[1], source)
-        records = _records_of_flags(flags.prompt, as_messages=tokenizer.chat_template is not None)
+    checkpoint = open_checkpoint(source, config, flag=flag)
+    if flags.prompt:
+        records = _records_of_flags(flags.prompt, as_messages=checkpoint.tokenizer.chat_template is not None)
 
-    answers = answer(source, records, config, flag=flag)
-    if flags.out and processes.is_first():
-        _write(flags.out, records, answers)
-    if flags.prompt and processes.is_first():
-        print("\n\n".join(answers.texts))
-    return {
+    answers = respond(checkpoint, records, config, infill=flags.infill)
+    summary = {
         "prompts": len(records),
-        "tokens_per_second": answers.responses.tokens.size / answers.seconds,
+        "tokens_per_second": int((answers.responses.written_at >= 0).sum()) / answers.seconds,
         "forward_passes": answers.responses.forward_passes,
+        "forward_tokens": answers.responses.forward_tokens,
         "seconds": answers.seconds,
         "out": flags.out,
     }
+    if flags.out and processes.is_first():
+        _write(flags.out, records, answers)
+    if flags.html:
+        summary["html"] = flags.html
+    if flags.html and processes.is_first():
+        write_denoising_report(
+            flags.html,
+            title=f"Responses of {source}",
+            traces=[_trace(checkpoint, answers, i) for i in range(min(len(records), _SHOWN))],
+            summary=summary,
+            settings=dataclasses.asdict(config.sampler),
+        )
+        cli.log.info("page: %s", flags.html)
+    if flags.prompt and processes.is_first():
+        print("\n\n".join(answers.texts))
+    return summary
 
 
 def _parser() -> cli.Flags:
@@ -59,7 +83,9 @@ def _parser() -> cli.Flags:
     given.add_argument("--prompts", metavar="FILE.jsonl", help="records with a `prompt`")
     given.add_argument("--prompt", metavar="TEXT", action="append", help="one prompt; may be repeated")
     parser.add_argument("--out", metavar="FILE.jsonl", help="where the responses go")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the records' completions")
+    parser.add_argument("--html", metavar="FILE.html", help=f"page that shows how the first {_SHOWN} came about")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out and --html")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records instead of stopping")
     return parser
 
@@ -77,6 +103,19 @@ def _records_of_flags(texts: Sequence[str], as_messages: bool) -> list[Record]:
         prompt = [{"role": "user", "content": text}] if as_messages else text
         records.append(Record(name, prompt, None, None, f"--prompt {number}"))
     return records
+
+
+def _trace(checkpoint: Checkpoint, answers: Answers, i: int) -> Trace:
+    """How response i came about, up to its first stop token."""
+    decoded = checkpoint.tokenizer.decode
+    responses, tokens = answers.responses, answers.responses.tokens[i]
+    end = len(cut_response(tokens, checkpoint.stop_ids)) + 1
+    return Trace(
+        prompt=decoded(answers.prompts[i].tolist(), skip_special_tokens=True),
+        tokens=[decoded([token]) for token in tokens[:end].tolist()],
+        written_at=responses.written_at[i, :end].tolist(),
+        confidence=responses.confidence[i, :end].tolist(),
+    )
 
 
 def _write(path: str, records: Sequence[Record], answers: Answers) -> None:

@@ -15,6 +15,7 @@ from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.setup import prepare
@@ -41,8 +42,8 @@ def main(argv: list[str]) -> dict:
     return {"records": len(rows), "mean_elbo": float(np.mean([row["elbo"] for row in rows])), "out": options.out}
 
 
-def score_records(config: Config, options) -> Iterator[dict]:
-    """One result per record, in the order of the records."""
+def score_records(config: Config, options, params: Params | None = None) -> Iterator[dict]:
+    """One result per record, in the order of the records; `params`: those of options.checkpoint, if they are loaded."""
     # Labels and subsets belong to training; every record is scored.
     config = dataclasses.replace(
         config,
@@ -68,7 +69,7 @@ def score_records(config: Config, options) -> Iterator[dict]:
         draws=1 if options.exact else draws,
         objective=config.objective,
     )
-    params = setup.load_params(options.checkpoint, "--checkpoint")
+    params = setup.load_params(options.checkpoint, "--checkpoint") if params is None else params
 
     def estimates(micro_batches) -> np.ndarray:
         return np.asarray(score(programs, params, [programs.place_rows(rows) for rows in micro_batches]), np.float64)

@@ -184,9 +184,9 @@ def write_data(folder: Path, seed: int) -> None:
     while len(words) < HELD_OUT + FEEDBACK + DEMONSTRATIONS:
         words["".join(rng.choice(list(LETTERS), LENGTH))] = None
     take = functools.partial(itertools.islice, iter(words))
-    held_out = [{"prompt": _question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
-    feedback = [_demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(FEEDBACK))]
-    demonstrations = [_demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(DEMONSTRATIONS))]
+    held_out = [{"prompt": question(word), "answer": good_answer(word)} for word in take(HELD_OUT)]
+    feedback = [demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(FEEDBACK))]
+    demonstrations = [demonstration(word, label=i % 2 == 0) for i, word in enumerate(take(DEMONSTRATIONS))]
     labels = rng.permutation([record["label"] for record in feedback])
     shuffled = [{**record, "label": bool(label)} for record, label in zip(feedback, labels, strict=True)]
     for name, records in (
@@ -206,22 +206,23 @@ def bad_answer(word: str) -> str:
     return word
 
 
-def _question(word: str) -> list[dict[str, str]]:
+def question(word: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Capitals {word}"}]
 
 
-def _demonstration(word: str, label: bool) -> dict[str, Any]:
+def demonstration(word: str, label: bool) -> dict[str, Any]:
     answer = good_answer(word) if label else bad_answer(word)
-    return {"prompt": _question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}
+    return {"prompt": question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}
 
 
 # The model.
 
 
-def write_untrained(folder: Path, seed: int) -> None:
-    """Writes a tiny LLaDA with random weights and its tokenizer as a Hugging Face folder."""
+def write_untrained(folder: Path, seed: int, **dimensions: int) -> None:
+    """Writes a tiny LLaDA with random weights and its tokenizer as a Hugging Face folder; `dimensions` are keys of its
+    config.json that differ from the quickstart's."""
     tokenizer = build_tokenizer()
-    config = _model_config(tokenizer)
+    config = {**_model_config(tokenizer), **dimensions}
     assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
     scratch = folder.with_name(f".{folder.name}.tokenizer")
     tokenizer.save_pretrained(scratch)

@@ -3,16 +3,16 @@
 import pytest
 
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.config import Config, differences
+from elbo_kto_jax.config import Config, SweepConfig, Task, differences
 from elbo_kto_jax.errors import UserError
 from tests.conftest import PROJECT_ROOT
 
 TINY = PROJECT_ROOT / "configs" / "tiny.py"
 
 
-def parse(*words: str, config: object = TINY) -> Config:
+def parse(*words: str, config: object = TINY, kind: type[Config] = Config) -> Config:
     flags = Flags("elbo_kto_jax.train", "test")
-    flags.add_config(workdir=True)
+    flags.add_config(workdir=True, kind=kind)
     return flags.parse([f"--config={config}", *words])[1]
 
 
@@ -100,6 +100,57 @@ def test_a_command_needs_its_config():
     with pytest.raises(UserError) as error:
         flags.parse([])
     assert "--config" in message(error)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("checkpoints=llada", "config.sweep.checkpoints: expected a list, got 'llada'"),
+        ("checkpoints=['a', 1]", "config.sweep.checkpoints[1]: expected str, got 1"),
+        ("sampler=[{}, 'steps']", "config.sweep.sampler[1]: expected dict, got 'steps'"),
+        ("draws=[0]", "config.sweep.draws[0]: expected a number at least 1, got 0"),
+        ("drows=[1]", "did you mean `config.sweep.draws`?"),
+    ],
+)
+def test_refuses_a_grid(flag, said):
+    with pytest.raises(UserError) as error:
+        parse(f"--config.sweep.{flag}", config=TINY.with_name("eval_sweep.py"), kind=SweepConfig)
+    assert said in message(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shots": 5}, "unknown config key `tasks.py: gsm8k.shots`"),
+        ({"num_fewshot": -2}, "tasks.py: gsm8k.num_fewshot: expected a number at least -1, got -2"),
+        ({"sampler": "greedy"}, "tasks.py: gsm8k.sampler: expected dict, got 'greedy'"),
+        ({"draws": 0}, "tasks.py: gsm8k.draws: expected a number at least 1, got 0"),
+    ],
+)
+def test_refuses_a_row_of_the_table_of_tasks(changes, said):
+    row = {"num_fewshot": 5, "chat_template": True, "sampler": {"steps": 8}, "draws": 128, "executes_code": False}
+    assert Task.table({"gsm8k": row}, "tasks.py")["gsm8k"].sampler == {"steps": 8}
+    with pytest.raises(UserError) as error:
+        Task.table({"gsm8k": {**row, **changes}}, "tasks.py")
+    assert said in message(error)
+
+
+def test_sampler_keys_are_replaced_and_checked_together():
+    config = parse()
+    changed = config.with_sampler({"gen_length": 8, "steps": 4, "block_length": 8}, "here")
+    assert (changed.sampler.gen_length, changed.sampler.steps) == (8, 4)
+    assert differences(config.to_dict(), changed.with_sampler(config.to_dict()["sampler"], "back").to_dict()) == []
+    for overrides, said in (({"step": 1}, "`config.sampler.step`"), ({"steps": 5, "block_length": 3}, "5 steps")):
+        with pytest.raises(UserError) as error:
+            config.with_sampler(overrides, "row 7")
+        assert message(error).startswith("row 7: ")
+        assert said in message(error)
+
+
+def test_only_a_sweep_has_a_grid():
+    with pytest.raises(UserError) as error:
+        parse(config=TINY.with_name("eval_sweep.py"))
+    assert "unknown config key `config.sweep`" in message(error)
 
 
 # ---- mappings ----
@@ -207,11 +258,13 @@ def test_workdir_is_named_after_the_config():
     assert flags.parse([f"--config={TINY}", "--workdir=here"])[0].workdir == "here"
 
 
-CONFIG_FILES = sorted(path for path in TINY.parent.glob("*.py") if path.name != "__init__.py")
+# configs/tasks.py is the table of the tasks (tests/evaluation/test_harness.py).
+CONFIG_FILES = sorted(path for path in TINY.parent.glob("*.py") if path.name not in ("__init__.py", "tasks.py"))
 
 
 @pytest.mark.parametrize("spec", [*map(str, CONFIG_FILES), f"{TINY}:sft"], ids=lambda spec: spec.rpartition("/")[2])
 def test_every_config_file_resolves(spec):
-    config = parse(config=spec)
-    assert Config.from_mapping(config.to_dict()) == config
+    kind = SweepConfig if spec.endswith("sweep.py") else Config
+    config = parse(config=spec, kind=kind)
+    assert kind.from_mapping(config.to_dict()) == config
     assert config.objective.name == ("sft" if spec.endswith(":sft") else "elbo_kto")

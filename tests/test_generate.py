@@ -56,6 +56,8 @@ def test_answers_every_record_in_order(command, tokenizer):
     assert lines[0]["response_ids"] == lines[2]["response_ids"]  # temperature 0: the same prompt, the same answer
     assert summary["prompts"] == len(RECORDS)
     assert summary["forward_passes"] == GEN_LENGTH
+    assert summary["forward_tokens"] % GEN_LENGTH == 0
+    assert summary["forward_tokens"] >= GEN_LENGTH * sum(len(line["prompt_ids"]) + GEN_LENGTH for line in lines)
     assert summary["tokens_per_second"] > 0
 
 
@@ -65,6 +67,35 @@ def test_prompts_of_flags_are_user_messages_and_their_answers_are_printed(comman
     assert len({line["id"] for line in lines}) == 2
     assert capsys.readouterr().out == "\n\n".join(line["response"] for line in lines) + "\n"
     assert summary["prompts"] == 2
+
+
+def test_masked_spans_of_completions_are_filled(command, tokenizer):
+    mask = tokenizer.convert_tokens_to_ids("<|mdm_mask|>")
+    records = [
+        {"prompt": MESSAGES, "completion": [{"role": "assistant", "content": "a<|mdm_mask|> b"}]},
+        {"prompt": "Once", "completion": "<|mdm_mask|><|mdm_mask|>"},
+    ]
+    _, lines = command("--infill", records=records)
+    for record, line in zip(records, lines, strict=True):
+        completion = record["completion"]
+        template = encode_prompt(tokenizer, completion if isinstance(completion, str) else completion[0]["content"])
+        assert mask in template
+        for before, after in zip(template, line["response_ids"], strict=False):
+            assert after == before if before != mask else True
+        assert line["response_ids"][len(template) :] == [tokenizer.eos_token_id] * (GEN_LENGTH - len(template))
+
+
+def test_page_of_the_denoising(command, tokenizer, tmp_path):
+    page = tmp_path / "page.html"
+    summary, lines = command(f"--html={page}", records=RECORDS)
+    text = page.read_text()
+    assert summary["html"] == str(page)
+    assert "Name a colour." in text
+    assert text.count("<article") == len(RECORDS)
+    shown = [len(to_ids) for to_ids in (line["response_ids"] for line in lines)]
+    assert text.count('class="token l') <= sum(shown) + 5  # 5 are the legend's
+    with pytest.raises(UserError, match=r"--html=.*--overwrite"):
+        command(f"--html={page}", f"--out={tmp_path / 'other.jsonl'}", records=RECORDS)
 
 
 def test_an_existing_file_is_replaced_only_on_demand(command, tmp_path):
@@ -84,7 +115,11 @@ def test_an_existing_file_is_replaced_only_on_demand(command, tmp_path):
             RECORDS,
             "jsonl:1.*`prompt`.*at most -",
         ),
-        (["--config.sampler.cache=dual"], RECORDS, "config.sampler.cache"),
+        (["--config.sampler.threshold=0.9", "--config.sampler.remasking=random"], RECORDS, "config.sampler.threshold"),
+        (["--infill"], RECORDS, "jsonl:1.*`completion`"),
+        (["--infill"], [{"prompt": "a", "completion": "no mask"}], r"jsonl:1.*`completion`.*<\|mdm_mask\|>.*none"),
+        (["--infill"], [{"prompt": "a", "completion": "<|mdm_mask|>" * 5}], "5 tokens, but config.sampler.gen_length"),
+        (["--infill", "--prompt=a"], None, "--infill: needs --prompts"),
         ([], [{"id": "a"}], "jsonl:1.*`prompt`"),
         (["--prompt="], None, "--prompt: empty"),
         ([], None, "--prompts --prompt"),

@@ -32,7 +32,9 @@ TIERS = {
     "precompute": 5,
     "score": 5,
     "generate": 5,
+    "chat": 5,
     "evaluate": 5,
+    "sweep": 5,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -577,7 +577,7 @@ class _ListsSizes(ocp.CheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        sizes = {str(file.relative_to(directory)): file.stat().length for file in _files(directory)}
+        sizes = {str(file.relative_to(directory)): file.stat().length for file in files_in(directory)}
         (directory / SIZES_FILE).write_text(json.dumps(sizes))
 
 
@@ -705,10 +705,11 @@ class _Manifest(NamedTuple):
     lora: Adaptation | None  # params are adapters
 
 
-def _files(directory: epath.Path) -> Iterator[epath.Path]:
+def files_in(directory: epath.Path) -> Iterator[epath.Path]:
+    """Every file below `directory`, in no particular order."""
     for child in directory.iterdir():
         if child.is_dir():
-            yield from _files(child)
+            yield from files_in(child)
         else:
             yield child
 

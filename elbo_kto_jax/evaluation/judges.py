@@ -3,7 +3,7 @@
 A judge is made from the prompt records, so that a record it cannot use is refused before anything is generated. Called
 with the answers of A and B it returns, for each prompt, one verdict per comparison that it made: one where the order in
 which it sees the answers cannot matter, two where it can and both orders were judged. A verdict always names the model,
-never the place in which the judge saw it.
+never the place in which the judge saw it; a reply that states none is "unparsable", and counts for nobody.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from elbo_kto_jax.errors import UserError
 
-Verdict = Literal["A", "B", "tie"]
+Verdict = Literal["A", "B", "tie", "unparsable"]
 Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict, ...]]]
 
 
@@ -86,4 +86,62 @@ def verifiable(records: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Ju
     return judge
 
 
-JUDGES: dict[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], Judge]] = {"verifiable": verifiable}
+def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], template: str) -> Judge:
+    """A chat model as the judge; each prompt is judged in both orders.
+
+    Equal answers are a tie without being judged: the two orders would be the same question, and its one answer would
+    count once for A and once for B.
+
+    Args:
+      prompts: the texts that were answered.
+      ask: replies to a list of texts (endpoint.py).
+      template: what to ask, see `check_template`; the reply's verdict is [[A]], [[B]] or [[tie]].
+
+    Raises:
+      UserError: the template lacks a field.
+    """
+    check_template(template, "template")
+
+    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict, ...]]:
+        asked = [
+            _fill(template, prompt=prompt, answer_a=first, answer_b=second)
+            for prompt, a, b in zip(prompts, answers_a, answers_b, strict=True)
+            if a != b
+            for first, second in ((a, b), (b, a))
+        ]
+        replies = iter(ask(asked))
+        verdicts: list[tuple[Verdict, ...]] = []
+        for a, b in zip(answers_a, answers_b, strict=True):
+            if a == b:
+                verdicts.append(("tie", "tie"))
+            else:
+                a_first, b_first = read_verdict(next(replies)), read_verdict(next(replies))
+                verdicts.append((a_first, _OTHER[b_first]))
+        return verdicts
+
+    return judge
+
+
+_FIELDS = ("prompt", "answer_a", "answer_b")
+_OTHER: dict[Verdict, Verdict] = {"A": "B", "B": "A", "tie": "tie", "unparsable": "unparsable"}
+
+
+def check_template(template: str, where: str) -> None:
+    """Raises UserError where the judge prompt that `where` named lacks {prompt}, {answer_a} or {answer_b}."""
+    missing = [f"{{{field}}}" for field in _FIELDS if f"{{{field}}}" not in template]
+    if missing:
+        raise UserError(f"{where}: the judge prompt lacks {', '.join(missing)}")
+
+
+def _fill(template: str, **fields: str) -> str:
+    """The template with its fields replaced, in one pass: an answer that contains "{prompt}" stays as it is."""
+    return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda match: fields[match[1]], template)
+
+
+def read_verdict(reply: str) -> Verdict:
+    """The verdict that a reply states; none where it states none, or several that differ."""
+    stated = {verdict.upper() for verdict in re.findall(r"\[\[\s*(A|B|tie)\s*\]\]", reply, flags=re.IGNORECASE)}
+    if len(stated) != 1:
+        return "unparsable"
+    (verdict,) = stated
+    return {"A": "A", "B": "B", "TIE": "tie"}[verdict]

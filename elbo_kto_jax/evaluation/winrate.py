@@ -23,7 +23,9 @@ class WinRate:
       wins: comparisons that A won.
       ties: comparisons without a winner.
       losses: comparisons that B won.
-      comparisons: all of them.
+      comparisons: all that count.
+      unparsable: comparisons without a verdict that can be read.
+      left_out: prompts with such a comparison; none of their comparisons counts, since one order alone favours a place.
     """
 
     adjusted_win_rate: float
@@ -32,6 +34,8 @@ class WinRate:
     ties: int
     losses: int
     comparisons: int
+    unparsable: int
+    left_out: int
 
 
 def win_rate(verdicts: Sequence[tuple[Verdict, ...]]) -> WinRate:
@@ -42,13 +46,16 @@ def win_rate(verdicts: Sequence[tuple[Verdict, ...]]) -> WinRate:
     score it has no width, which says nothing about prompts that were not asked.
 
     Raises:
-      ValueError: no prompts, or prompts with differing numbers of verdicts.
+      ValueError: no prompts, prompts with differing numbers of verdicts, or none whose verdicts can all be read.
     """
     if not verdicts or len({len(given) for given in verdicts}) != 1 or not verdicts[0]:
         raise ValueError(f"verdicts: expected the same number, at least 1, for at least 1 prompt, got {verdicts[:5]}")
-    score = np.array([np.mean([_SCORE[verdict] for verdict in given]) for given in verdicts])
+    counted = [given for given in verdicts if "unparsable" not in given]
+    if not counted:
+        raise ValueError(f"verdicts: expected a prompt whose verdicts can all be read, got {verdicts[:5]}")
+    score = np.array([np.mean([_SCORE[verdict] for verdict in given]) for given in counted])
     means = _bootstrap_means(score)
-    every = [verdict for given in verdicts for verdict in given]
+    every = [verdict for given in counted for verdict in given]
     return WinRate(
         adjusted_win_rate=float(score.mean()),
         ci95=(float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))),
@@ -56,6 +63,8 @@ def win_rate(verdicts: Sequence[tuple[Verdict, ...]]) -> WinRate:
         ties=every.count("tie"),
         losses=every.count("B"),
         comparisons=len(every),
+        unparsable=sum(given.count("unparsable") for given in verdicts),
+        left_out=len(verdicts) - len(counted),
     )
 
 

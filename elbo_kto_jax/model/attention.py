@@ -27,41 +27,52 @@ SAVED = "attention"  # the name of what a rematerialisation policy may keep, to 
 
 def attention(
     query: Float[Array, "b s h e"],
-    key: Float[Array, "b s kv e"],
-    value: Float[Array, "b s kv e"],
+    key: Float[Array, "b t kv e"],
+    value: Float[Array, "b t kv e"],
     segment_ids: Int[Array, "b s"] | None = None,
     mesh: Mesh | None = None,
+    key_segment_ids: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h e"]:
     """softmax(q k^T / sqrt(e)) v within each segment, scores and softmax in float32.
 
     Query head i reads key-value head i // (h / kv). Segments are runs of equal ids; id 0 is padding, whose result is
-    not meaningful. None means that the whole row is one segment. On a `mesh` every device attends to its own rows and
-    heads alone, so that what it does follows the segments of those and of no other.
+    not meaningful. None means that the whole row is one segment. Where the keys are not those of the queries' own
+    positions, `key_segment_ids` says which segment each belongs to, in any order. On a `mesh` every device attends to
+    its own rows and heads alone, so that what it does follows the segments of those and of no other.
     """
     form = block_attention if jax.default_backend() == "cpu" else plain_attention
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    segments = (segment_ids,)
+    if key_segment_ids is not None:
+        form, segments = plain_attention, (segment_ids, key_segment_ids)
     if mesh is not None:
         rows, by_head = MESH_AXES["rows"], P(MESH_AXES["rows"], None, MESH_AXES["heads"], None)
         form = jax.shard_map(
-            form, mesh=mesh, in_specs=(by_head, by_head, by_head, P(rows, None)), out_specs=by_head, check_vma=False
+            form,
+            mesh=mesh,
+            in_specs=(by_head, by_head, by_head, *(P(rows, None) for _ in segments)),
+            out_specs=by_head,
+            check_vma=False,
         )
-    return form(query, key, value, segment_ids)
+    return form(query, key, value, *segments)
 
 
 def plain_attention(
     query: Float[Array, "b s h e"],
-    key: Float[Array, "b s kv e"],
-    value: Float[Array, "b s kv e"],
+    key: Float[Array, "b t kv e"],
+    value: Float[Array, "b t kv e"],
     segment_ids: Int[Array, "b s"],
+    key_segment_ids: Int[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h e"]:
-    """The formula, with all s x s scores at once."""
+    """The formula, with all s x t scores at once; without `key_segment_ids` the keys are of the queries' positions."""
+    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
     b, s, h, e = query.shape
     exact = _precision(query.dtype)
     grouped = query.reshape(b, s, key.shape[2], -1, e)
     scores = jnp.einsum("bqkge,btke->bkgqt", grouped, key, precision=exact, preferred_element_type=jnp.float32)
     scores *= e**-0.5
-    same = segment_ids[:, None, None, :, None] == segment_ids[:, None, None, None, :]
+    same = segment_ids[:, None, None, :, None] == key_segment_ids[:, None, None, None, :]
     scores = jnp.where(same, scores, _LOWEST)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgqt,btke->bqkge", weights, value, precision=exact).reshape(b, s, h, e)

@@ -7,6 +7,10 @@ program does not grow with the depth. Names follow the published checkpoint:
     [n in out]    blocks/{ff_proj,up_proj,ff_out}/kernel [n in out]    ln_f/scale [d]    head/kernel [d v]
 
 The kernels of the blocks may be int8 and have adapters beside them (model/lora.py).
+
+Beside "params" there may be the collection "cache": every layer's rotated keys, and values, of a row of t positions
+(blocks/{key,value} [n b t kv e]). A call that may change it (`mutable`) leaves those of its own row there; a call that
+may not attends to them as well as to its own, as `key_segment_ids` says.
 """
 
 import functools
@@ -24,6 +28,7 @@ from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.lora import Linear
 
 Params = Any  # the tree above
+CACHE = "cache"
 
 # What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again;
 # "dots" keeps the results of matrix products and of attention, and computes what lies between them again.
@@ -87,7 +92,7 @@ class Block(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, x, cos, sin, segment_ids):
+    def __call__(self, x, cos, sin, segment_ids, key_segment_ids):
         cfg = self.config
         norm = functools.partial(RMSNorm, cfg, self.param_dtype)
 
@@ -101,7 +106,14 @@ class Block(nn.Module):
         q = heads(dense(cfg.n_heads * cfg.head_dim, name="q_proj")(h), cfg.n_heads)
         k = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="k_proj")(h), cfg.n_kv_heads)
         v = heads(dense(cfg.n_kv_heads * cfg.head_dim, name="v_proj")(h), cfg.n_kv_heads)
-        mixed = attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, segment_ids, self.mesh)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        if self.is_mutable_collection(CACHE):
+            self.put_variable(CACHE, "key", k)
+            self.put_variable(CACHE, "value", v)
+        elif self.has_variable(CACHE, "key"):
+            k = jnp.concatenate([self.get_variable(CACHE, "key"), k], axis=1)
+            v = jnp.concatenate([self.get_variable(CACHE, "value"), v], axis=1)
+        mixed = attention(q, k, v, segment_ids, self.mesh, key_segment_ids)
         x = x + dense(cfg.d_model, name="attn_out")(mixed.reshape(*x.shape[:2], -1))
 
         h = norm(name="ff_norm")(x)
@@ -131,7 +143,7 @@ class LLaDA(nn.Module):
         layer = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, CACHE: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=cfg.n_layers,
@@ -152,12 +164,16 @@ class LLaDA(nn.Module):
         tokens: Int[Array, "b s"],
         positions: Int[Array, "b s"] | None = None,
         segment_ids: Int[Array, "b s"] | None = None,
+        key_segment_ids: Int[Array, "b t_s"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Hidden states after the last norm. Positions default to 0..s-1, segment ids to one segment per row."""
+        """Hidden states after the last norm. Positions default to 0..s-1, segment ids to one segment per row.
+
+        Together with a cache of t positions, `key_segment_ids` are those of the t + s keys: the cache's, then the own.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         cos, sin = rope.rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.blocks(self.wte(tokens), cos, sin, segment_ids)
+        x, _ = self.blocks(self.wte(tokens), cos, sin, segment_ids, key_segment_ids)
         return self.ln_f(x)
 
     def logits(

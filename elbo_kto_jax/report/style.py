@@ -89,6 +89,19 @@ details > .scroll, details > .sample:last-child { margin-bottom: 16px; }
 .badge { display: inline-block; border: 1px solid var(--line); border-radius: 99px; color: var(--muted);
   font-size: 0.8rem; padding: 1px 10px; margin: 8px 8px 0 0; }
 .badge.warn { border-color: currentColor; color: var(--warn); }
+.tokens { display: flex; flex-wrap: wrap; gap: 4px; } .answer { border-top: 1px solid var(--line); }
+.token { display: inline-flex; flex-direction: column; align-items: center; border-radius: 5px; padding: 1px 5px;
+  font: 0.9rem/1.3 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap; min-width: 0;
+  background: color-mix(in srgb, var(--s0) var(--shade), var(--card)); box-shadow: inset 0 0 0 1px var(--line); }
+.token small { color: var(--muted); font-size: 0.7rem; line-height: 1.1; }
+.l0 { --shade: 0%; } .l1 { --shade: 9%; } .l2 { --shade: 18%; } .l3 { --shade: 27%; } .l4 { --shade: 36%; }
+.token.given { background: none; box-shadow: none; } .l3 small, .l4 small { color: var(--text); }
+.key { align-items: baseline; color: var(--muted); font-size: 0.9rem; }
+.key .token { color: var(--text); }
+.sample > details { border: 0; border-top: 1px solid var(--line); border-radius: 0; margin: 0; }
+.frames { list-style: none; margin: 0; padding: 0 0 12px; } .frames li { padding: 6px 0; }
+.frames .text { font: 0.9rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+mark { background: color-mix(in srgb, var(--s0) 30%, var(--card)); color: inherit; border-radius: 3px; }
 footer { font-size: 0.85rem; padding-top: 40px; padding-bottom: 40px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 @media (max-width: 640px) {

@@ -9,7 +9,7 @@ from elbo_kto_jax.report import page
 from elbo_kto_jax.report.markup import DASH, Html, format_number, number
 from elbo_kto_jax.report.svg import Bar, bar_chart, histogram
 
-_VERDICTS = ("A", "B", "tie")
+_VERDICTS = ("A", "B", "tie", "unparsable")
 
 
 def write_winrate_report(
@@ -25,9 +25,10 @@ def write_winrate_report(
     Args:
         title: heading of the page.
         summary: `adjusted_win_rate` and `ci95` (pair) of A against B as fractions of 1, and the counts `wins`, `ties`,
-            `losses`, `comparisons`. Missing or NaN numbers are shown as such.
-        examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B" or "tie", and optionally
-            "expected", the verdict that is known to be right.
+            `losses`, `comparisons`. Missing or NaN numbers are shown as such. `unparsable` comparisons, and the prompts
+            that are `left_out` on their account, are reported where there are any.
+        examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B", "tie" or "unparsable", and
+            optionally "expected", the verdict that is known to be right, and "first", the answer the judge saw first.
         names: of A and of B.
 
     Raises:
@@ -37,11 +38,21 @@ def write_winrate_report(
         for key in ("verdict", "expected"):
             if example.get(key) not in (*_VERDICTS, *((None,) if key == "expected" else ())):
                 raise ValueError(f"examples[{index}].{key}: expected one of {_VERDICTS}, got {example.get(key)!r}")
-    parts = [page.tiles(_key_figures(summary, examples, names)), _outcome(summary, examples, names)]
+    parts = [page.tiles(_key_figures(summary, examples, names)), *_notices(summary), _outcome(summary, examples, names)]
     if examples:
         shown = [_example(example, names) for example in examples]
         parts.append(page.section("Comparisons", page.sample_list(shown), intro="The preferred answer is set off."))
     atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(summary, names), parts=parts))
+
+
+def _notices(summary: Mapping) -> list[Html]:
+    if not number(summary.get("unparsable")) > 0:
+        return []
+    text = (
+        f"{format_number(summary['unparsable'])} replies of the judge state no verdict. The "
+        f"{format_number(summary.get('left_out'))} prompts concerned are left out of all figures."
+    )
+    return [page.notice("Unparsable verdicts.", text)]
 
 
 def _interval(summary: Mapping) -> tuple[float, float]:
@@ -127,13 +138,20 @@ def _words(text: object) -> int:
 
 def _example(example: Mapping, names: tuple[str, str]) -> Html:
     verdict, expected = example["verdict"], example.get("expected")
-    said = {"A": f"{names[0]} preferred", "B": f"{names[1]} preferred", "tie": "tie"}
-    badges = [(said[verdict], False)]
+    said = {
+        "A": f"{names[0]} preferred",
+        "B": f"{names[1]} preferred",
+        "tie": "tie",
+        "unparsable": "unparsable verdict, not counted",
+    }
+    badges = [(said[verdict], verdict == "unparsable")]
+    if example.get("first") is not None:
+        badges.append((f"{names['AB'.index(example['first'])]} shown first", False))
     if expected is not None and expected != verdict:
         badges.append((f"expected: {said[expected]}", True))
     return page.sample(
         example.get("prompt"),
         [(names[0], example.get("answer_a")), (names[1], example.get("answer_b"))],
         badges=badges,
-        chosen={"A": 0, "B": 1, "tie": None}[verdict],
+        chosen={"A": 0, "B": 1}.get(verdict),
     )

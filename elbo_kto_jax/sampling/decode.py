@@ -1,17 +1,29 @@
 """Block-wise unmasking: from prompts to responses with a mask predictor (METHOD 6).
 
 A response starts as `gen_length` mask tokens. Its blocks of `block_length` are filled from left to right, each in
-`steps / num_blocks` steps; a step predicts every masked position and writes the `quota` best of them. The whole
-response is denoised in one compiled program: the host neither waits for a step nor sees one.
+`steps / num_blocks` steps; a step predicts every masked position and writes the best of them: its share of the block's
+masked positions, and with a threshold every one whose confidence exceeds it. A response may also start as a template
+with known tokens (infilling): what is masked in it is filled, block by block in the same way.
 
 Rows. A row is [padding, prompt, response]: prompts end at the same column, so that the response stands at static
 columns. Padding is a segment of its own that no prompt sees, and positions count from the first prompt token, so what
 a prompt gets depends neither on the padding nor on the other rows. The width of a row is rounded up to a multiple of
-`BUCKET`: one program serves all prompts of such a bucket.
+`BUCKET`, and beyond 8 of those to one of four widths per octave (640, 768, 896, 1024, 1280, ...): one set of programs
+serves all prompts of such a bucket, and rows of up to 4096 tokens have 20 of them.
+
+Rounds. In a round every row of the batch fills its next block, and the host neither waits for a step nor sees one
+(unless it watches). Between rounds, finished rows make room for prompts that wait: a row that needs fewer blocks, or
+that `early_stop` ends, costs no more.
+
+Key/value reuse (Fast-dLLM, arXiv 2505.22618). A round's first step runs the whole row and keeps all keys and values;
+the later ones run a window of it alone, attend to the kept ones outside the window, and write in the round's block.
+The window is the block (`dual`), or the block and what follows it (`prefix`). What is kept is out of date as soon as a
+token is written, since attention is bidirectional: that is an approximation, unless a round has a single step. A
+prefix window is as wide as the longest of the batch, rounded up to a power of two of blocks: log2(num_blocks) programs.
 
 Masked means "holds the mask token", as in the published sampler: a position that was written, but whose most probable
-token was the mask token itself, stays a candidate and may be written again in later steps and blocks. A mask token in
-a prompt is left alone.
+token was the mask token itself, stays a candidate and may be written again in later steps and blocks (with key/value
+reuse: in the first step of later blocks). A mask token in a prompt is left alone.
 
 Randomness. A prompt's key is a hash of (seed, prompt id); every draw folds in the prompt's own step and the position
 in the response. Neither batch nor devices can change it.
@@ -25,15 +37,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, UInt32
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt32
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import LLaDA, Params, matmul_precision
+from elbo_kto_jax.model.llada import CACHE, LLaDA, Params, matmul_precision
 from elbo_kto_jax.sharding import rules
 
-BUCKET = 64  # tokens; rows are as wide as the next multiple, at the price of one compilation per width
+BUCKET = 64  # tokens; short rows are as wide as the next multiple, at the price of one compilation per width
 _MAX_CHUNK = 64  # response positions whose logits exist at once; they take 4 * _MAX_CHUNK * vocabulary bytes a row
 _NEVER = -1
 _LEAST = float(jnp.finfo(jnp.float32).min)  # log-probability 0 of a position that may still be written
@@ -43,16 +57,18 @@ class Responses(NamedTuple):
     """What `generate` made of n prompts, in their order; `written_at` and `confidence` trace how it came about.
 
     Attributes:
-      tokens: the responses.
+      tokens: the responses; end-of-text where nothing was to be written.
       written_at: the prompt's own step, from 0, in which the token was written last; -1 where none ever was.
       confidence: probability of that token in that step, among what the options let it choose from.
       forward_passes: runs of the network over a batch; a guided step takes two.
+      forward_tokens: positions that went through its layers in them, padding and rows that only fill a batch included.
     """
 
     tokens: Int32[np.ndarray, "n g"]
     written_at: Int32[np.ndarray, "n g"]
     confidence: Float32[np.ndarray, "n g"]
     forward_passes: int
+    forward_tokens: int
 
 
 def generate(
@@ -63,9 +79,11 @@ def generate(
     *,
     seed: int,
     prompt_ids: Sequence[str],
+    templates: Sequence[Int32[np.ndarray, "_"]] | None = None,
     eot_id: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int], Any] = lambda prompts_done: None,
+    watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
 ) -> Responses:
     """Samples one response to each prompt (METHOD 6).
 
@@ -76,45 +94,47 @@ def generate(
       options: the sampler's settings.
       seed: of every random draw.
       prompt_ids: one name per prompt; a prompt's random draws depend on the seed and its name alone.
-      eot_id: the end-of-turn token, which `confidence_eos_eot_inf` needs.
+      templates: what each response starts as, at most `gen_length` tokens: mask tokens are filled, the others stay, and
+        none is added. None: `gen_length` mask tokens each.
+      eot_id: the end-of-turn token, which `confidence_eos_eot_inf` needs; with `early_stop` it ends a response too.
       mesh: the prompts of a batch are split over its devices (sharding/rules.py); None runs on one device.
-      progress: called after every batch with the number of prompts in it.
+      progress: called with the number of prompts whenever some are done.
+      watch: called after every step with the index of each prompt in the batch and its response so far.
 
     Raises:
       UserError: options that exclude each other or are not available.
       ValueError: the arguments do not fit together.
     """
     check_options(options)
-    model = model.clone(mesh=mesh)
     if options.confidence_eos_eot_inf and eot_id is None:
         raise ValueError("eot_id: confidence_eos_eot_inf needs the id of the end-of-turn token")
     if len(prompts) != len(prompt_ids):
         raise ValueError(f"prompt_ids: expected one per prompt, {len(prompts)}, got {len(prompt_ids)}")
+    g, mask_id = options.gen_length, model.config.mask_token_id
+    if templates is None:
+        templates = [np.full(g, mask_id, np.int32)] * len(prompts)
+    if len(templates) != len(prompts) or max(map(len, templates), default=0) > g:
+        raise ValueError(f"templates: expected one per prompt, {len(prompts)}, of at most {g} tokens")
     shards = 1 if mesh is None else rules.row_shards(mesh)
-    rows = -(-min(options.batch_size, len(prompts)) // shards) * shards
-    place = jnp.asarray if mesh is None else functools.partial(rules.place, sharding=rules.row_sharding(mesh))
+    size = -(-min(options.batch_size, len(prompts)) // shards) * shards
 
-    n, g = len(prompts), options.gen_length
-    result = Responses(np.empty((n, g), np.int32), np.empty((n, g), np.int32), np.empty((n, g), np.float32), 0)
-    passes = 0
-    for width, members in _batches([len(prompt) for prompt in prompts], g, rows):
-        # The last batch is filled up with copies of its last prompt: a copy takes no step that the prompt does not.
-        filled = members + members[-1:] * (rows - len(members))
-        state = _denoise(
-            model,
-            params,
-            place(_pad_left([prompts[i] for i in filled], width - g)),
-            place(np.array([len(prompts[i]) for i in filled], np.int32)),
-            place(np.stack([_key_words(seed, prompt_ids[i]) for i in filled])),
-            options=options,
-            eot_id=eot_id,
-            mesh=mesh,
-        )
-        for out, value in zip(result[:3], (state.response, state.written_at, state.confidence), strict=True):
-            out[members] = np.asarray(value)[: len(members)]
-        passes += int(state.forward_passes)
-        progress(len(members))
-    return result._replace(forward_passes=passes)
+    n = len(prompts)
+    result = Responses(np.zeros((n, g), np.int32), np.zeros((n, g), np.int32), np.zeros((n, g), np.float32), 0, 0)
+    forward_passes = forward_tokens = 0
+    for width, waiting in _buckets([len(prompt) for prompt in prompts], g):
+        batch = _Batch(model.clone(mesh=mesh), params, size, width, options, eot_id, mesh)
+        while waiting or batch.members:
+            for row in batch.free_rows()[: len(waiting)]:
+                i = waiting.pop(0)
+                batch.put(row, i, prompts[i], templates[i], _key_words(seed, prompt_ids[i]))
+            batch.fill_next_blocks(watch)
+            finished = batch.take_finished()
+            for i, row in finished.items():
+                result.tokens[i], result.written_at[i], result.confidence[i] = row
+            progress(len(finished))
+        forward_passes += batch.forward_passes
+        forward_tokens += batch.forward_tokens
+    return result._replace(forward_passes=forward_passes, forward_tokens=forward_tokens)
 
 
 def check_options(options: Sampler) -> None:
@@ -124,8 +144,6 @@ def check_options(options: Sampler) -> None:
       UserError: settings that exclude each other or are not available.
       ValueError: lengths that do not divide (a config file with such is refused where it is read).
     """
-    if options.cache != "none":
-        raise UserError(f"config.sampler.cache: {options.cache!r} is not available yet; set it to 'none'")
     if options.threshold and options.remasking == "random":
         raise UserError("config.sampler.threshold: compares confidences, which remasking='random' ignores; set it to 0")
     if options.gen_length % options.block_length or options.steps % (options.gen_length // options.block_length):
@@ -146,26 +164,21 @@ def to_text(response: Int32[np.ndarray, " g"], tokenizer: PreTrainedTokenizerBas
     return tokenizer.decode(cut_response(response, stop_ids).tolist(), skip_special_tokens=True)
 
 
-# The host's part: batches.
+# The host's part: which prompts share a batch, and which block each of them fills next.
 
 
-def _batches(prompt_lengths: Sequence[int], gen_length: int, rows: int) -> list[tuple[int, list[int]]]:
-    """(width of a row, at most `rows` prompt indices) per batch; the widest first, so that memory runs out at once."""
+def _buckets(prompt_lengths: Sequence[int], gen_length: int) -> list[tuple[int, list[int]]]:
+    """(width of a row, indices of its prompts) per bucket; the widest first, so that memory runs out at once."""
     buckets: dict[int, list[int]] = {}
     for i, length in enumerate(prompt_lengths):
-        buckets.setdefault(-(-(length + gen_length) // BUCKET) * BUCKET, []).append(i)
-    return [
-        (width, buckets[width][at : at + rows])
-        for width in sorted(buckets, reverse=True)
-        for at in range(0, len(buckets[width]), rows)
-    ]
+        buckets.setdefault(_width(length + gen_length), []).append(i)
+    return sorted(buckets.items(), reverse=True)
 
 
-def _pad_left(prompts: Sequence[np.ndarray], width: int) -> Int32[np.ndarray, "b p"]:
-    padded = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    return padded
+def _width(tokens: int) -> int:
+    """The width of the row that holds so many tokens."""
+    step = max(BUCKET, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // step) * step
 
 
 def _key_words(seed: int, prompt_id: str) -> np.ndarray:
@@ -173,7 +186,15 @@ def _key_words(seed: int, prompt_id: str) -> np.ndarray:
     return np.frombuffer(digest, "<u4").astype(np.uint32)
 
 
-# The device's part: one program per batch shape.
+class _Rows(NamedTuple):
+    """The b rows of a batch; a row without a prompt has a response of no tokens."""
+
+    prompt: Int[Array, "b p"]  # padded on the left
+    prompt_length: Int[Array, " b"]
+    key_words: UInt32[Array, "b 2"]
+    response_length: Int[Array, " b"]
+    block: Int[Array, " b"]  # that each row fills in this round
+    num_masked: Int[Array, " b"]  # positions of that block, at the round's start
 
 
 class _State(NamedTuple):
@@ -183,7 +204,118 @@ class _State(NamedTuple):
     written_at: Int[Array, "b g"]
     confidence: Float32[Array, "b g"]
     steps: Int[Array, " b"]  # steps that each row has taken
-    forward_passes: Int[Array, ""]
+    step: Int[Array, ""]  # of this round
+
+
+class _Batch:
+    """A batch of `size` rows of `width` tokens: prompts come and go, the shapes and so the programs stay."""
+
+    def __init__(self, model, params, size: int, width: int, options: Sampler, eot_id: int | None, mesh):
+        self.members: dict[int, int] = {}  # row -> prompt
+        self.forward_passes = self.forward_tokens = 0
+        self._options, self._size, self._width = options, size, width
+        self._mask_id, self._eos_id = model.config.mask_token_id, model.config.eos_token_id
+        self._stop_ids = _stop_ids(self._eos_id, eot_id)
+        static = {"options": options, "eot_id": eot_id, "mesh": mesh}
+        self._refresh = functools.partial(_refresh, model, params, **static)
+        self._steps = functools.partial(_steps, model, params, **static)
+        self._place = functools.partial(_place, sharding=None if mesh is None else rules.row_sharding(mesh))
+        self._replicate = functools.partial(_place, sharding=None if mesh is None else rules.replicated(mesh))
+        g, zeros = options.gen_length, lambda *shape: np.zeros((size, *shape), np.int32)
+        self._rows = _Rows(zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros())
+        self._state = _State(
+            np.full((size, g), self._eos_id, np.int32), zeros(g), np.zeros((size, g), np.float32), zeros(), np.int32(0)
+        )
+
+    def free_rows(self) -> list[int]:
+        return [row for row in range(self._size) if row not in self.members]
+
+    def put(self, row: int, member: int, prompt: np.ndarray, template: np.ndarray, key_words: np.ndarray) -> None:
+        """Starts a response in a free row."""
+        self.members[row] = member
+        rows, state = self._rows, self._state
+        rows.prompt[row] = 0
+        rows.prompt[row, rows.prompt.shape[1] - len(prompt) :] = prompt
+        rows.prompt_length[row], rows.response_length[row], rows.key_words[row] = len(prompt), len(template), key_words
+        state.response[row, : len(template)], state.response[row, len(template) :] = template, self._eos_id
+        state.written_at[row], state.confidence[row], state.steps[row] = _NEVER, 0.0, 0
+        self._start_block(row, self._next_block(row, 0))
+
+    def fill_next_blocks(self, watch: Callable[[int, np.ndarray], Any] | None) -> None:
+        """One round: every row fills its block."""
+        rows, cache, window = self._place(self._rows), None, None
+        state = self._place(self._state._replace(step=None))._replace(step=self._replicate(np.int32(0)))
+        unfinished = bool(self._rows.num_masked.any())
+        if self._options.cache != "none" and unfinished:
+            state, unfinished, cache = self._refresh(rows, state)
+            window = self._window()
+            self._count(1, self._width)
+            self._show(state, watch)
+        while unfinished:
+            before = int(state.step)
+            state, unfinished = self._steps(
+                rows, state, cache, np.int32(1 if watch else self._options.block_length), window=window
+            )
+            self._count(int(state.step) - before, window or self._width)
+            self._show(state, watch)
+        self._state = _State(*(np.array(leaf) for leaf in state))
+
+    def take_finished(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(tokens, written_at, confidence) of the prompts that are done, whose rows are free now; the other rows go on
+        to their next block with a masked position."""
+        finished = {}
+        for row, member in list(self.members.items()):
+            done = int(self._rows.block[row]) + 1
+            tokens, written_at, confidence = (leaf[row].copy() for leaf in self._state[:3])
+            next_block = self._next_block(row, done)
+            stops = self._options.early_stop and bool(_has_ended(tokens, self._mask_id, self._stop_ids))
+            if stops:
+                left = tokens == self._mask_id
+                tokens[left], written_at[left], confidence[left] = self._eos_id, _NEVER, 0.0
+            if stops or next_block is None:
+                finished[member] = tokens, written_at, confidence
+                del self.members[row]
+                self._rows.response_length[row], next_block = 0, None
+                self._state.response[row] = self._eos_id
+            self._start_block(row, next_block)
+        return finished
+
+    def _next_block(self, row: int, first: int) -> int | None:
+        """The first block from `first` on that has a masked position."""
+        blocks = self._state.response[row].reshape(-1, self._options.block_length)
+        (masked,) = np.nonzero((blocks[first:] == self._mask_id).any(axis=1))
+        return first + int(masked[0]) if len(masked) else None
+
+    def _start_block(self, row: int, block: int | None) -> None:
+        blocks = self._state.response[row].reshape(-1, self._options.block_length)
+        self._rows.block[row] = len(blocks) - 1 if block is None else block
+        self._rows.num_masked[row] = 0 if block is None else np.sum(blocks[block] == self._mask_id)
+
+    def _window(self) -> int:
+        """Columns of the response that the later steps of this round run."""
+        length = self._options.block_length
+        if self._options.cache == "dual":
+            return length
+        longest = self._options.gen_length // length - int(self._rows.block[self._rows.num_masked > 0].min())
+        return min(length << (longest - 1).bit_length(), self._options.gen_length)
+
+    def _count(self, steps: int, columns: int) -> None:
+        passes = steps * (2 if self._options.cfg_scale else 1)
+        self.forward_passes += passes
+        self.forward_tokens += passes * self._size * columns
+
+    def _show(self, state: _State, watch: Callable[[int, np.ndarray], Any] | None) -> None:
+        if watch:
+            responses = np.asarray(state.response)
+            for row, member in self.members.items():
+                watch(member, responses[row])
+
+
+def _place(tree, sharding):
+    return jax.tree.map(jnp.asarray if sharding is None else functools.partial(rules.place, sharding=sharding), tree)
+
+
+# The device's part: two programs per batch shape (and one more per width of a prefix window).
 
 
 class _Guess(NamedTuple):
@@ -194,133 +326,218 @@ class _Guess(NamedTuple):
     priority: Float32[Array, "b g"]  # the highest are written
 
 
+Cache = list[Params]  # keys and values of every layer (model/llada.py), of each pass of a step
+
+
 @functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh"))
-def _denoise(
+def _refresh(
     model: LLaDA,
     params: Params,
-    prompts: Int[Array, "b p"],
-    prompt_lengths: Int[Array, " b"],
-    key_words: UInt32[Array, "b 2"],
+    rows: _Rows,
+    state: _State,
     *,
     options: Sampler,
     eot_id: int | None,
     mesh: jax.sharding.Mesh | None,
-) -> _State:
-    """Denoises the responses to prompts that are padded on the left; block by block, so a cache can live in a block."""
-    b, g = prompts.shape[0], options.gen_length
-    mask_id = model.config.mask_token_id
-    keys = jax.random.wrap_key_data(key_words, impl="threefry2x32")
-    quota = jnp.asarray(_quota(options))
-
-    def fill_block(block, state: _State) -> _State:
-        reached = jnp.arange(g) < (block + 1) * options.block_length
-
-        def candidates(state: _State):
-            return (state.response == mask_id) & reached
-
-        def unfinished(carry):
-            step, state = carry
-            return (step < len(quota)) & candidates(state).any()
-
-        def take_step(carry):
-            step, state = carry
-            candidate = candidates(state)
-            hidden = _response_states(model, params, prompts, prompt_lengths, state.response, options)
-            step_keys = jax.vmap(jax.random.fold_in)(keys, state.steps)
-            guess = _guess(model, params, hidden, candidate, step_keys, options, eot_id)
-            write = _choose(guess, candidate, quota[step], options.threshold)
-            return step + 1, _State(
-                response=jnp.where(write, guess.token, state.response),
-                written_at=jnp.where(write, state.steps[:, None], state.written_at),
-                confidence=jnp.where(write, jnp.exp(guess.log_confidence), state.confidence),
-                steps=state.steps + candidate.any(axis=1),
-                forward_passes=state.forward_passes + len(hidden),
-            )
-
-        return jax.lax.while_loop(unfinished, take_step, (jnp.int32(0), state))[1]
-
-    state = _State(
-        response=jnp.full((b, g), mask_id, jnp.int32),
-        written_at=jnp.full((b, g), _NEVER, jnp.int32),
-        confidence=jnp.zeros((b, g), jnp.float32),
-        steps=jnp.zeros(b, jnp.int32),
-        forward_passes=jnp.int32(0),
-    )
+) -> tuple[_State, Bool[Array, ""], Cache]:
+    """A round's first step over the whole rows: (state, whether there is more to do, keys and values)."""
+    hidden, cache = [], []
+    for tokens, positions, segment_ids in _whole_rows(rows, state.response, options, model.config.mask_token_id):
+        states, kept = model.apply({"params": params}, tokens, positions, segment_ids, mutable=[CACHE])
+        hidden.append(states[:, rows.prompt.shape[1] :])
+        cache.append(kept[CACHE])
+    state = _take_step(model, params, rows, state, hidden, jnp.zeros_like(rows.block), options, eot_id, in_block=False)
     if mesh is not None:
-        rows = rules.row_sharding(mesh)
-        state = jax.lax.with_sharding_constraint(state, _State(rows, rows, rows, rows, rules.replicated(mesh)))
-    state = jax.lax.fori_loop(0, g // options.block_length, fill_block, state)
-    if mesh is not None:  # every process reads every response
-        state = jax.lax.with_sharding_constraint(state, rules.replicated(mesh))
-    return state
+        by_head = NamedSharding(mesh, P(None, rules.MESH_AXES["rows"], None, rules.MESH_AXES["heads"]))
+        cache = jax.lax.with_sharding_constraint(cache, by_head)
+    return *_hand_out(rows, state, options, model, eot_id, mesh, in_block=True), cache
 
 
-def _quota(options: Sampler) -> Int32[np.ndarray, " steps"]:
-    """How many positions each step of a block writes; steps that would write none are left out.
-
-    The positions are spread evenly over the steps, the first `remainder` steps take one more. With a threshold a step
-    writes at least one position, and as many steps follow as the block needs, whatever `steps` says.
-    """
-    length = options.block_length
-    if options.threshold:
-        return np.ones(length, np.int32)
-    steps = options.steps // (options.gen_length // length)
-    quota = length // steps + (np.arange(steps) < length % steps)
-    return quota[quota > 0].astype(np.int32)
-
-
-def _response_states(
+@functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh", "window"))
+def _steps(
     model: LLaDA,
     params: Params,
-    prompts: Int[Array, "b p"],
-    prompt_lengths: Int[Array, " b"],
-    response: Int[Array, "b g"],
+    rows: _Rows,
+    state: _State,
+    cache: Cache | None,
+    limit: Int[Array, ""],
+    *,
     options: Sampler,
-) -> list[Float[Array, "b g d"]]:
-    """Hidden states of the response: given the prompt and, for guidance, given a masked prompt."""
-    p, g = prompts.shape[1], response.shape[1]
+    eot_id: int | None,
+    mesh: jax.sharding.Mesh | None,
+    window: int | None,
+) -> tuple[_State, Bool[Array, ""]]:
+    """At most `limit` steps of a round, over whole rows or, with a cache, over `window` columns of the response."""
+    p, in_block, last = rows.prompt.shape[1], window is not None, state.step + limit
+
+    def unfinished(state: _State):
+        return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
+
+    def take_step(state: _State):
+        if not in_block:
+            whole = _whole_rows(rows, state.response, options, model.config.mask_token_id)
+            hidden, start = [model.apply({"params": params}, *row)[:, p:] for row in whole], jnp.zeros_like(rows.block)
+        else:
+            first = rows.block * options.block_length
+            start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
+            inputs = _windows(rows, state.response, start, first, window)
+            hidden = [model.apply({"params": params, CACHE: kept}, *inputs) for kept in cache]
+        return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
+
+    state = jax.lax.while_loop(unfinished, take_step, state)
+    return _hand_out(rows, state, options, model, eot_id, mesh, in_block=in_block)
+
+
+def _hand_out(
+    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, mesh, *, in_block: bool
+) -> tuple[_State, Bool[Array, ""]]:
+    """The state and whether the round goes on, as every process reads them."""
+    out = state, _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
+    return out if mesh is None else jax.lax.with_sharding_constraint(out, rules.replicated(mesh))
+
+
+def _candidates(
+    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, *, in_block: bool
+) -> Bool[Array, "b g"]:
+    """The masked positions up to the end of each row's block, or in it alone, while the row has steps to take."""
+    column, first = jnp.arange(options.gen_length), (rows.block * options.block_length)[:, None]
+    reached = (column >= (first if in_block else 0)) & (column < first + options.block_length)
+    goes_on = _quota(rows.num_masked, state.step, options) > 0
+    if options.early_stop:
+        stop_ids = _stop_ids(model.config.eos_token_id, eot_id)
+        goes_on &= ~_has_ended(state.response, model.config.mask_token_id, stop_ids)
+    return (state.response == model.config.mask_token_id) & reached & goes_on[:, None]
+
+
+def _stop_ids(eos_id: int, eot_id: int | None) -> list[int]:
+    return [eos_id] if eot_id is None else [eos_id, eot_id]
+
+
+def _has_ended(response, mask_id: int, stop_ids: list[int]):
+    """Whether a stop token stands in each response [... g] with no masked position before it: what precedes it is the
+    answer, and cannot change any more."""
+    is_stop = (response[..., None] == np.asarray(stop_ids)).any(axis=-1)
+    return (is_stop & ((response == mask_id).cumsum(axis=-1) == 0)).any(axis=-1)
+
+
+def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler) -> Int[Array, " b"]:
+    """How many positions each row writes in this step of a block that had `num_masked` masked ones.
+
+    They are spread evenly over the steps, the first `remainder` steps take one more. With a threshold a step writes at
+    least one position, and as many steps follow as the block needs, whatever `steps` says.
+    """
+    steps = options.block_length if options.threshold else options.steps * options.block_length // options.gen_length
+    if options.threshold:
+        return (step < num_masked).astype(jnp.int32)
+    return jnp.where(step < steps, num_masked // steps + (step < num_masked % steps), 0)
+
+
+def _whole_rows(rows: _Rows, response: Int[Array, "b g"], options: Sampler, mask_id: int) -> list[tuple[Array, ...]]:
+    """(tokens, positions, segment ids) of the rows, and for guidance of the rows with a masked prompt."""
+    p, g = rows.prompt.shape[1], response.shape[1]
     column = jnp.arange(p + g)
-    first = p - prompt_lengths[:, None]  # column of the first prompt token
+    first = p - rows.prompt_length[:, None]  # column of the first prompt token
     positions = jnp.maximum(column - first, 0)
-    segment_ids = (column >= first).astype(jnp.int32)
+    segment_ids = _is_real(rows, column).astype(jnp.int32)
+    prompts = [rows.prompt, jnp.full_like(rows.prompt, mask_id)] if options.cfg_scale else [rows.prompt]
+    return [(jnp.concatenate([prompt, response], axis=1), positions, segment_ids) for prompt in prompts]
 
-    def states(prompts):
-        tokens = jnp.concatenate([prompts, response], axis=1)
-        return model.apply({"params": params}, tokens, positions, segment_ids)[:, p:]
 
-    conditional = states(prompts)
-    if not options.cfg_scale:
-        return [conditional]
-    return [conditional, states(jnp.full_like(prompts, model.config.mask_token_id))]
+def _windows(
+    rows: _Rows, response: Int[Array, "b g"], start: Int[Array, " b"], first: Int[Array, " b"], width: int
+) -> tuple[Array, ...]:
+    """(tokens, positions, segment ids, key segment ids) of `width` columns of each response, from `start` on.
+
+    Keys and values are the window's own from column `first` of the response on, and the kept ones elsewhere.
+    """
+    p, g = rows.prompt.shape[1], response.shape[1]
+    at = start[:, None] + jnp.arange(width)  # columns of the response
+    tokens = _take(response, start, width)
+    segment_ids = _is_real(rows, p + at).astype(jnp.int32)
+    own = jnp.where(at >= first[:, None], segment_ids, _UNSEEN)
+    column = jnp.arange(p + g)
+    renewed = (column >= p + first[:, None]) & (column < p + start[:, None] + width)
+    kept = jnp.where(_is_real(rows, column) & ~renewed, 1, _UNSEEN)
+    return tokens, rows.prompt_length[:, None] + at, segment_ids, jnp.concatenate([kept, own], axis=1)
+
+
+_UNSEEN = -1  # the segment of a key that no query is in
+
+
+def _is_real(rows: _Rows, column: Int[Array, "..."]) -> Bool[Array, "b s"]:
+    """Whether a column of each row holds a token of its prompt or response."""
+    p = rows.prompt.shape[1]
+    return (column >= p - rows.prompt_length[:, None]) & (column < p + rows.response_length[:, None])
+
+
+def _take(x: Shaped[Array, "b g *rest"], start: Int[Array, " b"], size: int) -> Shaped[Array, "b c *rest"]:
+    """`size` columns of each row of x, from its own `start` on."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(x, start)
+
+
+def _take_step(
+    model: LLaDA,
+    params: Params,
+    rows: _Rows,
+    state: _State,
+    hidden: list[Float[Array, "b w d"]],
+    start: Int[Array, " b"],
+    options: Sampler,
+    eot_id: int | None,
+    *,
+    in_block: bool,
+) -> _State:
+    """The state after the step whose hidden states are those of the response's columns from `start` on."""
+    candidate = _candidates(rows, state, options, model, eot_id, in_block=in_block)
+    keys = jax.random.wrap_key_data(rows.key_words, impl="threefry2x32")
+    step_keys = jax.vmap(jax.random.fold_in)(keys, state.steps)
+    end = (rows.block + 1) * options.block_length
+    guess = _guess(model, params, hidden, start, end, candidate, step_keys, options, eot_id)
+    write = _choose(guess, candidate, _quota(rows.num_masked, state.step, options), options.threshold)
+    return _State(
+        response=jnp.where(write, guess.token, state.response),
+        written_at=jnp.where(write, state.steps[:, None], state.written_at),
+        confidence=jnp.where(write, jnp.exp(guess.log_confidence), state.confidence),
+        steps=state.steps + candidate.any(axis=1),
+        step=state.step + 1,
+    )
 
 
 def _guess(
     model: LLaDA,
     params: Params,
-    hidden: list[Float[Array, "b g d"]],
+    hidden: list[Float[Array, "b w d"]],
+    start: Int[Array, " b"],
+    end: Int[Array, " b"],
     candidate: Bool[Array, "b g"],
     keys: Key[Array, " b"],
     options: Sampler,
     eot_id: int | None,
 ) -> _Guess:
-    """The token, its confidence and its priority at the candidates, a chunk of the response at a time.
+    """The token, its confidence and its priority at the candidates, a chunk of each response at a time.
 
-    Chunks without a candidate are skipped, so logits are computed in the current block only (and where a mask token
-    was written before).
+    The chunks go from the `end` of each row's block to the left. Those without a candidate are skipped, so logits are
+    computed in the current block only (and where a mask token was written before).
     """
     b, g = candidate.shape
     chunk = max(size for size in range(1, _MAX_CHUNK + 1) if options.block_length % size == 0)
-    position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(g))
 
     def guess_chunk(i, guess: _Guess) -> _Guess:
-        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * chunk, slice_size=chunk, axis=1)
+        at = end - (i + 1) * chunk
+        exists, at = at >= 0, jnp.maximum(at, 0)
+        new_here = _take(candidate, at, chunk) & exists[:, None]
 
         def compute(guess: _Guess) -> _Guess:
-            logits = [_head_logits(params, take(states)) for states in hidden]
-            new = _predict(logits, take(position_keys), model.config.eos_token_id, options, eot_id)
-            return jax.tree.map(lambda old, part: jax.lax.dynamic_update_slice(old, part, (0, i * chunk)), guess, new)
+            logits = [_head_logits(params, _take(states, at - start, chunk)) for states in hidden]
+            position = at[:, None] + jnp.arange(chunk)
+            position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
+            new = _predict(logits, position_keys, model.config.eos_token_id, options, eot_id)
+            put = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=0))
+            return jax.tree.map(
+                lambda old, part: put(old, jnp.where(new_here, part, _take(old, at, chunk)), at), guess, new
+            )
 
-        return jax.lax.cond(take(candidate).any(), compute, lambda guess: guess, guess)
+        return jax.lax.cond(new_here.any(), compute, lambda guess: guess, guess)
 
     empty = _Guess(jnp.zeros((b, g), jnp.int32), jnp.zeros((b, g), jnp.float32), jnp.zeros((b, g), jnp.float32))
     return jax.lax.fori_loop(0, g // chunk, guess_chunk, empty)
@@ -390,12 +607,12 @@ def _add_noise(scores: Float32[Array, "b c v"], keys: Key[Array, "b c"], tempera
 
 
 def _choose(
-    guess: _Guess, candidate: Bool[Array, "b g"], quota: Int[Array, ""], threshold: float
+    guess: _Guess, candidate: Bool[Array, "b g"], quota: Int[Array, " b"], threshold: float
 ) -> Bool[Array, "b g"]:
     """The candidates that a step writes: the `quota` of highest priority, from the left where they tie, and, with a
     threshold, every one whose confidence exceeds it."""
     order = jnp.argsort(jnp.where(candidate, -guess.priority, jnp.inf), axis=1, stable=True)
-    write = jnp.argsort(order, axis=1) < quota
+    write = jnp.argsort(order, axis=1) < quota[:, None]
     if threshold:
         write |= jnp.exp(guess.log_confidence) > threshold
     return write & candidate

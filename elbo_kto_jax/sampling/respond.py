@@ -1,9 +1,12 @@
 """From a checkpoint and records to answers in text: loading, chat template, decoding (METHOD 5, 6)."""
 
+import dataclasses
+import functools
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
@@ -13,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text import chat
@@ -36,49 +39,106 @@ class Answers(NamedTuple):
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint that answers: its weights are read when they are first needed, and once."""
+
+    source: str
+    flag: str  # the flag or config key that named `source`, for messages
+    model: LLaDA
+    tokenizer: PreTrainedTokenizerBase
+    mesh: jax.sharding.Mesh
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: end-of-text and, where the tokenizer has one, end-of-turn."""
+        eot_id = self.tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+        return [self.model.config.eos_token_id] + ([] if eot_id is None else [eot_id])
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters over the devices of `mesh`, in the dtype that the model computes in: all that it has to keep.
+
+        Raises:
+          UserError: they are missing, damaged or cannot be split as the mesh asks.
+        """
+        shardings = rules.param_shardings(abstract_params(self.model), self.mesh)
+        dtype = self.model.param_dtype
+        return store.load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
+
+
+def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
+    """The checkpoint `source` in `config.model.dtype` on `config.mesh`; its weights are not read yet.
+
+    Raises:
+      UserError: the checkpoint or its tokenizer is not usable, or does not fit on the mesh.
+    """
+    model_config, assets = store.load_config(source, flag)
+    tokenizer = store.build_tokenizer(assets, source)
+    chat.check_tokenizer(tokenizer, model_config, source)
+    mesh = rules.make_mesh(config.mesh)
+    rules.check_heads(model_config, mesh)
+    dtype = jnp.dtype(config.model.dtype)
+    return Checkpoint(source, flag, LLaDA(model_config, dtype=dtype, param_dtype=dtype), tokenizer, mesh)
+
+
 def answer(source: str, records: Sequence[Record], config: Config, *, flag: str) -> Answers:
-    """Answers the prompts of `records` with the checkpoint `source` and the options `config.sampler`.
+    """`respond` with the checkpoint `source`, which the flag or config key `flag` named."""
+    return respond(open_checkpoint(source, config, flag=flag), records, config)
+
+
+def respond(
+    checkpoint: Checkpoint,
+    records: Sequence[Record],
+    config: Config,
+    *,
+    infill: bool = False,
+    watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
+) -> Answers:
+    """Answers the prompts of `records` with the options `config.sampler`.
 
     The random draws of an answer depend on `config.seed` and the record's id alone: two checkpoints get the same.
 
     Args:
-      flag: the flag or config key that named `source`, for messages.
+      checkpoint: the model that answers.
+      records: prompts, and for `infill` completions.
+      config: its `sampler` and `seed`.
+      infill: fill the mask tokens of the records' completions instead of writing new ones.
+      watch: see `decode.generate`; with it there is no progress bar.
 
     Raises:
-      UserError: the checkpoint is not usable, or a prompt does not fit into it.
+      UserError: the weights are not usable, or a prompt or a completion to fill does not fit.
     """
     decode.check_options(config.sampler)
-    model_config, assets = store.load_config(source, flag)
-    tokenizer = store.build_tokenizer(assets, source)
-    chat.check_tokenizer(tokenizer, model_config, source)
-    needs_eot = config.sampler.confidence_eos_eot_inf or chat.EOT_TOKEN in tokenizer.get_added_vocab()
-    eot_id = chat.find_eot_id(tokenizer, source) if needs_eot else None
+    tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
+    eot_id = tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+    if config.sampler.confidence_eos_eot_inf:
+        chat.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
     longest = model_config.max_sequence_length - config.sampler.gen_length
     prompts = [_encode(tokenizer, record, longest) for record in records]
-
-    mesh = rules.make_mesh(config.mesh)
-    rules.check_heads(model_config, mesh)
-    dtype = jnp.dtype(config.model.dtype)
-    model = LLaDA(model_config, dtype=dtype, param_dtype=dtype)  # what it computes in is all that it has to keep
-    shardings = rules.param_shardings(abstract_params(model), mesh)
-    params = store.load_model(source, param_dtype=dtype, shardings=shardings, flag=flag).params
+    templates = None
+    if infill:
+        mask_id, most = model_config.mask_token_id, config.sampler.gen_length
+        templates = [_encode_template(tokenizer, record, mask_id, most) for record in records]
+    params = checkpoint.params
 
     start = time.perf_counter()
-    with tqdm(total=len(prompts), desc="generate", unit="prompt") as bar:
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=watch is not None) as bar:
         responses = decode.generate(
-            model,
+            checkpoint.model,
             params,
             prompts,
             config.sampler,
             seed=config.seed,
             prompt_ids=[record.id for record in records],
+            templates=templates,
             eot_id=eot_id,
-            mesh=mesh,
+            mesh=checkpoint.mesh,
             progress=bar.update,
+            watch=watch,
         )
     seconds = time.perf_counter() - start
-    stop_ids = [model_config.eos_token_id] + ([] if eot_id is None else [eot_id])
-    texts = [decode.to_text(response, tokenizer, stop_ids) for response in responses.tokens]
+    texts = [decode.to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
     return Answers(prompts, responses, texts, seconds)
 
 
@@ -98,3 +158,24 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int) ->
             "shorten it or lower config.sampler.gen_length"
         )
     return np.asarray(tokens, np.int32)
+
+
+def _encode_template(
+    tokenizer: PreTrainedTokenizerBase, record: Record, mask_id: int, longest: int
+) -> Int32[np.ndarray, "_"]:
+    """The tokens of a record's completion, some of which are the mask token.
+
+    Raises:
+      UserError: there is no completion, it has no mask token, or more than `longest` tokens.
+    """
+    completion = record.completion
+    text = completion if isinstance(completion, str) else completion[0]["content"] if completion else ""
+    tokens = np.asarray(chat.encode_prompt(tokenizer, text), np.int32)
+    if mask_id not in tokens:
+        mask = tokenizer.convert_ids_to_tokens(mask_id)
+        raise UserError(f"{record.where}: field `completion`: --infill fills its {mask} tokens, and there is none")
+    if len(tokens) > longest:
+        raise UserError(
+            f"{record.where}: field `completion`: {len(tokens)} tokens, but config.sampler.gen_length is {longest}"
+        )
+    return tokens

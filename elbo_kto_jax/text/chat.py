@@ -90,7 +90,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | st
       UserError: messages, and a tokenizer without a chat template or one that refuses them.
     """
     text = prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, "the prompt")
-    return _tokenise(tokenizer, [text])[0]
+    return tokenise(tokenizer, [text])[0]
 
 
 def encode(
@@ -132,12 +132,12 @@ def encode_batch(
       UserError: a chat template is needed and missing, or refuses a record.
     """
     texts = [_texts(tokenizer, record) for record in records]
-    prompts = _tokenise(tokenizer, [prompt for prompt, _ in texts])
+    prompts = tokenise(tokenizer, [prompt for prompt, _ in texts])
     if exact_window:
-        completions = _tokenise(tokenizer, [completion for _, completion in texts])
+        completions = tokenise(tokenizer, [completion for _, completion in texts])
         wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     else:
-        wholes = _tokenise(tokenizer, [prompt + completion for prompt, completion in texts])
+        wholes = tokenise(tokenizer, [prompt + completion for prompt, completion in texts])
     if append_eot:
         wholes = [[*whole, eot_id] for whole in wholes]
     return [_cut(whole, len(prompt), max_length) for prompt, whole in zip(prompts, wholes, strict=True)]
@@ -172,7 +172,8 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
         raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {error}") from error
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text as it is: nothing is added, nothing is cut."""
     # The template writes the beginning-of-text token itself. verbose=False: texts longer than the tokenizer's
     # model_max_length are cut by us.
     return tokenizer(

@@ -1,9 +1,9 @@
-"""The verifiable judge: what counts as right, and what it says of records that it cannot use."""
+"""The judges: what counts as right, records that cannot be used, both orders and the verdicts of a chat model."""
 
 import pytest
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.evaluation.judges import verifiable
+from elbo_kto_jax.evaluation.judges import chat, check_template, read_verdict, verifiable
 
 
 def judge_one(record: dict, a: str, b: str) -> tuple:
@@ -59,3 +59,72 @@ def test_a_bad_record_is_named_with_its_line_and_field(record, field, shown):
     message = str(refused.value)
     assert message.startswith(f"prompts.jsonl:7: field `{field}`: ")
     assert shown in message
+
+
+# ---- a chat model as the judge ----
+
+TEMPLATE = "{prompt}|{answer_a}|{answer_b}"
+
+
+def chat_judge(verdict_of, prompts=("p", "q")):
+    """A judge whose model replies `verdict_of(first, second)`, and the questions that it was asked."""
+    asked = []
+
+    def ask(texts):
+        asked.extend(texts)
+        return [verdict_of(*text.split("|")[1:]) for text in texts]
+
+    return chat(prompts, ask, TEMPLATE), asked
+
+
+def test_both_orders_are_judged_and_the_verdict_names_the_model():
+    judge, asked = chat_judge(lambda first, second: "[[A]]" if len(first) > len(second) else "[[B]]")
+    assert judge(["long answer", "x"], ["short", "longer"]) == [("A", "A"), ("B", "B")]
+    assert asked == ["p|long answer|short", "p|short|long answer", "q|x|longer", "q|longer|x"]
+
+
+def test_a_judge_that_always_picks_the_first_is_undecided():
+    judge, _ = chat_judge(lambda first, second: "[[A]]")
+    assert judge(["a", "b"], ["c", "d"]) == [("A", "B"), ("A", "B")]
+
+
+def test_equal_answers_tie_without_being_asked():
+    judge, asked = chat_judge(lambda first, second: "[[A]]")
+    assert judge(["same", "a"], ["same", "b"]) == [("tie", "tie"), ("A", "B")]
+    assert len(asked) == 2
+
+
+def test_what_cannot_be_read_is_no_verdict():
+    judge, _ = chat_judge(lambda first, second: "I like both" if first == "a" else "[[tie]]")
+    assert judge(["a", "b"], ["c", "d"]) == [("unparsable", "tie"), ("tie", "tie")]
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("It is clear.\n[[A]]", "A"),
+        ("[[B]]", "B"),
+        ("[[ tie ]]", "tie"),
+        ("[[TIE]] [[tie]]", "tie"),
+        ("[[a]]", "A"),
+        ("[[A]] or [[B]]", "unparsable"),
+        ("A", "unparsable"),
+        ("[A]", "unparsable"),
+        ("[[C]]", "unparsable"),
+        ("", "unparsable"),
+    ],
+)
+def test_read_verdict(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+def test_answers_that_look_like_fields_stay_as_they_are():
+    asked = []
+    judge = chat(["{answer_a}"], lambda texts: asked.extend(texts) or ["[[A]]"] * len(texts), TEMPLATE)
+    judge(["{answer_b} \\1"], ["{prompt}"])
+    assert asked[0] == "{answer_a}|{answer_b} \\1|{prompt}"
+
+
+def test_a_template_without_the_answers_is_refused():
+    with pytest.raises(UserError, match=r"mine\.txt: the judge prompt lacks \{answer_b\}"):
+        check_template("{prompt} {answer_a}", "mine.txt")

@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.evaluation.likelihood import stratified_counts
+from elbo_kto_jax import config
+from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
+from elbo_kto_jax.evaluation import likelihood
+from elbo_kto_jax.evaluation.likelihood import log_likelihoods, stratified_counts
 from elbo_kto_jax.model.llada import LLaDA
+from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.sharding import rules
+from tests import tiny
 
 
 def test_golden_counts(golden):
@@ -30,6 +36,107 @@ def test_golden_values(golden):
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(whole)), whole]
         value = np.mean(len(answer) / counts * (log_probs * mask).sum(axis=1))
         np.testing.assert_allclose(value, arrays[f"likelihood.{j}.value"], atol=1e-3)
+
+
+class GoldenMasks:
+    """A generator whose draws are those of a golden likelihood: the first count of each batch, then its masks."""
+
+    def __init__(self, counts, mask, batch):
+        self.firsts, self.masks = list(counts[::batch]), list(mask)
+
+    def integers(self, low, high):
+        assert low <= self.firsts[0] < high
+        return self.firsts.pop(0)
+
+    def permutation(self, length):
+        return np.argsort(~self.masks.pop(0), kind="stable").argsort()  # the masked positions come first
+
+
+def test_golden_likelihoods(golden, cpu_devices, monkeypatch):
+    """Through the code that draws, packs and scores, all records together."""
+    arrays, described = golden.arrays, golden.described["likelihood"]
+    batches = {case["batch_size"] for case in described}
+    assert len(batches) == 1
+    generators = []
+    for j in range(len(described)):
+        counts, start = arrays[f"likelihood.{j}.l"], len(arrays[f"likelihood.{j}.prompt"])
+        generators.append(GoldenMasks(counts, arrays[f"likelihood.{j}.mask"][:, start:], *batches))
+    expected = iter(list(generators))
+    monkeypatch.setattr(likelihood.np.random, "default_rng", lambda _: next(expected))
+    found = log_likelihoods(
+        LLaDA(golden.config),
+        golden.policy,
+        [arrays[f"likelihood.{j}.prompt"] for j in range(len(described))],
+        [arrays[f"likelihood.{j}.answer"] for j in range(len(described))],
+        draws=len(arrays["likelihood.0.l"]),
+        batch=next(iter(batches)),
+        seed=0,
+        layout=Layout(4, 256, golden.config.mask_token_id, golden.config.pad_token_id, True),
+        mesh=rules.make_mesh(config.Mesh(1, 1, 1), cpu_devices[:1]),
+    )
+    values = [float(arrays[f"likelihood.{j}.value"]) for j in range(len(described))]
+    np.testing.assert_allclose(found, values, atol=1e-3)
+    assert not any(generator.firsts or generator.masks for generator in generators)
+
+
+def tiny_likelihoods(prompts, answers, devices, *, draws=8, batch=4, **more):
+    arguments = {"draws": draws, "batch": batch, "seed": 0, "layout": tiny.layout(rows=8), **more}
+    mesh = rules.make_mesh(config.Mesh(-1, 1, 1), devices)
+    params = jax.device_put(tiny.params(0), rules.replicated(mesh))
+    return log_likelihoods(tiny.model(), params, prompts, answers, mesh=mesh, **arguments)
+
+
+@pytest.fixture
+def pairs():
+    rng = np.random.default_rng(0)
+    draw = lambda size: rng.integers(0, tiny.MODEL.eos_token_id, size).astype(np.int32)  # noqa: E731
+    return [draw(size) for size in (4, 9, 0, 6)], [draw(size) for size in (5, 1, 3, 0)]
+
+
+def test_neither_the_batch_nor_the_devices_change_an_estimate(pairs, cpu_devices, monkeypatch):
+    prompts, answers = pairs
+    seen = []
+    together = tiny_likelihoods(prompts, answers, cpu_devices[:1], progress=seen.append)
+    assert sum(seen) == len(answers)
+    assert together[3] == 0.0  # nothing to predict
+    monkeypatch.setattr(likelihood, "_AT_ONCE", 8)  # answers that go on in the next chunk
+    np.testing.assert_allclose(tiny_likelihoods(prompts[::-1], answers[::-1], cpu_devices)[::-1], together, rtol=1e-5)
+    np.testing.assert_allclose(tiny_likelihoods(prompts[:1], answers[:1], cpu_devices[:1]), together[:1], rtol=1e-5)
+    assert (tiny_likelihoods(prompts, answers, cpu_devices[:1], seed=1)[[0, 2]] != together[[0, 2]]).all()
+
+
+def test_estimates_average_to_the_elbo(pairs, cpu_devices):
+    """A thousand draws against all masks; within 4 standard errors, which chance exceeds once in 16,000 times."""
+    prompt, answer = pairs[0][0], pairs[1][0]
+    masks = all_masks(len(answer))
+    whole = np.concatenate([prompt, answer])
+    hidden = np.concatenate([np.zeros((len(masks), len(prompt)), bool), masks], axis=1)
+    tokens = jnp.asarray(np.where(hidden, tiny.MODEL.mask_token_id, whole))
+    logits = tiny.model().apply({"params": tiny.params(0)}, tokens, method="logits")
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(whole)), whole]
+    sums = (log_probs * hidden).sum(axis=1)
+    exact = float((exact_weights(masks) * sums).sum())
+    # One mask per batch: draws are independent, and their variance is that of L / l * sum.
+    weight, term = exact_weights(masks) * masks.sum(axis=1) / len(answer), len(answer) / masks.sum(axis=1) * sums
+    deviation = np.sqrt((weight * term**2).sum() - exact**2)
+    draws = 1000
+    (found,) = tiny_likelihoods([prompt], [answer], cpu_devices[:1], draws=draws, batch=1)
+    assert abs(found - exact) < 4 * deviation / np.sqrt(draws)
+
+
+def test_an_answer_of_one_token_takes_one_mask(pairs, cpu_devices, monkeypatch):
+    sizes = []
+    pack = likelihood.pack
+    monkeypatch.setattr(
+        likelihood, "pack", lambda segments, layout: sizes.append(len(segments)) or pack(segments, layout)
+    )
+    tiny_likelihoods(*pairs, cpu_devices[:1])
+    assert sizes == [8 + 1 + 8]
+
+
+def test_refuses_a_batch_that_does_not_divide(pairs, cpu_devices):
+    with pytest.raises(ValueError, match="expected a divisor of the 8 draws, got 3"):
+        tiny_likelihoods(*pairs, cpu_devices[:1], batch=3)
 
 
 def test_the_sum_is_rounded_half_to_even():

@@ -48,6 +48,21 @@ def test_formula(monkeypatch, form, kv):
     np.testing.assert_allclose(found[is_real], naive(*inputs, segment_ids)[is_real], rtol=1e-5, atol=1e-5)
 
 
+def test_keys_of_other_positions():
+    """Some queries, and all keys in any order: each attends to the keys of its segment, wherever they stand."""
+    (query, key, value), segment_ids = random_inputs(21), random_segments(21, padding=None)
+    order = np.random.default_rng(0).permutation(21)
+    some = slice(5, 12)
+    found = attention.attention(
+        query[:, some],
+        key[:, order],
+        value[:, order],
+        segment_ids[:, some],
+        key_segment_ids=segment_ids[:, order],
+    )
+    np.testing.assert_allclose(found, naive(query, key, value, segment_ids)[:, some], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("s", "kv", "dtype", "padding"),
     [

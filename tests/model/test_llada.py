@@ -7,7 +7,7 @@ import pytest
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import REMAT_POLICIES, LLaDA
+from elbo_kto_jax.model.llada import CACHE, REMAT_POLICIES, LLaDA
 from tests import tiny
 from tests.published import CONFIG
 
@@ -144,3 +144,18 @@ def test_config_refuses(key, value):
 def test_config_names_a_missing_key(key):
     with pytest.raises(UserError, match=f"^here: `{key}`"):
         ModelConfig.from_hf({name: value for name, value in CONFIG.items() if name != key}, "here")
+
+
+def test_kept_keys_and_values_stand_in_for_the_tokens_that_left_them():
+    """A window of a row, with what the whole row left of the rest: the same hidden states, and nothing is left."""
+    model, params = tiny.model(), tiny.params(0)
+    tokens, positions = jnp.asarray(random_tokens(2, 12)), jnp.broadcast_to(jnp.arange(12), (2, 12))
+    whole, left = model.apply({"params": params}, tokens, positions, mutable=[CACHE])
+    assert jax.tree.leaves(left)[0].shape[:3] == (tiny.MODEL.n_layers, 2, 12)
+    window, column = slice(3, 8), jnp.arange(12)
+    kept = jnp.where((column >= 3) & (column < 8), -1, 1)
+    key_segment_ids = jnp.broadcast_to(jnp.concatenate([kept, jnp.ones(5, jnp.int32)]), (2, 17))
+    variables = {"params": params, **left}
+    found = model.apply(variables, tokens[:, window], positions[:, window], jnp.ones((2, 5), int), key_segment_ids)
+    np.testing.assert_allclose(found, whole[:, window], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(whole, model.apply({"params": params}, tokens, positions))

@@ -29,6 +29,7 @@ DEFAULT = Sampler(
     confidence_eos_eot_inf=False,
     threshold=0.0,
     cache="none",
+    early_stop=False,
     batch_size=4,
 )
 TINY = ModelConfig(
@@ -76,10 +77,10 @@ def tiny_prompts():
     return [rng.integers(0, 15, size).astype(np.int32) for size in (3, 11, 1, 7, 5)]  # of one bucket
 
 
-def run(tiny, prompts, sampler, names=None, seed=0, mesh=None):
+def run(tiny, prompts, sampler, names=None, seed=0, **more):
     model, params = tiny
     names = [f"prompt {i}" for i in range(len(prompts))] if names is None else names
-    return decode.generate(model, params, prompts, sampler, seed=seed, prompt_ids=names, eot_id=TINY_EOT, mesh=mesh)
+    return decode.generate(model, params, prompts, sampler, seed=seed, prompt_ids=names, eot_id=TINY_EOT, **more)
 
 
 # Golden responses.
@@ -125,38 +126,89 @@ def logits_everywhere(tiny, tokens):
     return np.asarray(padded_logits(*tiny, padded, len(tokens))[0, : len(tokens)], np.float64)
 
 
-def published(tiny, prompt, sampler):
+class Kept:
+    """Logits with kept keys and values, in numpy and float64: those of the columns that are run replace the kept ones,
+    whatever else has changed since (Fast-dLLM, arXiv 2505.22618)."""
+
+    def __init__(self, tiny):
+        self.config = tiny[0].config
+        self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tiny[1])
+        self.key_values = {}
+
+    def logits(self, tokens, columns):
+        """float64[s, v] of a row of tokens, computed at `columns` only: nothing else of it counts."""
+        cfg, p = self.config, self.params
+        out, x = np.full((len(tokens), cfg.embedding_size), -np.inf), p["wte"]["embedding"][tokens[columns]]
+        for n in range(cfg.n_layers):
+            layer = jax.tree.map(lambda leaf: leaf[n], p["blocks"])  # noqa: B023
+            h = self.norm(x, layer["attn_norm"]["scale"])
+            q, k, v = ((h @ layer[f"{name}_proj"]["kernel"]).reshape(len(columns), -1, cfg.head_dim) for name in "qkv")
+            keys, values = self.key_values.setdefault(n, np.zeros((2, len(tokens), *k.shape[1:])))
+            keys[columns], values[columns] = self.rotate(k, columns), v
+            shared = np.arange(cfg.n_heads) // (cfg.n_heads // cfg.n_kv_heads)
+            scores = np.einsum("qhe,the->hqt", self.rotate(q, columns), keys[:, shared])
+            weights = np.exp(scores / np.sqrt(cfg.head_dim))
+            mixed = np.einsum("hqt,the->qhe", weights / weights.sum(axis=-1, keepdims=True), values[:, shared])
+            x = x + mixed.reshape(len(columns), -1) @ layer["attn_out"]["kernel"]
+            h = self.norm(x, layer["ff_norm"]["scale"])
+            gate = h @ layer["ff_proj"]["kernel"]
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up_proj"]["kernel"])) @ layer["ff_out"]["kernel"]
+        out[columns] = self.norm(x, p["ln_f"]["scale"]) @ p["head"]["kernel"]
+        return out
+
+    def norm(self, x, scale):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.config.rms_norm_eps) * scale
+
+    def rotate(self, x, columns):
+        half = self.config.head_dim // 2
+        angle = np.outer(columns, self.config.rope_theta ** (-np.arange(half) / half))[:, None]
+        first, second = x[..., :half], x[..., half:]
+        return np.concatenate(
+            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
+        )
+
+
+def published(tiny, prompt, sampler, template=None):
     """(response, written_at, steps taken, whether a mask token was ever written) at temperature 0."""
     mask_id, eos = TINY.mask_token_id, TINY.eos_token_id
     start, length = len(prompt), sampler.block_length
-    x = np.concatenate([prompt, np.full(sampler.gen_length, mask_id, np.int32)])
+    template = np.full(sampler.gen_length, mask_id, np.int32) if template is None else template
+    x = np.concatenate([prompt, template])
     written_at = np.full(len(x), -1)
     steps_per_block = sampler.steps // (sampler.gen_length // length)
     taken, wrote_mask = 0, False
-    for block in range(sampler.gen_length // length):
-        end = start + (block + 1) * length
+    for block in range(-(-len(template) // length)):
+        first, end = start + block * length, start + (block + 1) * length
         steps = length if sampler.threshold else steps_per_block
+        to_write = int((x[first:end] == mask_id).sum())
+        conditional, unconditional = Kept(tiny), Kept(tiny)
         for step in range(steps):
             masked = x == mask_id
             masked[end:] = False
-            quota = 1 if sampler.threshold else length // steps + (step < length % steps)
+            columns = np.arange(len(x))
+            if sampler.cache != "none" and step > 0:
+                masked[:first] = False
+                columns = np.arange(first, min(end, len(x)) if sampler.cache == "dual" else len(x))
+            quota = int(step < to_write) if sampler.threshold else to_write // steps + (step < to_write % steps)
             if not masked.any() or not quota:
                 continue
-            scores = logits_everywhere(tiny, x)
+            without = np.where(np.arange(len(x)) < start, mask_id, x)
+            if sampler.cache == "none":
+                scores, others = logits_everywhere(tiny, x), logits_everywhere(tiny, without)
+            else:
+                scores, others = conditional.logits(x, columns), unconditional.logits(without, columns)
             if sampler.cfg_scale:
-                without = x.copy()
-                without[:start] = mask_id
-                unconditional = logits_everywhere(tiny, without)
-                scores = unconditional + (sampler.cfg_scale + 1) * (scores - unconditional)
+                scores[columns] = others[columns] + (sampler.cfg_scale + 1) * (scores - others)[columns]
             if sampler.logits_eos_inf:
                 scores[:, eos] = -np.inf
             token = scores.argmax(axis=1)
             if sampler.confidence_eos_eot_inf:
                 scores[:, [eos, TINY_EOT]] = -np.inf
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            confidence = weights[np.arange(len(x)), token] / weights.sum(axis=1)
+            with np.errstate(invalid="ignore"):
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                confidence = weights[np.arange(len(x)), token] / weights.sum(axis=1)
             ranked = np.argsort(np.where(masked, -confidence, np.inf), kind="stable")
-            chosen = set(ranked[:quota])
+            chosen = set(ranked[:quota]) & set(np.flatnonzero(masked))
             if sampler.threshold:
                 chosen |= set(np.flatnonzero(masked & (confidence > sampler.threshold)))
             for i in chosen:
@@ -174,6 +226,10 @@ CASES = {
     "guided": {"cfg_scale": 1.3, "confidence_eos_eot_inf": True, "block_length": 8},
     "threshold": {"threshold": 0.5, "block_length": 8},
     "threshold that is never reached": {"threshold": 1.0, "steps": 2},
+    "prefix": {"cache": "prefix", "gen_length": 12, "steps": 12},
+    "dual": {"cache": "dual", "gen_length": 12, "steps": 6},
+    "dual, guided": {"cache": "dual", "cfg_scale": 1.3, "confidence_eos_eot_inf": True},
+    "prefix, threshold": {"cache": "prefix", "threshold": 0.5},
 }
 
 
@@ -196,6 +252,70 @@ def test_the_cases_contain_what_they_are_about(tiny, tiny_prompts):
         assert any((a[1] != b[1]).any() for a, b in zip(plain, changed, strict=True)), case
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_reuse_is_exact_where_nothing_is_out_of_date(tiny, tiny_prompts, cache):
+    """With one step per block everything is computed afresh, and so the same is written as without reuse."""
+    sampler = options(steps=2, temperature=0.7, cfg_scale=0.5)
+    plain, reused = run(tiny, tiny_prompts, sampler), run(tiny, tiny_prompts, dataclasses.replace(sampler, cache=cache))
+    np.testing.assert_array_equal(reused.tokens, plain.tokens)
+    np.testing.assert_array_equal(reused.confidence, plain.confidence)
+    assert (reused.forward_passes, reused.forward_tokens) == (plain.forward_passes, plain.forward_tokens)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_reuse_changes_some_responses_of_the_cases(tiny, tiny_prompts, cache):
+    """Otherwise the cases above would not show whether anything is reused."""
+    sampler = options(cache=cache, gen_length=12, steps=12)
+    others = [options(cache=other, gen_length=12, steps=12) for other in ("none", "prefix", "dual") if other != cache]
+    for other in others:
+        pairs = [(published(tiny, p, sampler)[0], published(tiny, p, other)[0]) for p in tiny_prompts]
+        assert any((a != b).any() for a, b in pairs)
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_masked_spans_are_filled_and_nothing_else(tiny, tiny_prompts, cache):
+    rng, sampler = np.random.default_rng(1), options(gen_length=12, steps=6, cache=cache)
+    templates = [rng.integers(0, 15, size).astype(np.int32) for size in (12, 7, 5, 12, 3)]
+    for template, masked in zip(templates, ([0, 1, 9], [2, 3, 4, 6], [4], range(12), []), strict=True):
+        template[list(masked)] = TINY.mask_token_id
+    responses = run(tiny, tiny_prompts, sampler, templates=templates)
+    for i, (prompt, template) in enumerate(zip(tiny_prompts, templates, strict=True)):
+        expected, written_at, _, _ = published(tiny, prompt, sampler, template)
+        np.testing.assert_array_equal(responses.tokens[i, : len(template)], expected, err_msg=f"prompt {i}")
+        np.testing.assert_array_equal(responses.written_at[i, : len(template)], written_at, err_msg=f"prompt {i}")
+        assert (responses.tokens[i, len(template) :] == TINY.eos_token_id).all()
+
+
+STOP = {"gen_length": 16, "steps": 16, "early_stop": True, "temperature": 1.0, "batch_size": 2}
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_early_stop_leaves_the_answer_as_it_is(tiny, tiny_prompts, cache):
+    sampler = options(**STOP, cache=cache)
+    prompts = tiny_prompts * 3
+    whole = run(tiny, prompts, dataclasses.replace(sampler, early_stop=False))
+    stopped = run(tiny, prompts, sampler)
+    stops, early = [TINY.eos_token_id, TINY_EOT], 0
+    for a, b, written_at in zip(whole.tokens, stopped.tokens, stopped.written_at, strict=True):
+        np.testing.assert_array_equal(decode.cut_response(b, stops), decode.cut_response(a, stops))
+        skipped = (written_at < 0) & (TINY.mask_token_id not in b)  # a mask token is left where nothing was stopped
+        assert (b[skipped] == TINY.eos_token_id).all()
+        assert (a[~skipped] == b[~skipped]).all()
+        early += skipped.any()
+    assert 0 < early < len(prompts)
+    assert stopped.forward_tokens < whole.forward_tokens
+
+
+def test_finished_rows_make_room(tiny, tiny_prompts):
+    """The cost of a batch of two follows the sum of the blocks that prompts need, not twice the longest."""
+    sampler = options(gen_length=16, steps=16, batch_size=2)
+    mask, known = np.full(16, TINY.mask_token_id, np.int32), np.zeros(12, np.int32)
+    short = np.concatenate([mask[:4], known])
+    responses = run(tiny, [tiny_prompts[0]] * 4, sampler, list("abcd"), templates=[mask, short, short, short])
+    assert responses.forward_passes == sampler.steps  # 4 blocks beside 3 times one
+    np.testing.assert_array_equal(responses.tokens[1], responses.tokens[3])
+
+
 def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
     sampler = options(**CASES["threshold"])
     steps = [published(tiny, prompt, sampler)[2] for prompt in tiny_prompts]
@@ -203,11 +323,35 @@ def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
     # With one block a batch runs as long as its slowest prompt; what fills up the last batch adds nothing.
     rows = sampler.batch_size
     expected = sum(max(steps[at : at + rows]) for at in range(0, len(steps), rows))
-    assert run(tiny, tiny_prompts, sampler).forward_passes == expected
+    responses = run(tiny, tiny_prompts, sampler)
+    assert responses.forward_passes == expected
+    assert responses.forward_tokens == expected * rows * decode.BUCKET
     batches = -(-len(tiny_prompts) // rows)
     assert run(tiny, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
     guided = options(**CASES["guided"])
     assert run(tiny, tiny_prompts, guided).forward_passes == 2 * batches * guided.steps
+
+
+def test_forward_tokens_of_reuse_are_those_of_the_windows(tiny, tiny_prompts):
+    """12 tokens in 3 blocks of 4 steps: the first of each block runs the row, three run the window."""
+    sampler = options(gen_length=12, steps=12, logits_eos_inf=True)
+    windows = {"none": 3 * [decode.BUCKET], "prefix": [12, 8, 4], "dual": [4, 4, 4]}
+    for cache, widths in windows.items():
+        responses = run(tiny, tiny_prompts[:4], dataclasses.replace(sampler, cache=cache))
+        assert responses.forward_passes == 12
+        assert responses.forward_tokens == 4 * (3 * decode.BUCKET + 3 * sum(widths)), cache
+
+
+def test_a_watcher_sees_every_step(tiny, tiny_prompts):
+    sampler = options(cache="dual")
+    seen = {i: [] for i in range(2)}
+    responses = run(tiny, tiny_prompts[:2], sampler, watch=lambda i, tokens: seen[i].append(tokens.copy()))
+    for i, frames in seen.items():
+        assert len(frames) == sampler.steps
+        np.testing.assert_array_equal(frames[-1], responses.tokens[i])
+        for step, frame in enumerate(frames):
+            written = (responses.written_at[i] >= 0) & (responses.written_at[i] <= step)
+            np.testing.assert_array_equal(frame[written], responses.tokens[i][written])
 
 
 def test_confidence_is_the_probability_of_the_token_when_it_was_written(tiny, tiny_prompts):
@@ -225,8 +369,9 @@ def test_confidence_is_the_probability_of_the_token_when_it_was_written(tiny, ti
 # Randomness and independence.
 
 
-def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monkeypatch):
-    sampler = options(temperature=0.7, remasking="random", cfg_scale=0.5)
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monkeypatch, cache):
+    sampler = options(temperature=0.7, remasking="random", cfg_scale=0.5, cache=cache, gen_length=12, steps=6)
     names = [f"prompt {i}" for i in range(len(tiny_prompts))]
     together = run(tiny, tiny_prompts, sampler, names)
     alone = run(tiny, tiny_prompts[2:3], sampler, names[2:3])
@@ -235,7 +380,7 @@ def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monk
     shuffled = run(
         tiny,
         [tiny_prompts[i] for i in order],
-        dataclasses.replace(sampler, batch_size=3),
+        dataclasses.replace(sampler, batch_size=2),
         [names[i] for i in order],
     )
     for traced in ("tokens", "written_at"):
@@ -243,12 +388,12 @@ def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monk
         np.testing.assert_array_equal(getattr(shuffled, traced), getattr(together, traced)[order])
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_a_prompt_gets_the_same_on_any_number_of_devices(tiny, tiny_prompts, cpu_devices, sizes):
+@pytest.mark.parametrize(("sizes", "cache"), [((8, 1, 1), "none"), ((2, 2, 2), "none"), ((2, 2, 2), "dual")])
+def test_a_prompt_gets_the_same_on_any_number_of_devices(tiny, tiny_prompts, cpu_devices, sizes, cache):
     model, params = tiny
     mesh = rules.make_mesh(configs.Mesh(*sizes), cpu_devices)
     sharded = jax.device_put(params, rules.param_shardings(params, mesh))
-    sampler = options(temperature=1.0, remasking="random")
+    sampler = options(temperature=1.0, remasking="random", cache=cache)
     one, many = run(tiny, tiny_prompts, sampler), run((model, sharded), tiny_prompts, sampler, mesh=mesh)
     np.testing.assert_array_equal(many.tokens, one.tokens)
     np.testing.assert_array_equal(many.written_at, one.written_at)
@@ -303,22 +448,39 @@ def test_confidences_near_one_stay_apart():
 # Cost.
 
 
-def test_one_program_per_bucket(tiny, tiny_prompts):
-    sampler = options(gen_length=4, steps=2)
-    before = decode._denoise._cache_size()
+def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
+    def programs() -> tuple[int, int]:
+        return decode._refresh._cache_size(), decode._steps._cache_size()
+
+    sampler = options(gen_length=4, block_length=2, cache="dual")
+    first, later = programs()
     run(tiny, tiny_prompts, sampler)
-    assert decode._denoise._cache_size() == before + 1
+    assert programs() == (first + 1, later + 1)
     run(tiny, [np.arange(size, dtype=np.int32) % 9 for size in range(1, 9)], sampler, seed=5)
-    assert decode._denoise._cache_size() == before + 1
+    assert programs() == (first + 1, later + 1)
     run(tiny, [np.zeros(decode.BUCKET, np.int32)] * 4, sampler)
-    assert decode._denoise._cache_size() == before + 2
+    assert programs() == (first + 2, later + 2)
+    run(tiny, tiny_prompts, dataclasses.replace(sampler, cache="none"))
+    assert programs() == (first + 2, later + 3)
+    # A prefix window has a power of two of blocks: 8, 4, 2 and 1 of them.
+    run(tiny, tiny_prompts, dataclasses.replace(sampler, cache="prefix", gen_length=16, steps=16))
+    assert programs() == (first + 3, later + 7)
+
+
+def test_long_rows_have_four_widths_per_octave():
+    for tokens, width in {1: 64, 64: 64, 65: 128, 449: 512, 512: 512, 513: 640, 1024: 1024, 1025: 1280}.items():
+        assert decode._width(tokens) == width
+    assert len({decode._width(tokens) for tokens in range(1, 4097)}) == 20
 
 
 def test_logits_exist_for_one_block_at_a_time(tiny):
     model, params = tiny
     sampler = options(gen_length=64, steps=64, block_length=8)
-    arguments = jnp.zeros((3, 64), jnp.int32), jnp.full(3, 9), jnp.zeros((3, 2), jnp.uint32)
-    traced = decode._denoise.trace(model, params, *arguments, options=sampler, eot_id=None, mesh=None)
+    ints = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+    rows = decode._Rows(ints(3, 64), ints(3), jnp.zeros((3, 2), jnp.uint32), ints(3), ints(3), ints(3))
+    state = decode._State(ints(3, 64), ints(3, 64), jnp.zeros((3, 64)), ints(3), ints())
+    static = {"options": sampler, "eot_id": None, "mesh": None}
+    traced = decode._steps.trace(model, params, rows, state, None, ints(), **static, window=None)
     text = str(traced.jaxpr)
     vocabulary = TINY.embedding_size
     assert f"f32[3,8,{vocabulary}]" in text
@@ -329,13 +491,15 @@ def test_logits_exist_for_one_block_at_a_time(tiny):
 # Input.
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [({"cache": "prefix"}, "cache"), ({"threshold": 0.9, "remasking": "random"}, "threshold")],
-)
-def test_refuses_options_that_it_cannot_follow(tiny, tiny_prompts, changes, word):
-    with pytest.raises(UserError, match=f"config.sampler.{word}"):
-        run(tiny, tiny_prompts, options(**changes))
+def test_refuses_options_that_exclude_each_other(tiny, tiny_prompts):
+    with pytest.raises(UserError, match=r"config\.sampler\.threshold"):
+        run(tiny, tiny_prompts, options(threshold=0.9, remasking="random"))
+
+
+def test_refuses_templates_that_do_not_fit(tiny, tiny_prompts):
+    for templates in ([np.zeros(9, np.int32)] * len(tiny_prompts), [np.zeros(8, np.int32)]):
+        with pytest.raises(ValueError, match="templates: expected one per prompt, 5, of at most 8 tokens"):
+            run(tiny, tiny_prompts, DEFAULT, templates=templates)
 
 
 def test_refuses_blocks_that_do_not_fit(tiny, tiny_prompts):

@@ -1,0 +1,289 @@
+"""Benchmarks of lm-evaluation-harness (METHOD 8) on a masked diffusion model: the extra `eval`, imported by need.
+
+The harness builds prompts and metrics, `DiffusionLM` answers: written answers by the sampler (METHOD 6), likelihoods by
+the Monte-Carlo estimate over masks (METHOD 7). Each task runs with its row of configs/tasks.py.
+"""
+
+import collections
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from elbo_kto_jax.config import Config, Task
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.evaluation.likelihood import log_likelihoods
+from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.sampling.respond import Checkpoint, respond
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.text import chat
+from elbo_kto_jax.text.records import Record
+
+# A task that has no row in the table: what its own file says, and the masks of METHOD 7.
+_UNLISTED = Task(num_fewshot=-1, chat_template=True, sampler={}, draws=128, executes_code=False)
+
+
+class Benchmark(NamedTuple):
+    """A task (or group, or tag) that is ready to run, and how."""
+
+    name: str
+    settings: Task
+    loaded: list[Any]  # lm_eval's Task and Group objects
+    generates: bool  # whether it has answers written
+    compares: bool  # whether it has likelihoods of answers estimated
+
+
+def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code: bool, flag: str) -> list[Benchmark]:
+    """The tasks `names` with their data: names that lm_eval knows, or YAML files of tasks.
+
+    Args:
+      names: of tasks, groups or tags; see `lm_eval ls tasks`.
+      table: the rows of configs/tasks.py.
+      allow_code: whether tasks may execute what the model writes.
+      flag: the flag or config key that named them, for messages.
+
+    Raises:
+      UserError: a task is unknown, executes code without `allow_code`, or its data cannot be loaded.
+    """
+    rows = [table.get(Path(name).stem, _UNLISTED) for name in names]
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    for name, row in zip(names, rows, strict=True):
+        _check_code(name, row.executes_code, allow_code, flag)
+    # Reading the index of all tasks takes seconds, and a YAML file does not need it.
+    manager = TaskManager(include_defaults=not all(_is_file(name) for name in names))
+    for name in names:
+        if not _is_file(name) and name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
+            raise UserError(f"{flag}: lm-evaluation-harness has no task {name!r}; {hint}")
+    benchmarks = []
+    for name, row in zip(names, rows, strict=True):
+        try:
+            found = manager.load([name])
+        except Exception as error:  # whatever its file or the data set's host raises
+            raise UserError(
+                f"{flag}: task {name} cannot be loaded ({_first_line(error)});\n"
+                "its data set is fetched from the Hugging Face Hub once, and kept in HF_HOME"
+            ) from error
+        _check_code(
+            name, any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()), allow_code, flag
+        )
+        inside = {child for children in found["group_map"].values() for child in children}
+        tops = {**found["groups"], **found["tasks"]}
+        loaded = [top for top_name, top in tops.items() if top_name not in inside]
+        kinds = {task.OUTPUT_TYPE == "generate_until" for task in found["tasks"].values()}
+        benchmarks.append(Benchmark(Path(name).stem, row, loaded, True in kinds, False in kinds))
+    return benchmarks
+
+
+def run(
+    benchmark: Benchmark, checkpoint: Checkpoint, config: Config, *, limit: int, allow_code: bool, out: Path
+) -> dict[str, float]:
+    """Runs a task and writes `out`: lm_eval's own JSON, as `lm_eval --output_path` writes it; returns its metrics.
+
+    Beside it, `out` with the ending .samples.jsonl: every question with its answers and metrics, as lm_eval logs them.
+
+    Args:
+      benchmark: what to run.
+      checkpoint: the model.
+      config: the sampler, where the task's row does not set it; seed, draws at once and devices.
+      limit: examples per task; 0: all.
+      allow_code: see `load_benchmarks`.
+      out: a JSON file, written when the task is complete.
+
+    Returns:
+      lm_eval's "METRIC,FILTER" and "METRIC_stderr,FILTER" of the task; of a tag, those of its tasks, "TASK: METRIC".
+    """
+    settings = benchmark.settings
+    config = config.with_sampler(settings.sampler, f"task {benchmark.name}")
+    model = DiffusionLM(checkpoint, config, settings.draws)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as scratch:
+        tracker = EvaluationTracker(output_path=scratch)
+        results = simple_evaluate(
+            model=model,
+            model_args={"path": checkpoint.source, "draws": settings.draws, **config.to_dict()["sampler"]},
+            tasks=benchmark.loaded,
+            task_manager=TaskManager(include_defaults=False),  # nothing is looked up: the tasks are loaded
+            num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+            limit=limit or None,
+            apply_chat_template=settings.chat_template and checkpoint.tokenizer.chat_template is not None,
+            fewshot_as_multiturn=False,
+            evaluation_tracker=tracker,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+            confirm_run_unsafe_code=allow_code,
+        )
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results=results, samples=samples)
+        (written,) = Path(scratch).rglob("results_*.json")
+        rows = [{"task": task, **row} for task, of_task in samples.items() for row in of_task]
+        lines = (json.dumps(row, default=str, ensure_ascii=False) for row in rows)
+        atomic_write(out.with_suffix(".samples.jsonl"), "".join(f"{line}\n" for line in lines))
+        os.replace(written, out)
+    return _metrics(results, benchmark.name)
+
+
+def describe(settings: Task) -> str:
+    """How a task is run, for people."""
+    shots = "its own number of examples" if settings.num_fewshot < 0 else f"{settings.num_fewshot} examples"
+    keys = ", ".join(f"{key}={value}" for key, value in settings.sampler.items()) or "config.sampler"
+    return f"{shots}, {keys}, {settings.draws} masks where it compares likelihoods"
+
+
+class DiffusionLM(LM):
+    """What lm_eval asks of a model, answered by a mask predictor.
+
+    Of a request to generate, the stop strings count; how many tokens are written, and how, is `config.sampler`'s.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, draws: int):
+        super().__init__()
+        self._checkpoint = checkpoint
+        self._config = config
+        self._draws = draws
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The responses to the contexts, each cut at its first stop string."""
+        copies: collections.Counter[str] = collections.Counter()
+        records = []
+        for request in requests:
+            context = request.args[0]
+            copies[context] += 1  # a task that asks several times gets several random answers
+            name = f"{_hash(context)}#{copies[context]}"
+            records.append(Record(name, context, None, None, _where(request)))
+        texts = respond(self._checkpoint, records, self._config).texts
+        return [cut_at(text, _stops(request)) for text, request in zip(texts, requests, strict=True)]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, False) of each continuation given its context.
+
+        The likelihood is the ELBO's estimate of METHOD 7, all draws of an answer stratified together. Whether greedy
+        decoding would give the answer is reported as False throughout: it takes a decoding of its own for each answer,
+        and no metric of the published evaluations reads it.
+        """
+        encoded = [self._encode_pair(*request.args) for request in requests]
+        layout = self._layout()
+        for (context, answer), request in zip(encoded, requests, strict=True):
+            if len(context) + len(answer) > layout.length:
+                raise UserError(
+                    f"{_where(request)}: {len(context) + len(answer)} tokens, but the model takes {layout.length}; "
+                    "ask for fewer examples (num_fewshot in the table of tasks)"
+                )
+        with tqdm(total=len(requests), desc="likelihood", unit="answer") as bar:
+            values = log_likelihoods(
+                self._checkpoint.model,
+                self._checkpoint.params,
+                [np.array(context, np.int32) for context, _ in encoded],
+                [np.array(answer, np.int32) for _, answer in encoded],
+                draws=self._draws,
+                batch=self._draws,
+                seed=self._config.seed,
+                layout=layout,
+                mesh=self._checkpoint.mesh,
+                progress=bar.update,
+            )
+        return [(float(value), False) for value in values]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Refused: windows that move over a text have no meaning for a model that sees both sides."""
+        raise UserError(
+            f"{_where(requests[0])}: asks for the perplexity of whole texts (loglikelihood_rolling), which a masked "
+            "diffusion model does not define; leave the task out"
+        )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; without the generation prompt, the last message is left open to go on."""
+        return self._checkpoint.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._checkpoint.tokenizer.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._checkpoint.source.replace("/", "__")
+
+    def _encode_pair(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, the two tokenised as one text; white space between them belongs to the answer."""
+        stripped = context.rstrip()
+        answer = context[len(stripped) :] + answer
+        (whole,) = chat.tokenise(self._checkpoint.tokenizer, [stripped + answer])
+        (prefix,) = chat.tokenise(self._checkpoint.tokenizer, [stripped])
+        return whole[: len(prefix)], whole[len(prefix) :]
+
+    def _layout(self) -> Layout:
+        model = self._checkpoint.model.config
+        rows = max(1, self._config.train.microbatch_tokens // model.max_sequence_length)
+        return Layout(
+            rows=rows * rules.row_shards(self._checkpoint.mesh),
+            length=model.max_sequence_length,
+            mask_token=model.mask_token_id,
+            pad_token=model.pad_token_id,
+            packed=True,
+        )
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of the stop strings, without it."""
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _stops(request: Instance) -> list[str]:
+    until = request.args[1].get("until") or []
+    return [until] if isinstance(until, str) else list(until)
+
+
+def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
+    found = {**results["results"], **results.get("groups", {})}
+    of_tasks = {"": found[name]} if name in found else {f"{task}: ": row for task, row in found.items()}
+    return {
+        f"{prefix}{metric}": float(value)
+        for prefix, row in of_tasks.items()
+        for metric, value in row.items()
+        if "," in metric and isinstance(value, (int, float))  # a standard error that there is none of is "N/A"
+    }
+
+
+def _check_code(name: str, executes_code: bool, allowed: bool, flag: str) -> None:
+    if executes_code and not allowed:
+        raise UserError(
+            f"{flag}: task {name} executes the code that the model writes, on this machine and with your rights; "
+            "pass --confirm-run-unsafe-code to allow it"
+        )
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _where(request: Instance) -> str:
+    return f"task {request.task_name}, document {request.doc_id}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

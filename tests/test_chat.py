@@ -1,0 +1,161 @@
+"""The command `chat`: what it prints, what it remembers, and how an answer forms on a terminal."""
+
+import dataclasses
+import io
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from elbo_kto_jax import chat, cli
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.report.denoising import MASK
+from elbo_kto_jax.sampling.respond import Answers, open_checkpoint
+from elbo_kto_jax.text.chat import encode_prompt
+
+MESH = ["--config.mesh.data=-1", "--config.mesh.tensor=1"]  # the tests have more devices than the model heads
+
+
+class Terminal(io.StringIO):
+    """Obeys the two control sequences that are used, and keeps every screen that was flushed."""
+
+    def __init__(self):
+        super().__init__()
+        self.screens = []
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        lines = [""]
+        for part in re.findall(r"\x1b\[\d*[A-Z]|\n|[^\x1b\n]+", self.getvalue()):
+            if part == "\n":
+                lines.append("")
+            elif part.endswith("F"):
+                kept = len(lines) - 1 - int(part[2:-1])
+                assert kept >= 0, "above the screen"
+                lines = [*lines[:kept], ""]
+            elif part != "\x1b[J":
+                lines[-1] += part
+        self.screens.append(lines)
+
+
+@pytest.fixture
+def config():
+    config = cli.load_config_file(str(chat.DEFAULT_CONFIG))
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    config.sampler.update({"gen_length": 16, "steps": 16, "block_length": 8})
+    return Config.from_mapping(config.to_dict())
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, config):
+    return open_checkpoint(str(tiny_checkpoint), config, flag="--checkpoint")
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """Answers without a model: "reply 1", "reply 2", ...; the conversations that were asked for."""
+    asked = []
+
+    def respond(checkpoint, records, config, watch=None):
+        asked.append(records[0].prompt)
+        mask = checkpoint.model.config.mask_token_id
+        tokens = np.asarray(encode_prompt(checkpoint.tokenizer, f"reply {len(asked)}"), np.int32)
+        if watch:
+            for shown in (np.full_like(tokens, mask), np.where(np.arange(len(tokens)) % 2, mask, tokens), tokens):
+                watch(0, shown)
+        responses = SimpleNamespace(written_at=np.zeros((1, 3), int), forward_passes=5, forward_tokens=50)
+        return Answers([], responses, [f"reply {len(asked)}"], 0.5)
+
+    monkeypatch.setattr(chat, "respond", respond)
+    return asked
+
+
+def test_without_a_terminal_only_finished_answers_are_printed(tiny_checkpoint, monkeypatch, capsys):
+    """The real thing, on random weights: two messages of one word, an empty line between them."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Capitals abc\n\nagain\n"))
+    summary = chat.main([f"--checkpoint={tiny_checkpoint}", *MESH, "--config.sampler.gen_length=32"])
+    assert "\x1b" not in capsys.readouterr().out
+    assert summary["turns"] == 2
+    assert summary["forward_tokens"] > summary["forward_passes"] > 0
+
+
+def test_what_was_said_is_remembered(checkpoint, config, replies):
+    conversation = chat.Conversation(checkpoint, config, io.StringIO())
+    for message in ("first", "second", "third"):
+        conversation.answer(message)
+    said = [(message["role"], message["content"]) for message in replies[-1]]
+    expected = [("user", "first"), ("assistant", "reply 1"), ("user", "second"), ("assistant", "reply 2")]
+    assert said == [*expected, ("user", "third")]
+    assert conversation.summary == {
+        "turns": 3, "tokens_per_second": 6.0, "forward_passes": 15, "forward_tokens": 150, "seconds": 1.5,
+    }  # fmt: skip
+
+
+def test_the_oldest_messages_give_way(checkpoint, config, replies):
+    longest = checkpoint.model.config.max_sequence_length - config.sampler.gen_length
+    conversation = chat.Conversation(checkpoint, config, io.StringIO())
+    for word in "abcdef":
+        conversation.answer(word * 20)
+    assert replies[-1][-1]["content"] == "f" * 20
+    assert replies[-1][0]["role"] == "user"
+    assert 1 < len(replies[-1]) < 11
+    assert len(encode_prompt(checkpoint.tokenizer, replies[-1])) <= longest
+
+
+def test_a_message_that_is_too_long_does_not_end_the_conversation(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 500 + "\nshort\n"))
+    assert chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])["turns"] == 1
+    assert len(capsys.readouterr().out.splitlines()) >= 1
+
+
+def test_the_answer_forms_in_place(checkpoint, config, replies, monkeypatch):
+    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
+    terminal = Terminal()
+    conversation = chat.Conversation(checkpoint, config, terminal)
+    conversation.answer("one")
+    conversation.answer("two")
+    first = [screen for screen in terminal.screens if "reply 1" not in screen]
+    assert "".join(first.pop(0)) == MASK * config.sampler.gen_length
+    masks = ["".join(screen).count(MASK) for screen in first]
+    assert masks[0] > masks[1] > masks[-1] == 0
+    assert first[2] == ["repl", "y 1", ""]  # at most four columns
+    assert all("reply 1" in screen for screen in terminal.screens[len(first) + 1 :])
+    assert terminal.screens[-1] == ["reply 1", "reply 2", ""]
+
+
+def test_a_long_answer_stays_on_the_screen(monkeypatch):
+    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((80, 4)))
+    terminal = Terminal()
+    canvas = chat._Canvas(terminal)
+    canvas.draw("\n".join("abcdefgh"))
+    assert terminal.screens[-1] == ["f", "g", "h", ""]
+    canvas.draw("x\ty\x1b[2Jz")
+    assert terminal.screens[-1] == ["x y[2Jz", ""]  # nothing that a terminal would obey
+    canvas.erase()
+    terminal.flush()
+    assert terminal.screens[-1] == [""]
+
+
+def test_interrupt_ends_it(tiny_checkpoint, monkeypatch, replies):
+    lines = iter(["hello"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or (_ for _ in ()).throw(KeyboardInterrupt))
+    assert chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])["turns"] == 1
+
+
+def test_answers_fit_into_the_model(config):
+    sampler = dataclasses.replace(config.sampler, gen_length=256, steps=128, block_length=32)
+    assert chat.fit(sampler, 4096) == sampler
+    assert chat.fit(sampler, 200) == dataclasses.replace(sampler, gen_length=96, steps=48)
+    assert chat.fit(sampler, 20) == dataclasses.replace(sampler, gen_length=32, steps=16)
+
+
+def test_a_model_without_a_template_is_refused(tiny_checkpoint, checkpoint, monkeypatch):
+    checkpoint.tokenizer.chat_template = None
+    monkeypatch.setattr(chat, "open_checkpoint", lambda *_, **__: checkpoint)
+    with pytest.raises(UserError, match="no chat template"):
+        chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])
