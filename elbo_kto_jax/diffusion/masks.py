@@ -8,6 +8,13 @@ Every scheme makes each single draw an unbiased estimator, so any average of dra
     stratified     uniform, with l_k = 1 + floor(L * frac(u + k / K)): one random shift u spreads the K values of l
     complementary  draws come in pairs: M with l as in stratified over the pairs, then its complement with L - l (which
                    is uniform too); where l = L the complement would be empty, so the second draw hides everything too
+    antithetic     pairs too: M with l as in complementary, then the complement and one token of M, so L + 1 - l tokens
+                   (uniform again, never empty): what l adds to an estimate cancels in a pair up to second order
+    importance     antithetic, with l ~ q(l) ~ 1 / sqrt(l) at q's quantiles u and 1 - u, and weight 1 / (l q(l)): in a
+                   long completion the few hidden tokens of a small l estimate worst, so small l are drawn more often
+
+An odd number of draws leaves the last pair without its second draw. docs/estimators.md has the derivations, and which
+scheme is best when; the command `diagnose` measures it.
 
 Masks are a pure function of (seed, example id, epoch, draw), by a counter-based generator (Philox): neither the batch,
 the order, the number of hosts, a restart, packing nor the platform changes them. They are drawn on the host, beside
@@ -98,9 +105,40 @@ def _complementary(uniforms, draws: int, length: int) -> Draws:
     return Draws(mask, (length / mask.sum(axis=1)).astype(np.float32))
 
 
+def _antithetic(uniforms, draws: int, length: int) -> Draws:
+    return _antithetic_pairs(uniforms, draws, np.full(length, 1 / length))
+
+
+def _importance(uniforms, draws: int, length: int) -> Draws:
+    chance = 1 / np.sqrt(np.arange(1, length + 1))
+    return _antithetic_pairs(uniforms, draws, chance / chance.sum())
+
+
+def _antithetic_pairs(uniforms, draws: int, chance: np.ndarray) -> Draws:
+    """Pairs at the quantiles u and 1 - u of l, whose probabilities are `chance`: one of them hides the first tokens of
+    a random order, the other the last ones."""
+    length, pairs = len(chance), -(-draws // 2)
+    shift = uniforms(_SHARED, 1)[0]
+    quantile = (shift + np.arange(pairs) / pairs) % 1.0
+    bounds = np.cumsum(chance)[:-1]
+    noise = [uniforms(2 * j, length) for j in range(pairs)]
+    counts = 1 + np.stack(
+        [np.searchsorted(bounds, quantile, "right"), np.searchsorted(bounds, 1.0 - quantile, "left")], axis=1
+    )
+    masks = [
+        mask
+        for row, (first, second) in zip(noise, counts.tolist(), strict=True)
+        for mask in (_hide_lowest(row, first), _hide_lowest(-row, second))
+    ]
+    counts = counts.ravel()[:draws]
+    return Draws(np.stack(masks[:draws]), (1.0 / (counts * chance[counts - 1])).astype(np.float32))
+
+
 _SCHEMES = {
     "uniform": _uniform,
     "bernoulli": _bernoulli,
     "stratified": _stratified,
     "complementary": _complementary,
+    "antithetic": _antithetic,
+    "importance": _importance,
 }
