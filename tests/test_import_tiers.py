@@ -25,6 +25,7 @@ TIERS = {
     "train.state": 3,
     "train": 4,
     "evaluation": 4,
+    "diagnosis": 4,
     "cli": 5,
     "benchmark": 5,
     "train.__main__": 5,
@@ -32,6 +33,7 @@ TIERS = {
     "score": 5,
     "generate": 5,
     "evaluate": 5,
+    "diagnose": 5,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
