@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     flags = cli.Flags("launch.compare_estimators", "Win rates of the quickstart by mask scheme and number of draws.")
     flags.add_argument("--workdir", default="runs/estimators", help="working folder (default: %(default)s)")
     flags.add_argument("--seeds", default="0,1,2,3,4", help="of data, model and masks (default: %(default)s)")
-    flags.add_argument("--schemes", default="uniform,importance", help="estimator.scheme (default: %(default)s)")
+    flags.add_argument("--schemes", default="uniform,balanced", help="estimator.scheme (default: %(default)s)")
     flags.add_argument("--draws", default="1,2,4,8", help="estimator.draws (default: %(default)s)")
     options, _ = flags.parse(argv)
     workdir = Path(options.workdir)

@@ -188,12 +188,14 @@ class Analysis:
         def bin_of(record, count):
             return np.ceil(count / self.length[record] * _COUNT_BINS - 1e-9).astype(int) - 1
 
+        def sums(record, x):
+            return np.bincount(record, x, n).astype(np.float64)  # integers where there is nothing to sum
+
         def moments(record, x, times):
             """Mean and variance of x by record; `times` are the numbers of draws."""
             safe = np.maximum(times, 1)
-            average = np.bincount(record, x, n) / safe
-            spread = np.bincount(record, (x - average[record]) ** 2, n) / np.maximum(times - 1, 1)
-            return average, spread
+            average = sums(record, x) / safe
+            return average, sums(record, (x - average[record]) ** 2) / np.maximum(times - 1, 1)
 
         rows = []
         for b in range(_COUNT_BINS):
@@ -205,7 +207,7 @@ class Analysis:
             of_gradient = bin_of(found.single_record, found.single_count) == b
             single = found.single_record[of_gradient]
             singles = np.bincount(single, minlength=n)
-            square = np.bincount(single, found.single_square[of_gradient], n)
+            square = sums(single, found.single_square[of_gradient])
             if (times > 1).any():
                 rows.append(
                     {

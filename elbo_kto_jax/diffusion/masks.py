@@ -8,9 +8,9 @@ Every scheme makes each single draw an unbiased estimator, so any average of dra
     stratified     uniform, with l_k = 1 + floor(L * frac(u + k / K)): one random shift u spreads the K values of l
     complementary  draws come in pairs: M with l as in stratified over the pairs, then its complement with L - l (which
                    is uniform too); where l = L the complement would be empty, so the second draw hides everything too
-    antithetic     pairs too: M with l as in complementary, then the complement and one token of M, so L + 1 - l tokens
-                   (uniform again, never empty): what l adds to an estimate cancels in a pair up to second order
-    importance     antithetic, with l ~ q(l) ~ 1 / sqrt(l) at q's quantiles u and 1 - u, and weight 1 / (l q(l)): in a
+    balanced       pairs with l and L + 1 - l, l as in complementary: what l adds in proportion cancels in a pair. In
+                   the order of l, each draw hides the tokens that weigh least in the draws before it
+    importance     balanced, with l ~ q(l) ~ 1 / sqrt(l) at q's quantiles u and 1 - u, and weight 1 / (l q(l)): in a
                    long completion the few hidden tokens of a small l estimate worst, so small l are drawn more often
 
 An odd number of draws leaves the last pair without its second draw. docs/estimators.md has the derivations, and which
@@ -105,33 +105,32 @@ def _complementary(uniforms, draws: int, length: int) -> Draws:
     return Draws(mask, (length / mask.sum(axis=1)).astype(np.float32))
 
 
-def _antithetic(uniforms, draws: int, length: int) -> Draws:
-    return _antithetic_pairs(uniforms, draws, np.full(length, 1 / length))
+def _balanced(uniforms, draws: int, length: int) -> Draws:
+    return _balanced_pairs(uniforms, draws, np.ones(length))
 
 
 def _importance(uniforms, draws: int, length: int) -> Draws:
-    chance = 1 / np.sqrt(np.arange(1, length + 1))
-    return _antithetic_pairs(uniforms, draws, chance / chance.sum())
+    return _balanced_pairs(uniforms, draws, 1 / np.sqrt(np.arange(1, length + 1)))
 
 
-def _antithetic_pairs(uniforms, draws: int, chance: np.ndarray) -> Draws:
-    """Pairs at the quantiles u and 1 - u of l, whose probabilities are `chance`: one of them hides the first tokens of
-    a random order, the other the last ones."""
+def _balanced_pairs(uniforms, draws: int, chance: np.ndarray) -> Draws:
+    """Pairs of draws at the quantiles u and 1 - u of l, which has probabilities in proportion to `chance`.
+
+    Which tokens are hidden follows from the l's and from noise alone, so no token is preferred: given its l, the mask
+    of each draw is a uniform set.
+    """
     length, pairs = len(chance), -(-draws // 2)
-    shift = uniforms(_SHARED, 1)[0]
-    quantile = (shift + np.arange(pairs) / pairs) % 1.0
-    bounds = np.cumsum(chance)[:-1]
-    noise = [uniforms(2 * j, length) for j in range(pairs)]
-    counts = 1 + np.stack(
-        [np.searchsorted(bounds, quantile, "right"), np.searchsorted(bounds, 1.0 - quantile, "left")], axis=1
-    )
-    masks = [
-        mask
-        for row, (first, second) in zip(noise, counts.tolist(), strict=True)
-        for mask in (_hide_lowest(row, first), _hide_lowest(-row, second))
-    ]
-    counts = counts.ravel()[:draws]
-    return Draws(np.stack(masks[:draws]), (1.0 / (counts * chance[counts - 1])).astype(np.float32))
+    total = np.cumsum(chance)
+    bounds = total[:-1] / total[-1]
+    quantile = (uniforms(_SHARED, 1)[0] + np.arange(pairs) / pairs) % 1.0
+    pair = [np.searchsorted(bounds, quantile, "right"), np.searchsorted(bounds, 1.0 - quantile, "left")]
+    counts = 1 + np.stack(pair, axis=1).ravel()[:draws]
+    weight = total[-1] / (counts * chance[counts - 1])
+    mask, covered = np.zeros((draws, length), bool), np.zeros(length)
+    for k in np.argsort(counts, kind="stable").tolist():
+        mask[k, np.lexsort((uniforms(k, length), covered))[: counts[k]]] = True
+        covered += weight[k] * mask[k]
+    return Draws(mask, weight.astype(np.float32))
 
 
 _SCHEMES = {
@@ -139,6 +138,6 @@ _SCHEMES = {
     "bernoulli": _bernoulli,
     "stratified": _stratified,
     "complementary": _complementary,
-    "antithetic": _antithetic,
+    "balanced": _balanced,
     "importance": _importance,
 }

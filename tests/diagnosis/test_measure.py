@@ -1,18 +1,20 @@
 """diagnosis/measure.py against the method written down plainly (tests/tiny.py)."""
 
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
+from elbo_kto_jax import cli, config
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting, group_names
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train.data import TrainingData
-from tests import tiny
+from elbo_kto_jax.train.setup import Setup
+from launch.quickstart import build_tokenizer
+from tests import runs, tiny
 
 SETTINGS = [Setting("uniform", 1), Setting("bernoulli", 3), Setting("complementary", 2), Setting("importance", 1)]
 RECORDS = np.array([4, 0, 2])
@@ -25,9 +27,9 @@ def measurement():
     estimator = config.Estimator(1, "uniform")
     data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=2, seed=SEED)
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
-    setup = types.SimpleNamespace(
-        model=tiny.model(), mesh=mesh, data=data, config=types.SimpleNamespace(seed=SEED, objective=tiny.KTO)
-    )
+    settings = config.Config.from_mapping(cli.load_config_file(str(runs.CONFIG)).to_dict())
+    settings = dataclasses.replace(settings, seed=SEED, objective=tiny.KTO)
+    setup = Setup(settings, tiny.model(), {}, build_tokenizer(), mesh, data, None)
     return Measurement(setup, RECORDS, SETTINGS)
 
 
@@ -57,7 +59,7 @@ def test_values(measurement):
     np.testing.assert_allclose(found.policy_draw[last], found.policy[setting].ravel() * canonical / weight, rtol=1e-5)
 
 
-def test_each_mask_is_scored_once(measurement, monkeypatch):
+def test_each_mask_is_scored_once(measurement):
     """The first draws of uniform are the same whatever K is."""
     few = Measurement(measurement.setup, RECORDS, [Setting("uniform", 4)])
     more = Measurement(measurement.setup, RECORDS, [Setting("uniform", 4), Setting("uniform", 2)])

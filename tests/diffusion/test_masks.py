@@ -20,7 +20,7 @@ _spec = importlib.util.spec_from_file_location("masks_without_checks", masks_mod
 _unchecked = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_unchecked)
 
-UNIFORM_L = ["uniform", "stratified", "complementary", "antithetic"]
+UNIFORM_L = ["uniform", "stratified", "complementary", "balanced"]
 FIXED_L = [*UNIFORM_L, "importance"]
 SCHEMES = [*FIXED_L, "bernoulli"]
 FALSE_ALARM = 1e-6
@@ -28,7 +28,7 @@ PINNED = {  # masks (# = hidden) and weights
     "uniform": (["######", "##.#..", ".....#"], [1.0, 2.0, 6.0]),
     "stratified": (["..###.", "###.##", "#....."], [2.0, 1.2, 6.0]),
     "complementary": (["..###.", "##...#", "######"], [2.0, 2.0, 1.0]),
-    "antithetic": (["..###.", "##.#.#", "######"], [2.0, 1.5, 1.0]),
+    "balanced": (["..###.", "###..#", "######"], [2.0, 1.5, 1.0]),
     "importance": (["..#.#.", "##...#", "######"], [2.57381, 2.10151, 1.48599]),
     "bernoulli": ([".###..", "##....", "#.#.##"], [6.34201, 1.68124, 1.15077]),
 }
@@ -225,28 +225,40 @@ def test_complementary_pairs_cover_every_token_once(draws, length):
         np.testing.assert_array_equal(np.sort(strata, axis=1), np.broadcast_to(np.arange(3), strata.shape))
 
 
-@pytest.mark.parametrize(("draws", "length"), [(2, 5), (6, 9), (5, 4), (1, 3)])
-def test_antithetic_pairs_cover_every_token_and_one_of_them_twice(draws, length):
-    """An odd number of draws leaves the last one alone; l is stratified over the pairs."""
-    masks, _ = many("antithetic", 100, draws=draws, length=length)
-    first, second = masks[:, 0 : 2 * (draws // 2) : 2], masks[:, 1::2]
-    assert (first | second).all()
-    np.testing.assert_array_equal((first & second).sum(axis=2), np.ones(first.shape[:2]))
+@pytest.mark.parametrize("scheme", ["balanced", "importance"])
+@pytest.mark.parametrize(("draws", "length"), [(2, 5), (4, 30), (7, 9), (1, 3)])
+def test_balanced_draws_hide_what_weighs_least(scheme, draws, length):
+    """In the order of l, each draw hides the tokens with the least weight so far: none of them more than any other."""
+    masks, weights = many(scheme, 50, draws=draws, length=length)
+    for mask, weight in zip(masks, weights, strict=True):
+        covered = np.zeros(length)
+        for k in np.argsort(mask.sum(axis=1), kind="stable"):
+            others = covered[~mask[k]]
+            assert not others.size or covered[mask[k]].max() <= others.min() * (1 + 1e-6)
+            covered += weight[k] * mask[k]
+
+
+@pytest.mark.parametrize(("draws", "length"), [(2, 5), (6, 9), (5, 4)])
+def test_balanced_pairs_have_mirrored_counts(draws, length):
+    """l and L + 1 - l, l stratified over the pairs; an odd number of draws leaves the last one alone."""
+    counts = many("balanced", 100, draws=draws, length=length)[0].sum(axis=2)
+    pairs = counts[:, 0 : 2 * (draws // 2) : 2] + counts[:, 1::2]
+    np.testing.assert_array_equal(pairs, np.full(pairs.shape, length + 1))
     if draws == 6:
-        strata = (masks[:, ::2].sum(axis=2) - 1) // (length // 3)
+        strata = (counts[:, ::2] - 1) // (length // 3)
         np.testing.assert_array_equal(np.sort(strata, axis=1), np.broadcast_to(np.arange(3), strata.shape))
 
 
 @pytest.mark.parametrize("draws", [2, 4, 8])
-def test_what_l_adds_in_proportion_cancels_in_antithetic_pairs(draws):
+def test_what_l_adds_in_proportion_cancels_in_balanced_pairs(draws):
     """With log p = a + b l at every hidden token, whatever is hidden: the other schemes vary then."""
     spread = {}
     for scheme in UNIFORM_L:
         masks, weights = many(scheme, 40, draws=draws, length=11)
         counts = masks.sum(axis=2)
         spread[scheme] = np.std(np.mean(weights * counts * (-3.0 + 0.2 * counts), axis=1))
-    assert spread["antithetic"] < 1e-5
-    assert min(spread[scheme] for scheme in UNIFORM_L if scheme != "antithetic") > 0.1
+    assert spread["balanced"] < 1e-5
+    assert min(spread[scheme] for scheme in UNIFORM_L if scheme != "balanced") > 0.1
 
 
 def test_importance_halves_the_noise_of_independent_tokens():

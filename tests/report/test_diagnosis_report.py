@@ -18,7 +18,7 @@ def figure(value):
     return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
 
 
-def result(schemes=("uniform", "bernoulli", "antithetic"), draws=(1, 2, 4, 8), **changes):
+def result(schemes=("uniform", "bernoulli", "balanced"), draws=(1, 2, 4, 8), **changes):
     rows = [
         {
             "scheme": scheme,
@@ -35,10 +35,10 @@ def result(schemes=("uniform", "bernoulli", "antithetic"), draws=(1, 2, 4, 8), *
         "masks": 1234,
         "batch_size": 16,
         "recommendation": {
-            "scheme": "antithetic",
+            "scheme": "balanced",
             "draws": 4,
             "noise_over_signal": figure(0.5),
-            "text": "Use <antithetic> & 4.",
+            "text": "Use <balanced> & 4.",
         },
         "rows": rows,
         "breakdown": [
@@ -71,12 +71,12 @@ def page(tmp_path, **changes):
 
 def test_what_the_page_holds(tmp_path):
     text = page(tmp_path)
-    assert "Use &lt;antithetic&gt; &amp; 4." in text
-    for row in ("uniform, 1", "antithetic, 8"):
+    assert "Use &lt;balanced&gt; &amp; 4." in text
+    for row in ("uniform, 1", "balanced, 8"):
         assert text.count(f'<th scope="row">{row}</th>') == 2  # in both tables of settings
     assert "0.750 [0.675, 0.825]" in text  # the third scheme's figures at K = 4
     assert "0.100 [0.0900, 0.110]" in text  # wte at K = 4
-    assert "antithetic, 4, desirable" in text
+    assert "balanced, 4, desirable" in text
     assert "1,234 distinct masks" in text
     assert "At the start of training." not in text
 
