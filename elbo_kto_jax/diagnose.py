@@ -1,8 +1,9 @@
 """python -m elbo_kto_jax.diagnose --config=... --checkpoint=DIR --out=DIR: bias and variance of the ELBO substitution.
 
-On records of config.data.train, for every mask scheme and K = 1, 2, 4, 8, 16 draws: what the checkpoint's ELBOs, the
-rewards against the reference (config.reference.path, or else config.model.path), the loss and the gradient vary by from
-draw to draw, what bias the value function makes of it, and what it costs. --config.estimator.* do not matter.
+On records of config.data.train, for every mask scheme and K = 1, 2, 4, 8, 16 draws (--schemes, --draws for fewer): what
+the checkpoint's ELBOs, the rewards against the reference (config.reference.path, or else config.model.path), the loss
+and the gradient vary by from draw to draw, what bias the value function makes of it, and what it costs.
+--config.estimator.* do not matter.
 
     OUT/table.csv        a row per scheme and K; figures with the ends of their 95% intervals
     OUT/diagnosis.json   the same, with variances by group of parameters, label, length and hidden share
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--out", required=True, metavar="DIR", help="where table.csv, diagnosis.json and report.html go")
     flags.add_argument("--records", type=int, default=32, help="drawn from config.data.train (default: %(default)s)")
     flags.add_argument("--repeats", type=int, default=8, help="sets of masks per record (default: %(default)s)")
+    flags.add_argument("--schemes", default=",".join(SCHEMES), help="uniform is always among them (default: all)")
+    flags.add_argument("--draws", default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)")
     flags.add_argument("--overwrite", action="store_true", help="replace earlier results")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
@@ -50,10 +53,11 @@ def main(argv: list[str]) -> dict:
     for flag in ("records", "repeats"):
         if getattr(options, flag) < 2:
             raise UserError(f"--{flag}: expected at least 2, a variance needs as many; got {getattr(options, flag)}")
+    settings = _settings(options)
     if config.objective.name != "elbo_kto":
         raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
     began = time.monotonic()
-    result = diagnose(config, options)
+    result = diagnose(config, options, settings)
     result["seconds"] = time.monotonic() - began
 
     rows = [flat(row) for row in result["rows"]]
@@ -80,7 +84,18 @@ def main(argv: list[str]) -> dict:
     }
 
 
-def diagnose(config: Config, options) -> dict:
+def _settings(options) -> list[Setting]:
+    """What --schemes and --draws ask for, schemes in the order of the config's choices."""
+    schemes = {"uniform", *options.schemes.split(",")}
+    if not schemes <= set(SCHEMES):
+        raise UserError(f"--schemes={options.schemes}: expected some of {', '.join(SCHEMES)}")
+    draws = options.draws.split(",")
+    if not all(k.isdecimal() and int(k) for k in draws):
+        raise UserError(f"--draws={options.draws}: expected numbers of at least 1 with commas between them")
+    return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
+
+
+def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     """Everything that diagnosis.json holds, but for the time that it took."""
     reference_path = config.reference.path or config.model.path
     reference_flag = "--config.reference.path" if config.reference.path else "--config.model.path"
@@ -96,14 +111,12 @@ def diagnose(config: Config, options) -> dict:
     if len(examples) < 2:
         raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
     records = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: options.records])
-    settings = [Setting(scheme, draws) for scheme in SCHEMES for draws in DRAWS]
     cli.log.info(
-        "%d of %d examples, %d repetitions, %d schemes, %s draws",
+        "%d of %d examples, %d repetitions of %d settings",
         len(records),
         len(examples),
         options.repeats,
-        len(SCHEMES),
-        ", ".join(map(str, DRAWS)),
+        len(settings),
     )
     policy = setup.load_params(options.checkpoint, "--checkpoint")
     reference = setup.load_params(reference_path, reference_flag)

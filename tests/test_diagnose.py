@@ -16,11 +16,17 @@ def settings(tiny_checkpoint, tmp_path_factory):
     return {"model.path": tiny_checkpoint, "data.train": data, "train.microbatch_tokens": 64}
 
 
-def test_files_and_summary(tiny_checkpoint, settings, tmp_path, monkeypatch):
+def test_files_and_summary(tiny_checkpoint, settings, tmp_path):
     schemes, draws = ("uniform", "bernoulli", "balanced"), (1, 2)
-    monkeypatch.setattr(diagnose, "SCHEMES", schemes)
-    monkeypatch.setattr(diagnose, "DRAWS", draws)
-    flags = runs.flags(settings, f"--checkpoint={tiny_checkpoint}", f"--out={tmp_path}", "--records=4", "--repeats=2")
+    flags = runs.flags(
+        settings,
+        f"--checkpoint={tiny_checkpoint}",
+        f"--out={tmp_path}",
+        "--records=4",
+        "--repeats=2",
+        "--schemes=balanced,bernoulli",
+        "--draws=2,1",
+    )
     summary = diagnose.main(flags)
     assert summary.keys() >= {"table", "report", "scheme", "draws"}
     assert (summary["records"], summary["repeats"]) == (4, 2)
@@ -50,6 +56,8 @@ def test_files_and_summary(tiny_checkpoint, settings, tmp_path, monkeypatch):
     [
         ({}, "--records=1", "--records: expected at least 2"),
         ({}, "--repeats=1", "--repeats: expected at least 2"),
+        ({}, "--schemes=sobol", "--schemes=sobol: expected some of uniform"),
+        ({}, "--draws=1,0", "--draws=1,0: expected numbers of at least 1"),
         ({"objective.name": "sft"}, "--records=2", "config.objective.name: 'sft'"),
         ({"model.path": ""}, "--records=2", "--config.model.path"),
     ],

@@ -226,9 +226,8 @@ class Analysis:
         that has the least noise there; or the most draws measured."""
         draws = sorted({s.draws for s in self.settings})
         # All settings estimate the same signal; those with the most draws best.
-        signal = np.mean(
-            [self._gradient_moments(s)[1].sum(axis=1) for s in self.settings if s.draws == draws[-1]], axis=0
-        )
+        most = [s for s in self.settings if s.draws == draws[-1] and s.scheme != "bernoulli"]
+        signal = np.mean([self._gradient_moments(s)[1].sum(axis=1) for s in most], axis=0)
         noise = {s: self.gradient_variance[s].sum(axis=1) for s in self.settings}
         if not np.mean(signal) > 0:
             return {
