@@ -71,7 +71,7 @@ class Objective:
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     draws: Count  # K, masks per example
-    scheme: Literal["uniform", "bernoulli", "stratified", "complementary"]
+    scheme: Literal["uniform", "bernoulli", "stratified", "complementary", "balanced", "importance"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ TIERS = {
     "train.state": 3,
     "train": 4,
     "evaluation": 4,
+    "diagnosis": 4,
     "cli": 5,
     "benchmark": 5,
     "train.__main__": 5,
@@ -35,6 +36,7 @@ TIERS = {
     "chat": 5,
     "evaluate": 5,
     "sweep": 5,
+    "diagnose": 5,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -8,6 +8,13 @@ Every scheme makes each single draw an unbiased estimator, so any average of dra
     stratified     uniform, with l_k = 1 + floor(L * frac(u + k / K)): one random shift u spreads the K values of l
     complementary  draws come in pairs: M with l as in stratified over the pairs, then its complement with L - l (which
                    is uniform too); where l = L the complement would be empty, so the second draw hides everything too
+    balanced       pairs with l and L + 1 - l, l as in complementary: what l adds in proportion cancels in a pair. In
+                   the order of l, each draw hides the tokens that weigh least in the draws before it
+    importance     balanced, with l ~ q(l) ~ 1 / sqrt(l) at q's quantiles u and 1 - u, and weight 1 / (l q(l)): in a
+                   long completion the few hidden tokens of a small l estimate worst, so small l are drawn more often
+
+An odd number of draws leaves the last pair without its second draw. docs/estimators.md has the derivations, and which
+scheme is best when; the command `diagnose` measures it.
 
 Masks are a pure function of (seed, example id, epoch, draw), by a counter-based generator (Philox): neither the batch,
 the order, the number of hosts, a restart, packing nor the platform changes them. They are drawn on the host, beside
@@ -98,9 +105,39 @@ def _complementary(uniforms, draws: int, length: int) -> Draws:
     return Draws(mask, (length / mask.sum(axis=1)).astype(np.float32))
 
 
+def _balanced(uniforms, draws: int, length: int) -> Draws:
+    return _balanced_pairs(uniforms, draws, np.ones(length))
+
+
+def _importance(uniforms, draws: int, length: int) -> Draws:
+    return _balanced_pairs(uniforms, draws, 1 / np.sqrt(np.arange(1, length + 1)))
+
+
+def _balanced_pairs(uniforms, draws: int, chance: np.ndarray) -> Draws:
+    """Pairs of draws at the quantiles u and 1 - u of l, which has probabilities in proportion to `chance`.
+
+    Which tokens are hidden follows from the l's and from noise alone, so no token is preferred: given its l, the mask
+    of each draw is a uniform set.
+    """
+    length, pairs = len(chance), -(-draws // 2)
+    total = np.cumsum(chance)
+    bounds = total[:-1] / total[-1]
+    quantile = (uniforms(_SHARED, 1)[0] + np.arange(pairs) / pairs) % 1.0
+    pair = [np.searchsorted(bounds, quantile, "right"), np.searchsorted(bounds, 1.0 - quantile, "left")]
+    counts = 1 + np.stack(pair, axis=1).ravel()[:draws]
+    weight = total[-1] / (counts * chance[counts - 1])
+    mask, covered = np.zeros((draws, length), bool), np.zeros(length)
+    for k in np.argsort(counts, kind="stable").tolist():
+        mask[k, np.lexsort((uniforms(k, length), covered))[: counts[k]]] = True
+        covered += weight[k] * mask[k]
+    return Draws(mask, weight.astype(np.float32))
+
+
 _SCHEMES = {
     "uniform": _uniform,
     "bernoulli": _bernoulli,
     "stratified": _stratified,
     "complementary": _complementary,
+    "balanced": _balanced,
+    "importance": _importance,
 }

@@ -65,6 +65,30 @@ _CHARTS = (
         y_from_zero=True,
     ),
     _Chart(
+        "Noise of the rewards",
+        {"reward_variance": "variance from the masks"},
+        "nats²",
+        "How far a reward would move with other masks, from the spread of its draws as if they were independent: an "
+        "upper bound for schemes that spread them on purpose.",
+        y_from_zero=True,
+    ),
+    _Chart(
+        "Draws needed",
+        {"draws_needed": "draws needed"},
+        "draws (K)",
+        "At so many independent draws the masks would add a tenth of the variance of rewards between examples. "
+        "`diagnose` measures what the scheme makes of it.",
+        y_from_zero=True,
+    ),
+    _Chart(
+        "Gradient noise scale",
+        {"gradient_noise_scale": "noise scale"},
+        "examples",
+        "The batch size at which a gradient is half noise, from Adam's moments: masks and the choice of examples both "
+        "count. Far above the batch size, larger batches or more draws pay; far below, they do not.",
+        y_from_zero=True,
+    ),
+    _Chart(
         "Learning rate",
         {"learning_rate": "learning rate"},
         "learning rate",

@@ -1,5 +1,6 @@
 """A training run: reference pass, steps, checkpoints, samples before and after, report."""
 
+import functools
 import itertools
 import json
 import logging
@@ -75,6 +76,11 @@ class _Run:
             shardings=self.shardings,
         )
         self.base, adaptation = setup.load_base()
+        self.noise_scale = jax.jit(
+            functools.partial(
+                train_state.gradient_noise_scale, options=config.optimizer, batch_size=setup.data.batch_size
+            )
+        )
         self.checkpoints = TrainingCheckpoints(workdir / "checkpoints", adaptation=adaptation)
         self.progress = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
         self.samples: list[dict] = []
@@ -166,6 +172,7 @@ class _Run:
         try:
             for step, batch in zip(itertools.count(first), data.batches(first, self.total_steps)):
                 state, metrics = train_step(self.programs, state, batch, reference_of(reference, step), base=self.base)
+                metrics["gradient_noise_scale"] = self.noise_scale(state.opt_state)
                 if config.train.eval_every and self.setup.eval_data and (step + 1) % config.train.eval_every == 0:
                     metrics |= self.evaluate(state.params, eval_reference)
                 if late is not None:

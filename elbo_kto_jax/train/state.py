@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float32
 
 from elbo_kto_jax import config
 from elbo_kto_jax.model import lora
@@ -91,3 +92,23 @@ def abstract_state(tx: optax.GradientTransformation, abstract: Params, shardings
 def zeros_like_params(params: Params) -> Params:
     """A float32 accumulator for each parameter."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+
+def gradient_noise_scale(opt_state: Any, options: config.Optimizer, batch_size: int) -> Float32[Array, ""]:
+    """tr Cov(g) / |E g|^2 of a step's gradient g, times the batch: the examples at which noise equals signal.
+
+    McCandlish et al., arXiv 1812.06162, B_simple, without another gradient: Adam's moments are means of g and g^2 over
+    the last steps (clipped, which hardly changes the ratio). E |m|^2 = |E g|^2 + f tr Cov(g), with f the sum of the
+    squared weights of the mean m, and E sum(v) = |E g|^2 + tr Cov(g). Masks and the choice of examples both count.
+    NaN where the signal is not seen above the noise, and after the first step.
+    """
+    count = optax.tree.get(opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByAdamState")
+    squares = lambda tree: sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))  # noqa: E731
+    total = lambda tree: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))  # noqa: E731
+    shrink = options.b1**count
+    of_mean = squares(optax.tree.get(opt_state, "mu")) / jnp.square(1 - shrink)
+    of_step = total(optax.tree.get(opt_state, "nu")) / (1 - options.b2**count)
+    share = (1 - options.b1) / (1 + options.b1) * (1 + shrink) / (1 - shrink)
+    noise = (of_step - of_mean) / (1 - share)
+    signal = of_step - noise
+    return jnp.where((count > 1) & (signal > 0), batch_size * noise / signal, jnp.nan)

@@ -166,6 +166,20 @@ def build_programs(
     def score(weights, estimates, rows):
         return estimates.at[rows.slot_index].set(estimates_of(weights, rows), mode="drop")
 
+    def reward_noise(elbo_policy, elbo_ref, reward, is_example):
+        """Var(r) from the masks, nats^2, and the draws at which it would be a tenth of the variance between examples.
+
+        From the spread of the K draws as if they were independent: too much where a scheme spreads them on purpose.
+        """
+        spread = jnp.var((elbo_policy - elbo_ref).reshape(-1, draws), axis=1, ddof=1)
+        variance = kto.masked_mean(spread / draws, is_example)
+        centred = jnp.square(reward - kto.masked_mean(reward, is_example))
+        between = jnp.sum(jnp.where(is_example, centred, 0.0)) / (jnp.sum(is_example) - 1) - variance
+        return {
+            "reward_variance": variance,
+            "draws_needed": jnp.where(between > 0, 10.0 * draws * variance / between, jnp.nan),
+        }
+
     def kto_loss(elbo_policy, elbo_ref, feedback):
         reward = jnp.mean(elbo_policy.reshape(-1, draws), axis=1) - jnp.mean(elbo_ref.reshape(-1, draws), axis=1)
         z0 = kto.reference_point(reward, feedback.is_example, objective.reference_point)
@@ -188,6 +202,7 @@ def build_programs(
             "reference_point": z0,
             "saturated_fraction": kto.masked_mean(1.0 * (jnp.abs(loss.kto_logit) > SATURATED), feedback.is_example),
             "reward": reward,
+            **(reward_noise(elbo_policy, elbo_ref, reward, feedback.is_example) if draws > 1 else {}),
         }
 
     def sft_loss(elbo_policy, _, feedback):

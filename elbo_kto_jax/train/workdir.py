@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class MetricsLog:
         self._file.write(to_json(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name != "step" and math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

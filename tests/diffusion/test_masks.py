@@ -20,13 +20,16 @@ _spec = importlib.util.spec_from_file_location("masks_without_checks", masks_mod
 _unchecked = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_unchecked)
 
-FIXED_L = ["uniform", "stratified", "complementary"]
+UNIFORM_L = ["uniform", "stratified", "complementary", "balanced"]
+FIXED_L = [*UNIFORM_L, "importance"]
 SCHEMES = [*FIXED_L, "bernoulli"]
 FALSE_ALARM = 1e-6
 PINNED = {  # masks (# = hidden) and weights
     "uniform": (["######", "##.#..", ".....#"], [1.0, 2.0, 6.0]),
     "stratified": (["..###.", "###.##", "#....."], [2.0, 1.2, 6.0]),
     "complementary": (["..###.", "##...#", "######"], [2.0, 2.0, 1.0]),
+    "balanced": (["..###.", "###..#", "######"], [2.0, 1.5, 1.0]),
+    "importance": (["..#.#.", "##...#", "######"], [2.57381, 2.10151, 1.48599]),
     "bernoulli": ([".###..", "##....", "#.#.##"], [6.34201, 1.68124, 1.15077]),
 }
 
@@ -49,12 +52,18 @@ def number(mask):
     return mask @ (1 << np.arange(mask.shape[-1]))
 
 
+def count_probabilities(scheme, length):
+    """q(l) for l = 1..length of a scheme that fixes l."""
+    chance = np.arange(1, length + 1) ** (-0.5 if scheme == "importance" else 0.0)
+    return chance / chance.sum()
+
+
 def mask_probabilities(scheme, length):
     """The probability of every mask by its number, 0 being the empty one."""
     sizes = np.concatenate([[0], all_masks(length).sum(axis=1)])
     if scheme == "bernoulli":  # integral over t of t^l (1 - t)^(L - l)
         return 1 / ((length + 1) * special.binom(length, sizes))
-    return np.where(sizes > 0, 1 / (length * special.binom(length, sizes)), 0.0)
+    return np.concatenate([[0.0], count_probabilities(scheme, length)])[sizes] / special.binom(length, sizes)
 
 
 def assert_distributed(values, probabilities):
@@ -114,7 +123,7 @@ def test_distribution_of_the_masks_of_each_draw(scheme, draws, length):
 def test_distribution_of_the_number_hidden(scheme):
     masks, _ = many(scheme, 600, draws=3, length=16)
     for sizes in masks.sum(axis=2).T:
-        assert_distributed(sizes - 1, np.full(16, 1 / 16))
+        assert_distributed(sizes - 1, count_probabilities(scheme, 16))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -149,10 +158,18 @@ def test_rate_of_bernoulli_is_uniform():
         assert np.abs(deviation).max() < 6
 
 
-@pytest.mark.parametrize("scheme", FIXED_L)
+@pytest.mark.parametrize("scheme", UNIFORM_L)
 def test_weight_is_length_over_number_hidden(scheme):
     masks, weights = many(scheme, 100, draws=4, length=7)
     np.testing.assert_array_equal(weights, (7 / masks.sum(axis=2)).astype(np.float32))
+
+
+def test_weight_of_importance():
+    """1 / (l q(l)), which L / l is where q(l) = 1 / L."""
+    masks, weights = many("importance", 100, draws=4, length=7)
+    counts = masks.sum(axis=2)
+    expected = 1 / (counts * count_probabilities("importance", 7)[counts - 1])
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 # ---- unbiased ----
@@ -206,6 +223,58 @@ def test_complementary_pairs_cover_every_token_once(draws, length):
     if draws == 6:
         strata = (masks[:, ::2].sum(axis=2) - 1) // (length // 3)
         np.testing.assert_array_equal(np.sort(strata, axis=1), np.broadcast_to(np.arange(3), strata.shape))
+
+
+@pytest.mark.parametrize("scheme", ["balanced", "importance"])
+@pytest.mark.parametrize(("draws", "length"), [(2, 5), (4, 30), (7, 9), (1, 3)])
+def test_balanced_draws_hide_what_weighs_least(scheme, draws, length):
+    """In the order of l, each draw hides the tokens with the least weight so far: none of them more than any other."""
+    masks, weights = many(scheme, 50, draws=draws, length=length)
+    for mask, weight in zip(masks, weights, strict=True):
+        covered = np.zeros(length)
+        for k in np.argsort(mask.sum(axis=1), kind="stable"):
+            others = covered[~mask[k]]
+            assert not others.size or covered[mask[k]].max() <= others.min() * (1 + 1e-6)
+            covered += weight[k] * mask[k]
+
+
+@pytest.mark.parametrize(("draws", "length"), [(2, 5), (6, 9), (5, 4)])
+def test_balanced_pairs_have_mirrored_counts(draws, length):
+    """l and L + 1 - l, l stratified over the pairs; an odd number of draws leaves the last one alone."""
+    counts = many("balanced", 100, draws=draws, length=length)[0].sum(axis=2)
+    pairs = counts[:, 0 : 2 * (draws // 2) : 2] + counts[:, 1::2]
+    np.testing.assert_array_equal(pairs, np.full(pairs.shape, length + 1))
+    if draws == 6:
+        strata = (counts[:, ::2] - 1) // (length // 3)
+        np.testing.assert_array_equal(np.sort(strata, axis=1), np.broadcast_to(np.arange(3), strata.shape))
+
+
+@pytest.mark.parametrize("draws", [2, 4, 8])
+def test_what_l_adds_in_proportion_cancels_in_balanced_pairs(draws):
+    """With log p = a + b l at every hidden token, whatever is hidden: the other schemes vary then."""
+    spread = {}
+    for scheme in UNIFORM_L:
+        masks, weights = many(scheme, 40, draws=draws, length=11)
+        counts = masks.sum(axis=2)
+        spread[scheme] = np.std(np.mean(weights * counts * (-3.0 + 0.2 * counts), axis=1))
+    assert spread["balanced"] < 1e-5
+    assert min(spread[scheme] for scheme in UNIFORM_L if scheme != "balanced") > 0.1
+
+
+def test_importance_halves_the_noise_of_independent_tokens():
+    """The case that q(l) ~ 1 / sqrt(l) is made for: log p of independent noise at every hidden token of every mask.
+
+    Its variance for one draw is sum_l 1 / (l^2 q(l)) times l: 200 H(200) with l uniform, and about 4 * 200 with this q.
+    """
+    rng = np.random.default_rng(0)
+    found = {}
+    for scheme in ("uniform", "importance"):
+        masks, weights = many(scheme, 4000, draws=1, length=200)
+        found[scheme] = np.mean((weights * np.sqrt(masks.sum(axis=2)) * rng.standard_normal(weights.shape)) ** 2)
+    assert found["importance"] < 0.8 * found["uniform"]
+    chance = count_probabilities("importance", 200)
+    expected = np.sum(1 / (np.arange(1, 201) * chance))
+    assert found["importance"] == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("scheme", FIXED_L)

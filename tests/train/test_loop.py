@@ -18,7 +18,8 @@ from tests import runs
 STEPS = runs.SMALL["train.steps"]
 METRICS = {  # INTERFACES: workdir/metrics.jsonl
     *"""step loss reward_desirable reward_undesirable reward_margin reference_point saturated_fraction grad_norm
-    learning_rate examples tokens real_token_fraction seconds""".split()  # noqa: SIM905
+    learning_rate examples tokens real_token_fraction seconds reward_variance draws_needed
+    gradient_noise_scale""".split()  # noqa: SIM905
 }
 SUMMARY = {  # INTERFACES: the last line of stdout
     *"steps examples loss reward_margin examples_per_second tokens_per_second checkpoint interrupted".split()  # noqa: SIM905

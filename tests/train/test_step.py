@@ -315,3 +315,30 @@ def test_each_program_is_compiled_once(reference_mode):
     assert len({count for count, *_ in shapes}) > 1
     sizes = {name: getattr(programs, name)._cache_size() for name in ("score", "loss", "grad", "update")}
     assert sizes == dict.fromkeys(sizes, 1)
+
+
+# ---- what the draws say of the noise ----
+
+
+def test_noise_of_the_rewards():
+    """Var(r) from the spread of the draws, and the draws at which it is a tenth of the variance between examples."""
+    n, draws = 5, 4
+    programs, _ = setup(
+        tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=n + 1, draws=draws, objective=tiny.KTO
+    )
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(n + 1, draws)).astype(np.float32)
+    difference = rng.normal(size=(n + 1, draws)) + 3 * np.arange(n + 1)[:, None]
+    feedback = step.Feedback(np.arange(n + 1) % 2 == 0, np.arange(n + 1) < n, np.ones(n + 1, np.int32))
+    policy = jnp.asarray(reference + difference, jnp.float32).ravel()
+    _, metrics = programs.loss(policy, reference.ravel(), feedback)
+    noise = np.var(difference[:n], axis=1, ddof=1).mean() / draws
+    between = np.var(difference[:n].mean(axis=1), ddof=1) - noise
+    np.testing.assert_allclose(metrics["reward_variance"], noise, rtol=1e-5)
+    np.testing.assert_allclose(metrics["draws_needed"], draws * noise / (0.1 * between), rtol=1e-4)
+    _, metrics = programs.loss(reference.ravel(), reference.ravel(), feedback)
+    assert metrics["reward_variance"] == 0
+    assert np.isnan(metrics["draws_needed"])
+    programs, _ = setup(tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=n + 1, draws=1, objective=tiny.KTO)
+    _, metrics = programs.loss(policy[: n + 1], reference.ravel()[: n + 1], feedback)
+    assert not {"reward_variance", "draws_needed"} & metrics.keys()

@@ -1,0 +1,162 @@
+"""python -m elbo_kto_jax.diagnose --config=... --checkpoint=DIR --out=DIR: bias and variance of the ELBO substitution.
+
+On records of config.data.train, for every mask scheme and K = 1, 2, 4, 8, 16 draws (--schemes, --draws for fewer): what
+the checkpoint's ELBOs, the rewards against the reference (config.reference.path, or else config.model.path), the loss
+and the gradient vary by from draw to draw, what bias the value function makes of it, and what it costs.
+--config.estimator.* do not matter.
+
+    OUT/table.csv        a row per scheme and K; figures with the ends of their 95% intervals
+    OUT/diagnosis.json   the same, with variances by group of parameters, label, length and hidden share
+    OUT/report.html      the plots, and which scheme and how many draws to use
+"""
+
+import csv
+import dataclasses
+import io
+import time
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.benchmark.__main__ import forward_flops
+from elbo_kto_jax.config import Config, Estimator
+from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
+from elbo_kto_jax.diagnosis.measure import Measurement, Setting
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.report.diagnosis import write_diagnosis_report
+from elbo_kto_jax.train.setup import prepare
+
+SCHEMES = get_args(get_type_hints(Estimator)["scheme"])
+DRAWS = (1, 2, 4, 8, 16)
+
+
+def main(argv: list[str]) -> dict:
+    flags = cli.Flags("elbo_kto_jax.diagnose", "Measure the bias and the variance of the estimator on real records.")
+    flags.add_config()
+    flags.add_argument(
+        "--checkpoint", required=True, help="the policy: Hugging Face folder, checkpoint or training run"
+    )
+    flags.add_argument("--out", required=True, metavar="DIR", help="where table.csv, diagnosis.json and report.html go")
+    flags.add_argument("--records", type=int, default=32, help="drawn from config.data.train (default: %(default)s)")
+    flags.add_argument("--repeats", type=int, default=8, help="sets of masks per record (default: %(default)s)")
+    flags.add_argument("--schemes", default=",".join(SCHEMES), help="uniform is always among them (default: all)")
+    flags.add_argument("--draws", default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)")
+    flags.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
+    options, config = flags.parse(argv)
+    files = {name: Path(options.out) / name for name in ("table.csv", "diagnosis.json", "report.html")}
+    for file in files.values():
+        cli.refuse_existing(file, options.overwrite)
+    for flag in ("records", "repeats"):
+        if getattr(options, flag) < 2:
+            raise UserError(f"--{flag}: expected at least 2, a variance needs as many; got {getattr(options, flag)}")
+    settings = _settings(options)
+    if config.objective.name != "elbo_kto":
+        raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
+    began = time.monotonic()
+    result = diagnose(config, options, settings)
+    result["seconds"] = time.monotonic() - began
+
+    rows = [flat(row) for row in result["rows"]]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(files["table.csv"], table.getvalue())
+    atomic_write(files["diagnosis.json"], to_json(result) + "\n")
+    write_diagnosis_report(files["report.html"], title=f"Estimator: {options.checkpoint}", result=result)
+    cli.log.info("%s", result["recommendation"]["text"])
+    cli.log.info("report: %s", files["report.html"])
+    return {
+        "records": result["records"],
+        "repeats": result["repeats"],
+        "masks": result["masks"],
+        "scheme": result["recommendation"]["scheme"],
+        "draws": result["recommendation"]["draws"],
+        "recommendation": result["recommendation"]["text"],
+        "seconds": result["seconds"],
+        "table": str(files["table.csv"]),
+        "json": str(files["diagnosis.json"]),
+        "report": str(files["report.html"]),
+    }
+
+
+def _settings(options) -> list[Setting]:
+    """What --schemes and --draws ask for, schemes in the order of the config's choices."""
+    schemes = {"uniform", *options.schemes.split(",")}
+    if not schemes <= set(SCHEMES):
+        raise UserError(f"--schemes={options.schemes}: expected some of {', '.join(SCHEMES)}")
+    draws = options.draws.split(",")
+    if not all(k.isdecimal() and int(k) for k in draws):
+        raise UserError(f"--draws={options.draws}: expected numbers of at least 1 with commas between them")
+    return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
+
+
+def diagnose(config: Config, options, settings: list[Setting]) -> dict:
+    """Everything that diagnosis.json holds, but for the time that it took."""
+    reference_path = config.reference.path or config.model.path
+    reference_flag = "--config.reference.path" if config.reference.path else "--config.model.path"
+    if not reference_path:
+        raise UserError("--config.model.path: give the reference's checkpoint, which rewards are measured against")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=options.checkpoint),
+        data=dataclasses.replace(config.data, eval=""),
+    )
+    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--config.data.train"))
+    examples = setup.data.examples
+    if len(examples) < 2:
+        raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
+    records = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: options.records])
+    cli.log.info(
+        "%d of %d examples, %d repetitions of %d settings",
+        len(records),
+        len(examples),
+        options.repeats,
+        len(settings),
+    )
+    policy = setup.load_params(options.checkpoint, "--checkpoint")
+    reference = setup.load_params(reference_path, reference_flag)
+    measurement = Measurement(setup, records, settings)
+    values = measurement.values(policy, reference, options.repeats)
+    gradients = measurement.gradients(policy)
+
+    def step_flops(setting: Setting) -> np.ndarray:
+        """Forward and backward, three times a forward pass over each draw."""
+        hidden = values.hidden[setting]
+        each = [
+            forward_flops(setup.model.config, examples, records[n : n + 1], hidden[n : n + 1])
+            for n in range(len(records))
+        ]
+        return 3 * setting.draws * np.array(each)
+
+    analysis = Analysis(
+        values,
+        gradients,
+        objective=config.objective,
+        length=examples.completion_length[records].astype(np.int64),
+        is_desirable=examples.is_desirable[records],
+        flops={setting: step_flops(setting) for setting in settings},
+        batch_size=config.train.global_batch_size,
+    )
+    return {
+        "checkpoint": options.checkpoint,
+        "reference": reference_path,
+        "data": config.data.train,
+        "records": len(records),
+        "repeats": options.repeats,
+        "masks": values.masks,
+        "batch_size": config.train.global_batch_size,
+        "recommendation": analysis.recommendation(),
+        "rows": analysis.rows(),
+        "breakdown": analysis.breakdown(),
+        "by_count": analysis.by_count(),
+        "config": config.to_dict(),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
