@@ -8,6 +8,7 @@ program does not grow with the depth. Names follow the published checkpoint:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -128,6 +129,7 @@ class LLaDA(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "full"
     mesh: Mesh | None = None  # over which the rows are spread; None: they are not
+    gather: Callable[[Params], Params] | None = None  # makes a layer's parameters whole; None: they are
 
     def setup(self):
         cfg = self.config
@@ -135,7 +137,10 @@ class LLaDA(nn.Module):
         self.wte = nn.Embed(
             cfg.embedding_size, cfg.d_model, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init
         )
-        layer = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        block = Block
+        if self.gather is not None:
+            block = nn.map_variables(Block, "params", lambda tree: {"params": self.gather(tree["params"])})
+        layer = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -163,8 +168,14 @@ class LLaDA(nn.Module):
         """Hidden states after the last norm. Positions default to 0..s-1, segment ids to one segment per row."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.states(self.wte(tokens), positions, segment_ids)
+
+    def states(
+        self, embedded: Float[Array, "b s d"], positions: Int[Array, "b s"], segment_ids: Int[Array, "b s"] | None
+    ) -> Float[Array, "b s d"]:
+        """The same from the tokens' embeddings on."""
         cos, sin = rope.rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.blocks(self.wte(tokens), cos, sin, segment_ids)
+        x, _ = self.blocks(embedded, cos, sin, segment_ids)
         return self.ln_f(x)
 
     def logits(

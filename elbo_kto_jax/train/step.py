@@ -13,6 +13,7 @@ Policy and reference share SCORE (or FORWARD), its shapes and its rows, so a rew
 same parameters, in bfloat16 too.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from elbo_kto_jax.diffusion import elbo
 from elbo_kto_jax.model.llada import LLaDA, Params
 from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.preference import kto
-from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.sharding import gather, rules
 from elbo_kto_jax.train.state import TrainState, zeros_like_params
 
 SATURATED = 4.0  # |s| beyond which an example's gradient is below 7.1% of its maximum, 4 * sigmoid'(4)
@@ -134,20 +135,30 @@ def build_programs(
     `tx` and `shardings` are needed for the gradient and the update, not for scoring.
     """
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
-    model = model.clone(mesh=mesh)
+    whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype)
+    model = model.clone(mesh=mesh, gather=functools.partial(whole, prefix="blocks"))
 
     def estimates_of(params: Params, rows: Rows) -> Float32[Array, "m g"]:
-        hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.segment_ids)
-        return elbo.elbo_draws(
-            hidden,
-            params["head"]["kernel"],
-            rows.target_position,
-            rows.target_token,
-            rows.target_slot,
-            rows.target_weight,
-            rows.num_targets,
-            slots=rows.slot_index.shape[1],
-        )
+        return gather.over_rows(estimates_of_part, mesh, params)(params, rows)
+
+    def estimates_of_part(params: Params, rows: Rows) -> Float32[Array, "part g"]:
+        embedded = gather.embed(params["wte"]["embedding"], rows.tokens, mesh, model.dtype)
+        hidden = model.apply({"params": params}, embedded, rows.positions, rows.segment_ids, method=LLaDA.states)
+
+        @jax.checkpoint  # the whole head is gathered again for the backward pass, not kept for it
+        def of_hidden(hidden, head):
+            return elbo.elbo_draws(
+                hidden,
+                whole(head, prefix="head")["kernel"],
+                rows.target_position,
+                rows.target_token,
+                rows.target_slot,
+                rows.target_weight,
+                rows.num_targets,
+                slots=rows.slot_index.shape[1],
+            )
+
+        return of_hidden(hidden, params["head"])
 
     def score(params, estimates, rows):
         return estimates.at[rows.slot_index].set(estimates_of(params, rows), mode="drop")
