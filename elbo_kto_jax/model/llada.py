@@ -24,9 +24,11 @@ from elbo_kto_jax.model.config import ModelConfig
 Params = Any  # the tree above
 
 # What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again;
-# "dots" keeps the results of matrix products and of attention, and computes what lies between them again.
+# "attention" keeps the result of attention too, the costliest for its size; "dots" keeps the results of matrix products
+# and of attention, and computes what lies between them again.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
