@@ -1,11 +1,11 @@
 """Bidirectional attention: every token of a segment sees every token of that segment, and no other (METHOD 4, 5).
 
-Several forms of the same function; the platform decides (`FORMS`). `plain_attention` writes the formula down. The
+Several forms of the same function; the platform decides (`form_for`). `plain_attention` writes the formula down. The
 others never hold more than a tile of scores, walk over the tiles with a running softmax, and recompute the scores in
 the backward pass, so that their memory is linear in the row:
 
     splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments
-    flash_attention    GPU: jax's Pallas kernel for Triton, in bfloat16 (float32 products would be rounded: plain)
+    flash_attention    GPU: jax's Pallas kernel for Triton
     block_attention    CPU: visits only the tiles in which a segment meets itself, so that its time follows the segments
                        and not the row. Large tiles, because XLA for CPUs spends most of its time around small matrix
                        products and not in them.
@@ -69,7 +69,7 @@ def attention(
 def form_for(platform: str, dtype) -> Callable[..., Array]:
     """The form for a platform (of jax.Device) and the dtype of the activations."""
     form = {"cpu": block_attention, "tpu": splash_attention, "gpu": flash_attention}.get(platform, plain_attention)
-    if form is flash_attention and dtype == jnp.float32:
+    if form in (splash_attention, flash_attention) and dtype == jnp.float32:
         form = plain_attention
     log.info("attention on %s: %s, %s", platform, form.__name__, jnp.dtype(dtype).name)
     return form

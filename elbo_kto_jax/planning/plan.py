@@ -276,7 +276,7 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], on
         "dots": 2 * d + 4 * attention + d + 2 * f,
         "none": 6 * d + 6 * attention + 5 * f,
     }[config.model.remat] * item
-    head = model.d_model * model.embedding_size / mesh["tensor"] * (item + 4)
+    head = model.d_model * model.embedding_size / mesh["tensor"] * (2 * item + 4)
     layer = 2 * 2 * layer_matrices(model) / mesh["tensor"] * item + tokens * (8 * d + 4 * f) * item
     return state + tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
 

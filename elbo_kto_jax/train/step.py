@@ -144,21 +144,16 @@ def build_programs(
     def estimates_of_part(params: Params, rows: Rows) -> Float32[Array, "part g"]:
         embedded = gather.embed(params["wte"]["embedding"], rows.tokens, mesh, model.dtype)
         hidden = model.apply({"params": params}, embedded, rows.positions, rows.segment_ids, method=LLaDA.states)
-
-        @jax.checkpoint  # the whole head is gathered again for the backward pass, not kept for it
-        def of_hidden(hidden, head):
-            return elbo.elbo_draws(
-                hidden,
-                whole(head, prefix="head")["kernel"],
-                rows.target_position,
-                rows.target_token,
-                rows.target_slot,
-                rows.target_weight,
-                rows.num_targets,
-                slots=rows.slot_index.shape[1],
-            )
-
-        return of_hidden(hidden, params["head"])
+        return elbo.elbo_draws(
+            hidden,
+            whole(params["head"], prefix="head")["kernel"],
+            rows.target_position,
+            rows.target_token,
+            rows.target_slot,
+            rows.target_weight,
+            rows.num_targets,
+            slots=rows.slot_index.shape[1],
+        )
 
     def score(params, estimates, rows):
         return estimates.at[rows.slot_index].set(estimates_of(params, rows), mode="drop")
