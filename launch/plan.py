@@ -134,7 +134,7 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
             desirable_fraction=config.data.desirable_fraction,
             undesirable_fraction=config.data.undesirable_fraction,
             seed=config.seed,
-            needs_label=config.objective.name == "elbo_kto",
+            needs_label=False,
             skip_bad=True,
             progress=True,
             flag="--config.data.train",

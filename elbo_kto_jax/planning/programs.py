@@ -84,6 +84,7 @@ def compile_programs(
       DoesNotFit: the compiler's refusal.
     """
     mesh = rules.make_mesh(config.mesh, devices)
+    log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     rules.check_heads(model_config, mesh)
     model = build_model(config, model_config)
     params = abstract_params(model)

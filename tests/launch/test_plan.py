@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from elbo_kto_jax import cli
 from elbo_kto_jax.errors import UserError
 from launch import plan
 from tests import runs
@@ -15,6 +16,12 @@ from tests.conftest import PROJECT_ROOT
 from tests.published import CONFIG
 
 KTO_MIX = runs.CONFIG.with_name("kto_mix.py")
+
+
+def _parsed(*words):
+    flags = cli.Flags("launch.plan", "")
+    flags.add_config()
+    return flags.parse([f"--config={KTO_MIX}", *words])
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,23 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"elbo_kto_jax\[tpu\]"):
         plan.main([f"--config={KTO_MIX}", "--topology=v5e:2x2", f"--out={tmp_path / 'out'}"])
+
+
+def test_data_on_disk_is_counted(tiny_checkpoint, tmp_path):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", runs.records(6))
+    _, config = _parsed(f"--config.model.path={tiny_checkpoint}", f"--config.data.train={data}")
+    model, tokenizer = plan._model(config)
+    assert model.n_layers == json.loads((tiny_checkpoint / "config.json").read_text())["n_layers"]
+    examples, tokens = plan._data(config, tokenizer, None, None)
+    assert examples == 6
+    assert 5 < tokens < 60
+    assert plan._data(config, tokenizer, 10, None) == (10, tokens)
+
+
+def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
+    _, config = _parsed(f"--config.model.path={tmp_path / 'none'}")
+    assert plan._model(config) == (plan.LLADA_8B, None)
+    assert plan._data(config, None, None, 300.0) == (plan.EXAMPLES, 300.0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")

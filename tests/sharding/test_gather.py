@@ -1,5 +1,7 @@
 """sharding/gather.py: what each device gathers and sums, over one and over two fsdp axes."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,16 +67,19 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
         ((8, 8), {"data": 1, "fsdp_x": 8, "fsdp_y": 8, "tensor": 1}),
     ],
 )
-def test_a_square_of_tpus_has_two_fsdp_axes(sides, expected, monkeypatch):
-    class Device:
-        platform = "tpu"
-
-        def __init__(self, *coords):
-            self.coords = (*coords, 0)
+def test_a_square_of_tpus_has_two_fsdp_axes(sides, expected, monkeypatch, cpu_devices):
+    def device(*coords):
+        found = mock.Mock(spec=jax.Device, platform="tpu")
+        found.coords = (*coords, 0)
+        return found
 
     made = []
-    monkeypatch.setattr(
-        jax, "make_mesh", lambda shape, names, *_, devices: made.append(dict(zip(names, shape, strict=True)))
-    )
-    rules.make_mesh(config.Mesh(1, -1, 1), [Device(x, y) for x in range(sides[0]) for y in range(sides[1])])
+    any_mesh = jax.make_mesh((1,), ("fsdp",), devices=cpu_devices[:1])
+
+    def note(shape, names, *_, devices):
+        made.append(dict(zip(names, shape, strict=True)))
+        return any_mesh
+
+    monkeypatch.setattr(jax, "make_mesh", note)
+    rules.make_mesh(config.Mesh(1, -1, 1), [device(x, y) for x in range(sides[0]) for y in range(sides[1])])
     assert made == [expected]
