@@ -10,6 +10,7 @@ import pytest
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.planning.programs import DoesNotFit
 from launch import plan
 from tests import runs
 from tests.conftest import PROJECT_ROOT
@@ -47,6 +48,21 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"elbo_kto_jax\[tpu\]"):
         plan.main([f"--config={KTO_MIX}", "--topology=v5e:2x2", f"--out={tmp_path / 'out'}"])
+
+
+def test_what_does_not_fit_is_said_with_what_would(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise DoesNotFit("grad: needs 20.90G of 15.75G HBM")
+
+    monkeypatch.setattr(plan, "_use_libtpu", lambda: None)
+    monkeypatch.setattr(plan.planning, "plan", refuse)
+    arguments = [f"--config={KTO_MIX}", f"--config.model.path={tmp_path / 'none'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError) as refused:
+        plan.main([*arguments, "--topology=v5e:2x2"])
+    message = str(refused.value)
+    assert "v5e:2x2: does not fit: grad: needs 20.90G" in message
+    assert "--topology=v5e:4x4" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_on_disk_is_counted(tiny_checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.flops import forward_flops
 from elbo_kto_jax.planning import hlo, plan
 from elbo_kto_jax.planning.chips import parse_topology
-from elbo_kto_jax.planning.programs import Compiled
+from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
 from elbo_kto_jax.report.plan import as_text, write_plan_report
 from launch.plan import LLADA_8B
 from tests import runs
@@ -143,6 +143,41 @@ def test_a_search_starts_with_float32_and_the_fastest(config):
 
     first = [seconds(option) for option in found if option.model.param_dtype == "float32"]
     assert first == sorted(first)
+
+
+def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatch):
+    """The first candidate is refused, the third is the fastest; refusals do not count."""
+    asked = []
+
+    def compile_programs(option, model, devices, *, one_pass, sampler):
+        asked.append(option)
+        if len(asked) == 1:
+            raise DoesNotFit("grad: needs 20G of 15.75G HBM")
+        seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
+        names = ("forward", "backward") if one_pass else ("score", "grad")
+        return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
+
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: [None] * topology.devices)
+    monkeypatch.setattr(plan, "compile_programs", compile_programs)
+    topology = parse_topology("v6e:2x4")
+    found, chosen, tried = plan.search(config, LLADA_8B, topology, 14000, 700, most=3)
+    rates = [attempt.get("tokens_per_second_bound", 0.0) for attempt in tried]
+    assert [attempt["fits"] for attempt in tried] == [False, True, True, True]
+    assert tried[0]["why"].startswith("grad")
+    assert chosen == asked[rates.index(max(rates))]
+    assert found["tokens_per_second_bound"] == max(rates)
+
+
+def test_the_flags_of_a_candidate_lead_to_it(config):
+    option = plan.with_settings(config, (2, 4, 1), 8192, "dots", "bfloat16")
+    assert plan.changes(config, config) == []
+    assert plan.changes(config, option) == [
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=4",
+        "--config.train.microbatch_tokens=8192",
+        "--config.model.remat=dots",
+        "--config.model.param_dtype=bfloat16",
+    ]
 
 
 def test_what_would_fit_is_named(config):
