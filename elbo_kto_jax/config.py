@@ -45,7 +45,7 @@ class Model:
     path: str  # Hugging Face folder, hub id or converted checkpoint
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters and of Adam's moments
-    remat: Literal["full", "dots", "none"]  # what the backward pass keeps of a layer, model/llada.py
+    remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, model/llada.py
 
 
 @dataclasses.dataclass(frozen=True)

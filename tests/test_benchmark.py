@@ -3,13 +3,12 @@
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 
 from elbo_kto_jax.benchmark import __main__ as benchmark
 from elbo_kto_jax.errors import UserError
 from launch import quickstart
-from tests import runs, tiny
+from tests import runs
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed (extra `bench`)"
@@ -41,17 +40,6 @@ def test_summary_and_files(arguments, tmp_path, capsys, with_peer):
         )
     assert "training step, ours" in capsys.readouterr().out
     assert "Peak memory" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_forward_flops():
-    """One record, written out."""
-    model, examples = tiny.MODEL, tiny.examples(3)
-    length = int(np.diff(examples.offsets)[1])
-    d, f, v, n = model.d_model, model.mlp_hidden_size, model.embedding_size, model.n_layers
-    kv = model.n_kv_heads * model.head_dim
-    projections = 2 * length * d * (d + kv + kv + d)
-    expected = n * (projections + 2 * length * d * 3 * f + 2 * 2 * length * length * d) + 2 * 5 * d * v
-    assert benchmark.forward_flops(model, examples, np.array([1]), np.array([5.0])) == expected
 
 
 @pytest.mark.parametrize(

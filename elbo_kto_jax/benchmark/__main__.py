@@ -26,10 +26,9 @@ from elbo_kto_jax.checkpoint import huggingface
 from elbo_kto_jax.config import Config, Estimator
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.model.flops import forward_flops
 from elbo_kto_jax.report import page
 from elbo_kto_jax.report.svg import Bar, bar_chart
-from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.setup import Setup, prepare
 
@@ -250,7 +249,7 @@ def _check_equal(found: dict[str, dict]) -> None:
 def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dict, versions: dict) -> dict:
     draws, model, examples = setup.config.estimator.draws, setup.model.config, setup.data.examples
     hidden = np.array([setup.data.masks(i).mask.sum() for i in range(records)]) / draws
-    flops = draws * forward_flops(model, examples, np.arange(records), hidden) / records
+    flops = draws * forward_flops(model, np.diff(examples.offsets)[:records], hidden) / records
     tokens = draws * float(np.diff(examples.offsets)[:records].mean())
     per_record = {name: [run["per_record"] for run in runs] for name, runs in found.items() if "peak" not in name}
     seconds = {name: float(np.median(values)) for name, values in per_record.items()}
@@ -324,20 +323,6 @@ def _rows(result: dict) -> list[tuple[str, ...]]:
                 )
             )
     return rows
-
-
-def forward_flops(model: ModelConfig, examples: Examples, records: np.ndarray, hidden: np.ndarray) -> float:
-    """FLOPs of one forward pass over one draw of each record that no implementation can do without.
-
-    Two per multiplication: the layers' matrices at every token, attention of every token to its own sequence, and the
-    output head at the hidden[i] hidden tokens of record i. A training step needs three times this (forward, and twice
-    as much backward).
-    """
-    length = np.diff(examples.offsets)[records].astype(np.float64)
-    attention, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    matrices = model.d_model * (2 * attention + 2 * key_value + 3 * model.mlp_hidden_size)
-    layers = model.n_layers * (2 * matrices * length + 4 * attention * length**2)
-    return float(np.sum(layers + 2 * model.d_model * model.embedding_size * hidden))
 
 
 _HEADER = ("", "s/example", "real tokens/s", "useful GFLOP/s", "of matrix peak", "ours is faster by")

@@ -1,26 +1,36 @@
 """Bidirectional attention: every token of a segment sees every token of that segment, and no other (METHOD 4, 5).
 
-Two forms of the same function. `plain_attention` writes the formula down and lets the accelerator's compiler fuse it.
-`block_attention` never holds more than a tile of scores: it walks over tiles of BLOCK x BLOCK positions with a running
-softmax, visits only the tiles in which a segment meets itself, and recomputes the scores in the backward pass. Its
-memory is linear in the row, and its time follows the segments and not the row. One loop over all tiles, because a loop
-within a loop copies what it carries; tiles whose scores stay in a CPU's cache, and no smaller, because XLA for CPUs
-spends most of its time around small matrix products and not in them.
+Several forms of the same function; the platform decides (`form_for`). `plain_attention` writes the formula down. The
+others never hold more than a tile of scores, walk over the tiles with a running softmax, and recompute the scores in
+the backward pass, so that their memory is linear in the row:
+
+    splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments
+    flash_attention    GPU: jax's Pallas kernel for Triton
+    block_attention    CPU: visits only the tiles in which a segment meets itself, so that its time follows the segments
+                       and not the row. One loop over all tiles, because a loop within a loop copies what it carries;
+                       tiles whose scores stay in the cache, and no smaller, because XLA for CPUs spends most of its
+                       time around small matrix products and not in them.
 """
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu import attention as triton
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from elbo_kto_jax.sharding.rules import MESH_AXES
+from elbo_kto_jax.sharding import rules
 
+log = logging.getLogger(__name__)
 BLOCK = 256  # positions of a tile's side
+_LANES = 128  # positions: the tiles of the kernels for TPUs and GPUs are multiples
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
 SAVED = "attention"  # the name of what a rematerialisation policy may keep, to do without a second forward pass
 
@@ -40,22 +50,35 @@ def attention(
     positions, `key_segment_ids` says which segment each belongs to, in any order. On a `mesh` every device attends to
     its own rows and heads alone, so that what it does follows the segments of those and of no other.
     """
-    form = block_attention if jax.default_backend() == "cpu" else plain_attention
+    form = form_for(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform, query.dtype)
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     segments = (segment_ids,)
     if key_segment_ids is not None:
         form, segments = plain_attention, (segment_ids, key_segment_ids)
-    if mesh is not None:
-        rows, by_head = MESH_AXES["rows"], P(MESH_AXES["rows"], None, MESH_AXES["heads"], None)
+    free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes) if mesh is not None else ()
+    if free:  # of the axes of the mesh; within a shard_map the rest are at hand already
+        by_head = rules.spec(("rows", None, "heads", None), mesh, free)
+        inner = mesh if len(free) == len(mesh.axis_names) else None  # None: the mesh around
         form = jax.shard_map(
             form,
-            mesh=mesh,
-            in_specs=(by_head, by_head, by_head, *(P(rows, None) for _ in segments)),
+            mesh=inner,
+            in_specs=(by_head, by_head, by_head, *(rules.spec(("rows", None), mesh, free) for _ in segments)),
             out_specs=by_head,
+            axis_names=free,
             check_vma=False,
         )
     return form(query, key, value, *segments)
+
+
+@functools.cache  # one line in the log for each
+def form_for(platform: str, dtype) -> Callable[..., Array]:
+    """The form for a platform (of jax.Device) and the dtype of the activations."""
+    form = {"cpu": block_attention, "tpu": splash_attention, "gpu": flash_attention}.get(platform, plain_attention)
+    if form in (splash_attention, flash_attention) and dtype == jnp.float32:
+        form = plain_attention
+    log.info("attention on %s: %s, %s", platform, form.__name__, jnp.dtype(dtype).name)
+    return form
 
 
 def plain_attention(
@@ -77,6 +100,55 @@ def plain_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bkgqt,btke->bqkge", weights, value, precision=exact).reshape(b, s, h, e)
     return checkpoint_name(out, SAVED)
+
+
+def splash_attention(
+    query: Float[Array, "b s h e"],
+    key: Float[Array, "b s kv e"],
+    value: Float[Array, "b s kv e"],
+    segment_ids: Int[Array, "b s"],
+    interpret: bool = False,
+) -> Float[Array, "b s h e"]:
+    """The same in a kernel for TPUs; a row that is no multiple of its lanes is filled up with a segment of its own."""
+    s, h, e = query.shape[1:]
+    query, key, value, segment_ids = _fill_row(_LANES, query * e**-0.5, key, value, segment_ids)
+    length = segment_ids.shape[1]
+    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+
+    def of_row(query, key, value, ids):
+        kernel = splash.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask([splash_mask.FullMask((length, length))] * h),
+            block_sizes=splash.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
+            residual_checkpoint_name=SAVED,
+            interpret=interpret,
+        )
+        return kernel(query, key, value, splash.SegmentIds(ids, ids))
+
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    run = jax.vmap(of_row)
+    out = run(heads_first(query), heads_first(key), heads_first(value), segment_ids)
+    return heads_first(out)[:, :s]
+
+
+def flash_attention(
+    query: Float[Array, "b s h e"],
+    key: Float[Array, "b s kv e"],
+    value: Float[Array, "b s kv e"],
+    segment_ids: Int[Array, "b s"],
+    interpret: bool = False,
+) -> Float[Array, "b s h e"]:
+    """The same in a kernel for GPUs; key-value heads are repeated, rows filled up to whole tiles."""
+    s, h, e = query.shape[1:]
+    query, key, value, segment_ids = _fill_row(_LANES, query, key, value, segment_ids)
+    key, value = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (key, value))
+    return triton.mha(query, key, value, segment_ids, sm_scale=e**-0.5, interpret=interpret)[:, :s]
+
+
+def _fill_row(multiple: int, query, key, value, segment_ids):
+    """The arguments, filled up to a multiple of so many positions with a segment of its own."""
+    room = -segment_ids.shape[1] % multiple
+    fill = lambda x, by: jnp.pad(x, ((0, 0), (0, room), *((0, 0),) * (x.ndim - 2)), constant_values=by)  # noqa: E731
+    return fill(query, 0), fill(key, 0), fill(value, 0), fill(segment_ids, -1)
 
 
 def block_attention(

@@ -14,6 +14,7 @@ may not attends to them as well as to its own, as `key_segment_ids` says.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -31,9 +32,11 @@ Params = Any  # the tree above
 CACHE = "cache"
 
 # What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again;
-# "dots" keeps the results of matrix products and of attention, and computes what lies between them again.
+# "attention" keeps the result of attention too, the costliest for its size; "dots" keeps the results of matrix products
+# and of attention, and computes what lies between them again.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
@@ -133,6 +136,7 @@ class LLaDA(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "full"
     mesh: Mesh | None = None  # over which the rows are spread; None: they are not
+    gather: Callable[[Params], Params] | None = None  # makes a layer's parameters whole; None: they are
 
     def setup(self):
         cfg = self.config
@@ -140,7 +144,10 @@ class LLaDA(nn.Module):
         self.wte = nn.Embed(
             cfg.embedding_size, cfg.d_model, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init
         )
-        layer = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        block = Block
+        if self.gather is not None:
+            block = nn.map_variables(Block, "params", lambda tree: {"params": self.gather(tree["params"])})
+        layer = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, CACHE: 0},
@@ -172,8 +179,18 @@ class LLaDA(nn.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.states(self.wte(tokens), positions, segment_ids, key_segment_ids)
+
+    def states(
+        self,
+        embedded: Float[Array, "b s d"],
+        positions: Int[Array, "b s"],
+        segment_ids: Int[Array, "b s"] | None,
+        key_segment_ids: Int[Array, "b t_s"] | None = None,
+    ) -> Float[Array, "b s d"]:
+        """The same from the tokens' embeddings on."""
         cos, sin = rope.rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.blocks(self.wte(tokens), cos, sin, segment_ids, key_segment_ids)
+        x, _ = self.blocks(embedded, cos, sin, segment_ids, key_segment_ids)
         return self.ln_f(x)
 
     def logits(

@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt32
 from transformers import PreTrainedTokenizerBase
 
@@ -348,7 +347,7 @@ def _refresh(
         cache.append(kept[CACHE])
     state = _take_step(model, params, rows, state, hidden, jnp.zeros_like(rows.block), options, eot_id, in_block=False)
     if mesh is not None:
-        by_head = NamedSharding(mesh, P(None, rules.MESH_AXES["rows"], None, rules.MESH_AXES["heads"]))
+        by_head = NamedSharding(mesh, rules.spec((None, "rows", None, "kv_heads"), mesh))
         cache = jax.lax.with_sharding_constraint(cache, by_head)
     return *_hand_out(rows, state, options, model, eot_id, mesh, in_block=True), cache
 

@@ -4,10 +4,14 @@ The mesh has the axes data, fsdp and tensor. Rows of a micro-batch are split ove
 and optimizer state over fsdp (their model dimension) and tensor (heads, MLP width, vocabulary). A parameter without
 a line, a line without a parameter and a dimension that does not divide are errors; replication is written down, never
 fallen back to.
+
+On a TPU whose chips form a square, fsdp becomes two axes of the mesh, fsdp_x and fsdp_y, one for each axis of the
+torus: over one flat axis of 16, 64 or 256 chips XLA replaces every reduce-scatter by an all-reduce of twice the bytes.
 """
 
 import math
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +43,8 @@ ADAPTER_AXES = (
     *((matrix.replace("kernel", "lora_a"), (*axes[:2], "rank")) for matrix, axes in _MATRICES),
     *((matrix.replace("kernel", "lora_b"), (axes[0], "rank", axes[2])) for matrix, axes in _MATRICES),
 )
-_TABLES = (PARAMETER_AXES, QUANTIZED_AXES, ADAPTER_AXES)
+SCALE_AXES = tuple((matrix.replace("kernel", "lora_scale"), axes[:1]) for matrix, axes in _MATRICES)
+_TABLES = (PARAMETER_AXES, QUANTIZED_AXES, ADAPTER_AXES, SCALE_AXES)
 MESH_AXES = {
     "rows": ("data", "fsdp"),
     "layers": None,
@@ -60,21 +65,50 @@ def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> Me
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
+    shape: dict[str, int] = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
     given = math.prod(size for size in shape.values() if size != -1)
     shape = {name: len(devices) // given if size == -1 else size for name, size in shape.items()}
     if math.prod(shape.values()) != len(devices):
         raise UserError(f"config.mesh: {dict(shape)} does not use exactly the {len(devices)} devices of this run")
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), (AxisType.Auto,) * 3, devices=np.asarray(devices))
+    side = _torus_side(devices)
+    if side and shape["fsdp"] == len(devices):
+        shape = {"data": 1, "fsdp_x": len(devices) // side, "fsdp_y": side, "tensor": 1}
+    auto = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), auto, devices=np.asarray(devices))
+
+
+def _torus_side(devices: list[jax.Device]) -> int:
+    """Chips along each of the longest two axes of a TPU's torus, where those are equal and at least 4; else 0."""
+    if devices[0].platform != "tpu":
+        return 0
+    *_, second, longest = sorted(len({device.coords[axis] for device in devices}) for axis in range(3))
+    return longest if second == longest >= 4 else 0
+
+
+def mesh_axes(axis: str, mesh: Mesh) -> tuple[str, ...]:
+    """The axes of `mesh` over which a logical axis is split, the major one first."""
+    names = MESH_AXES[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return tuple(name for name in mesh.axis_names if name.partition("_")[0] in names)
+
+
+def spec(axes: Sequence[str | None], mesh: Mesh, among: Collection[str] | None = None) -> P:
+    """The partition of an array with these logical axes over the mesh, or over only those of its axes in `among`."""
+
+    def entry(axis):
+        names = [name for name in mesh_axes(axis, mesh) if among is None or name in among] if axis else []
+        return names[0] if len(names) == 1 else tuple(names) or None
+
+    return P(*map(entry, axes))
 
 
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a micro-batch are split."""
-    return math.prod(mesh.shape[axis] for axis in MESH_AXES["rows"])
+    return math.prod(mesh.shape[name] for name in mesh_axes("rows", mesh))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(MESH_AXES["rows"]))
+    return NamedSharding(mesh, spec(["rows"], mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -126,14 +160,14 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
         used.add(pattern)
         if len(axes) != len(leaf.shape):
             raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")
-        spec = [MESH_AXES[axis] for axis in axes]
-        for dimension, axis, mesh_axis in zip(leaf.shape, axes, spec, strict=True):
-            if mesh_axis is not None and dimension % mesh.shape[mesh_axis]:
+        for dimension, axis in zip(leaf.shape, axes, strict=True):
+            parts = math.prod(mesh.shape[name] for name in mesh_axes(axis, mesh))
+            if dimension % parts:
                 raise UserError(
-                    f"config.mesh.{mesh_axis}: {mesh.shape[mesh_axis]} does not divide the axis `{axis}` "
+                    f"config.mesh.{MESH_AXES[axis]}: {parts} does not divide the axis `{axis}` "
                     f"({dimension}) of parameter {name}"
                 )
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, spec(axes, mesh))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params)
     for table in _TABLES:

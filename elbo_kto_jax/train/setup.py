@@ -14,6 +14,7 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.model import lora
+from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
@@ -97,6 +98,23 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+def build_model(config: Config, model_config: ModelConfig) -> LLaDA:
+    """The mask predictor of a run, without weights."""
+    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    return LLaDA(model_config, dtype, param_dtype, config.model.remat)
+
+
+def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
+    """The shape of a run's micro-batches."""
+    return Layout(
+        rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
+        length=config.data.max_length,
+        mask_token=model_config.mask_token_id,
+        pad_token=model_config.pad_token_id,
+        packed=config.data.packing,
+    )
+
+
 def prepare(
     config: Config, *, skip_bad: bool, flags: tuple[str, str] = ("--config.model.path", "--config.data.train")
 ) -> Setup:
@@ -116,7 +134,7 @@ def prepare(
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
-    model = LLaDA(model_config, jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype), config.model.remat)
+    model = build_model(config, model_config)
     rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh)
     if config.data.max_length > model_config.max_sequence_length:
         log.warning(
@@ -124,13 +142,7 @@ def prepare(
             config.data.max_length,
             model_config.max_sequence_length,
         )
-    layout = Layout(
-        rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
-        length=config.data.max_length,
-        mask_token=model_config.mask_token_id,
-        pad_token=model_config.pad_token_id,
-        packed=config.data.packing,
-    )
+    layout = layout_of(config, model_config, mesh)
 
     def read(path: str, flag: str, desirable_fraction: float, undesirable_fraction: float) -> TrainingData:
         examples = load_examples(

@@ -32,7 +32,7 @@ from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.llada import LLaDA, Params
 from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.preference import kto
-from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.sharding import gather, rules
 from elbo_kto_jax.train.state import TrainState, zeros_like_params
 
 Weights = Params | lora.Adapted  # a whole model, for a pass through it
@@ -147,14 +147,19 @@ def build_programs(
     `tx` and `shardings` are needed for the gradient and the update, not for scoring.
     """
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
-    model = model.clone(mesh=mesh)
+    whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype)
+    model = model.clone(mesh=mesh, gather=functools.partial(whole, prefix="blocks"))
 
     def estimates_of(weights: Weights, rows: Rows) -> Float32[Array, "m g"]:
         params = lora.parameters(weights)
-        hidden = model.apply({"params": params}, rows.tokens, rows.positions, rows.segment_ids)
+        return gather.over_rows(estimates_of_part, mesh, params)(params, rows)
+
+    def estimates_of_part(params: Params, rows: Rows) -> Float32[Array, "part g"]:
+        embedded = gather.embed(params["wte"]["embedding"], rows.tokens, mesh, model.dtype)
+        hidden = model.apply({"params": params}, embedded, rows.positions, rows.segment_ids, method=LLaDA.states)
         return elbo.elbo_draws(
             hidden,
-            params["head"]["kernel"],
+            whole(params["head"], prefix="head")["kernel"],
             rows.target_position,
             rows.target_token,
             rows.target_slot,

@@ -1,0 +1,236 @@
+"""What a compiled program does, read from its HLO text: FLOPs and collectives, every loop body times its trips.
+
+XLA's own cost analysis counts the body of a loop once and a Pallas kernel not at all. Here a loop is counted as often
+as the constant in its condition says. Loops that end by data (the output head's chunks) have no such constant; the
+caller says how often those run, and what a kernel's call costs.
+
+Async collectives are recognised in their three forms: `x-start` and `x-done`; `async-start` of a computation; and
+TPU's fusions, of which one begins the collective (AsyncCollectiveStart) and the others, which name it again, carry it
+on beside a matrix product. Everything else waits, and is exposed.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others: by the digits
+_COMPUTATION = re.compile(r"(?:ENTRY )?%([^\s(]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What one instruction sends; `bytes` of one chip and one execution, by the usual ring algorithms."""
+
+    kind: str
+    bytes: float
+    group: int  # chips that take part together
+    overlapped: bool  # runs beside other work
+    times: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one chip, one run of the program."""
+
+    flops: float  # two for each multiplication of a matrix product
+    collectives: tuple[Collective, ...]
+
+    def sent(self, kinds: Iterable[str] = KINDS, overlapped: bool | None = None) -> float:
+        """Bytes sent by one chip in collectives of these kinds."""
+        return sum(
+            c.bytes * c.times
+            for c in self.collectives
+            if c.kind in kinds and (overlapped is None or c.overlapped == overlapped)
+        )
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+
+def program_cost(text: str, *, kernels: Mapping[str, float], dynamic_trips: float, chips: int) -> Cost:
+    """The cost of the entry computation of an optimized HLO module.
+
+    Args:
+      text: `compiled.as_text()`.
+      kernels: FLOPs of one call of a Pallas kernel, by the beginning of its name.
+      dynamic_trips: of loops whose condition has no constant.
+      chips: that run the program, for collectives over all of them.
+
+    Raises:
+      ValueError: the text has no entry computation, or calls a kernel that is not in `kernels`.
+    """
+    computations, entry = _parse(text)
+    if entry is None:
+        raise ValueError("text: expected an HLO module with an ENTRY computation")
+    flops, collectives = _Walk(computations, kernels, dynamic_trips, chips).cost(entry)
+    return Cost(flops, tuple(collectives))
+
+
+def trip_count(condition: Iterable[_Instruction]) -> int | None:
+    """How often a loop runs whose counter starts at 0 and is compared with a constant; None where it is not."""
+    constants = {}
+    for instruction in condition:
+        if instruction.opcode == "constant" and instruction.operands and instruction.operands[0].isdigit():
+            constants[instruction.name] = int(instruction.operands[0])
+        if instruction.opcode == "compare":
+            limits = [constants[name] for name in instruction.operands if name in constants]
+            if limits:
+                return limits[0] + ("direction=LE" in instruction.attributes)
+    return None
+
+
+def array_bytes(shape: str) -> float:
+    """Bytes of all arrays in a shape, tuples included."""
+    return sum(_elements(dims) * _item_bytes(dtype) for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", shape)))
+
+
+class _Walk:
+    def __init__(self, computations, kernels, dynamic_trips, chips):
+        self.computations, self.kernels, self.chips = computations, kernels, chips
+        self.dynamic_trips = dynamic_trips
+        self.done: dict[str, tuple[float, list[Collective]]] = {}
+
+    def cost(self, name: str) -> tuple[float, list[Collective]]:
+        if name not in self.done:
+            self.done[name] = self._cost(name)
+        return self.done[name]
+
+    def _cost(self, name: str) -> tuple[float, list[Collective]]:
+        body = self.computations.get(name, ())
+        shapes = {instruction.name: instruction.shape for instruction in body}
+        targets = " ".join(instruction.attributes for instruction in body)
+        starts = 'custom_call_target="AsyncCollectiveStart"' in targets
+        goes_on = not starts and (
+            'custom_call_target="AsyncCollectiveDone"' in targets or name.startswith("async_collective_fusion")
+        )
+        flops, found = 0.0, []
+
+        def add(called: str, times: float = 1.0, overlapped: bool = False) -> float:
+            inner_flops, inner = self.cost(called)
+            for c in inner:
+                found.append(dataclasses.replace(c, times=c.times * times, overlapped=c.overlapped or overlapped))
+            return inner_flops * times
+
+        for instruction in body:
+            opcode = instruction.opcode
+            kind = opcode.removesuffix("-start")
+            called = re.findall(r"(?:calls|to_apply)=%([^\s,)}]+)", instruction.attributes)
+            if opcode in ("convolution", "dot"):
+                flops += _product_flops(instruction, shapes)
+            elif kind in KINDS:
+                if not goes_on:
+                    is_start = starts or opcode.endswith("-start")
+                    found.append(self._collective(kind, instruction, shapes, is_start, name))
+            elif opcode == "while":
+                condition, loop = (
+                    re.search(rf"{role}=%([^\s,)}}]+)", instruction.attributes)[1] for role in ("condition", "body")
+                )
+                trips = trip_count(self.computations.get(condition, ()))
+                flops += add(loop, self.dynamic_trips if trips is None else trips)
+            elif opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                names = re.findall(r"%([^\s,]+)", branches[1]) if branches else []
+                names += re.findall(r"(?:true|false)_computation=%([^\s,)}]+)", instruction.attributes)
+                if names:
+                    flops += add(max(names, key=lambda branch: self.cost(branch)[0]))
+            elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+                flops += self._kernel_flops(instruction.name)
+            elif opcode in ("fusion", "call", "async-start"):
+                for other in called:
+                    flops += add(other, overlapped=opcode == "async-start")
+        return flops, found
+
+    def _kernel_flops(self, name: str) -> float:
+        for prefix, flops in self.kernels.items():
+            if name.startswith(prefix):
+                return flops
+        raise ValueError(f"kernels: expected an entry for {name}, got {list(self.kernels)}")
+
+    def _collective(self, kind, instruction, shapes, overlapped, computation) -> Collective:
+        group = group_size(instruction.attributes, self.chips)
+        size = sum(array_bytes(shapes.get(operand, "")) for operand in instruction.operands)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPU's fusion that keeps a part of the sum as it is made
+        share = (group - 1) / group
+        sent = {
+            "all-gather": size * (group - 1),
+            "all-reduce": 2 * size * share,
+            "reduce-scatter": size * share,
+            "all-to-all": size * share,
+            "collective-permute": size,
+        }[kind]
+        return Collective(kind, sent, group, overlapped, 1.0)
+
+
+def group_size(attributes: str, chips: int) -> int:
+    """How many chips take part in a collective together, in any of the notations of replica groups."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    if listed := re.search(r"replica_groups=\{\{([^}]*)\}", attributes):
+        return len(listed[1].split(","))
+    if regular := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(regular[1])
+    return chips
+
+
+def _product_flops(instruction: _Instruction, shapes: Mapping[str, str]) -> float:
+    """2 M N K of a matrix product, which is 2 sqrt(MK KN MN): no notation of the dimensions matters."""
+    sizes = [shapes.get(name, "") for name in instruction.operands[:2]] + [instruction.shape]
+    elements = [math.prod(_elements(dims) for _, dims in _ARRAY.findall(_LAYOUT.sub("", size))) for size in sizes]
+    return 2.0 * math.sqrt(math.prod(elements))
+
+
+def _elements(dims: str) -> int:
+    return math.prod(int(size) for size in dims.split(",") if size)
+
+
+def _item_bytes(dtype: str) -> float:
+    if dtype in _BYTES:
+        return _BYTES[dtype]
+    bits = re.match(r"[a-z]+(\d+)", dtype)
+    return int(bits[1]) / 8 if bits else 0  # tokens and tuples take none
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry = current = None
+    for line in text.splitlines():
+        if (header := _COMPUTATION.match(line)) and not line.startswith(" "):
+            current = header[1]
+            computations[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            computations[current].append(_instruction(*found.groups()))
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> _Instruction:
+    """`SHAPE opcode(operands), attributes`, where a tuple's shape has brackets of its own."""
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    close = _closing(rest, opening)
+    operands = re.sub(r"/\*.*?\*/", "", rest[opening + 1 : close])
+    names = re.findall(r"%([^\s,()]+)", operands) or ([operands.strip()] if operands.strip() else [])
+    return _Instruction(name, shape, rest[:opening], tuple(names), rest[close + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for at in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at
+    return len(text) - 1

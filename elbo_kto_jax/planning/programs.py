@@ -1,0 +1,190 @@
+"""The programs of a run, compiled for a TPU that is not there, and what the compiler says of them.
+
+They are the very programs of train/step.py and sampling/decode.py, on shapes instead of arrays.
+"""
+
+import dataclasses
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.diffusion.elbo import CHUNK
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.packing import Segment, pack
+from elbo_kto_jax.planning import hlo
+from elbo_kto_jax.planning.chips import Topology
+from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train.setup import build_model, layout_of
+from elbo_kto_jax.train.step import build_programs
+
+log = logging.getLogger(__name__)
+PROMPT_TOKENS = 512  # of the prompts that the sampler's program is compiled for
+_STEPS = 1000  # the schedule's length is a constant of the update and changes nothing else
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program on one chip; bytes as the compiler reports them."""
+
+    name: str
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+    host: int  # of temporaries, in the host's memory
+    resident: int  # what the run keeps on the chip besides, while the program runs
+    hbm_bytes: float  # read and written, loop bodies counted once: a lower bound
+    cost: hlo.Cost | None  # None: the compiler would not print the program
+    compile_seconds: float
+
+    @property
+    def bytes_per_chip(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.resident
+
+
+class DoesNotFit(Exception):
+    """The compiler refused a program for want of memory; its words."""
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a slice, described by libtpu.
+
+    Raises:
+      UserError: libtpu does not know the name.
+    """
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology.name}: libtpu says: {str(error).splitlines()[0]}") from None
+
+
+def compile_programs(
+    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, one_pass: bool, sampler: bool
+) -> Iterator[Compiled]:
+    """The programs of a step, and the sampler's, one after another, for they take minutes.
+
+    `one_pass` says that a batch is one micro-batch (train/step.py).
+
+    Raises:
+      UserError: the model, the mesh and the shapes do not fit together.
+      DoesNotFit: the compiler's refusal.
+    """
+    mesh = rules.make_mesh(config.mesh, devices)
+    log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+    rules.check_heads(model_config, mesh)
+    model = build_model(config, model_config)
+    params = abstract_params(model)
+    tx = train_state.optimizer(config.optimizer, _STEPS)
+    shardings = train_state.state_shardings(tx, params, mesh)
+    state = train_state.abstract_state(tx, params, shardings)
+    draws, examples = config.estimator.draws, config.train.global_batch_size
+    programs = build_programs(
+        model, mesh, num_examples=examples, draws=draws, objective=config.objective, tx=tx, shardings=shardings
+    )
+    everywhere = rules.replicated(mesh)
+    empty = pack([Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)], layout_of(config, model_config, mesh))[
+        0
+    ]
+    rows = jax.tree.map(lambda x: _abstract(x, rules.row_sharding(mesh)), empty)
+    estimates = jax.ShapeDtypeStruct((examples * draws,), jnp.float32, sharding=everywhere)
+    cotangent = jax.ShapeDtypeStruct((examples,), jnp.float32, sharding=everywhere)
+    grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+
+    reference = config.objective.name == "elbo_kto" and config.reference.mode == "online"
+    held = bytes_on_chip(state) + (bytes_on_chip(state.params) if reference else 0)
+    kernels = kernel_flops(model_config, mesh, empty.tokens.shape)
+    trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
+
+    def run(name: str, program: Callable, *arguments: Any, kept: Any = (), **options: Any):
+        log.info("compiling %s for %d devices", name, len(devices))
+        began = time.monotonic()
+        try:
+            compiled = program.trace(*arguments, **options).lower(lowering_platforms=("tpu",)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(f"{name}: {_refusal(str(error))}") from None
+        seconds = time.monotonic() - began
+        memory, cost = compiled.memory_analysis(), None
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            log.warning("%s: libtpu does not print this program: its FLOPs and collectives are not known", name)
+        else:
+            if name != "sampler":  # how often its loops run depends on the data
+                cost = hlo.program_cost(text, kernels=kernels, dynamic_trips=trips, chips=len(devices))
+        return compiled, Compiled(
+            name=name,
+            arguments=memory.argument_size_in_bytes,
+            outputs=memory.output_size_in_bytes,
+            aliased=memory.alias_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            host=memory.host_temp_size_in_bytes,
+            resident=held - bytes_on_chip(kept),
+            hbm_bytes=(compiled.cost_analysis() or {}).get("bytes accessed", 0.0),
+            cost=cost,
+            compile_seconds=seconds,
+        )
+
+    if one_pass:
+        arguments = state.params, estimates, rows
+        forward, found = run("forward", programs.forward, *arguments, kept=state.params)
+        yield found
+        _, pull_back = jax.tree.map(_abstract, programs.forward.eval_shape(*arguments), forward.output_shardings)
+        yield run("backward", programs.backward, pull_back, rows, cotangent)[1]
+    else:
+        yield run("score", programs.score, state.params, estimates, rows, kept=state.params)[1]
+        yield run("grad", programs.grad, state.params, grads, estimates, rows, cotangent, kept=state.params)[1]
+    yield run("update", programs.update, state, grads, kept=state)[1]
+    if sampler:
+        yield _sampler(run, config, model.clone(mesh=mesh), state.params, mesh)
+
+
+def _sampler(run: Callable, config: Config, model: LLaDA, params: Any, mesh: Mesh) -> Compiled:
+    shards = rules.row_shards(mesh)
+    b = -(-config.sampler.batch_size // shards) * shards
+    row = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rules.row_sharding(mesh))  # noqa: E731
+    arguments = row((b, PROMPT_TOKENS), jnp.int32), row((b,), jnp.int32), row((b, 2), jnp.uint32)
+    options = {"options": config.sampler, "eot_id": 0, "mesh": mesh}
+    return run("sampler", decode._denoise, model, params, *arguments, kept=params, **options)[1]
+
+
+def bytes_on_chip(tree: Any) -> int:
+    """Bytes of one device's part of abstract arrays."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def kernel_flops(model: ModelConfig, mesh: Mesh, tokens_shape: tuple[int, int]) -> dict[str, float]:
+    """FLOPs of one call of splash attention on one device: two products forward, five backward, every tile visited."""
+    rows, length = tokens_shape[0] // rules.row_shards(mesh), -(-tokens_shape[1] // 128) * 128
+    product = 2.0 * rows * (model.n_heads // mesh.shape["tensor"]) * model.head_dim * length**2
+    return {"splash_mha_fwd": 2 * product, "splash_mha_dkv": 5 * product}
+
+
+def _abstract(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _refusal(message: str) -> str:
+    """What matters of the compiler's out-of-memory message."""
+    found = re.search(r"the total memory required for ([^(]*)\(([^)]*)\) exceeds available HBM \(([^)]*)\)", message)
+    if found:
+        return f"needs {found[2]} for {found[1].strip()} of {found[3]} HBM"
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", message)
+    return f"needs {used[1]} of {used[2]} HBM" if used else message.splitlines()[0]

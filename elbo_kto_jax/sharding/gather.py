@@ -1,0 +1,60 @@
+"""Parameters inside a shard_map over the rows: each device holds a part, and gathers a layer when it needs it.
+
+Written down rather than left to the compiler, which sums a weight's gradient everywhere before it keeps a part of it:
+the transpose of `all_gather` is `psum_scatter`, so here a gradient is summed and split in one go, one collective for
+each fsdp axis of the mesh. What travels has the dtype of the activations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from elbo_kto_jax.sharding import rules
+
+
+def over_rows(function: Callable, mesh: Mesh, params: Any) -> Callable:
+    """function(params, rows) as a shard_map in which every device sees its rows and its parts of the parameters.
+
+    The tensor axis is left to the compiler; where it is 1, attention's kernels want it in the shard_map as well.
+    """
+    manual = {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: rules.spec(rules.line_of(_name(path))[1], mesh, manual), params
+    )
+    rows = rules.spec(["rows"], mesh)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(specs, rows), out_specs=rows, axis_names=manual, check_vma=False
+    )
+
+
+def whole(params: Any, prefix: str, mesh: Mesh, dtype: Any) -> Any:
+    """The tree below `prefix`, of which each device has its part along fsdp, gathered in `dtype`; one layer or all."""
+
+    def gathered(path, leaf):
+        axes = rules.line_of(f"{prefix}/{_name(path)}")[1][-leaf.ndim :]
+        for dimension, axis in enumerate(axes):
+            for name in reversed(rules.mesh_axes(axis, mesh) if axis == "model" else ()):
+                if mesh.shape[name] > 1:
+                    # int8 matrices travel as they are, and the scales of their channels are not to be rounded.
+                    travels = leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != jnp.int8 else leaf
+                    leaf = jax.lax.all_gather(travels, name, axis=dimension, tiled=True)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(gathered, params)
+
+
+def embed(table: Float[Array, "v part"], tokens: Int[Array, "b s"], mesh: Mesh, dtype: Any) -> Float[Array, "b s d"]:
+    """The tokens' embeddings: each device looks up its part for the tokens of all, and they swap the results."""
+    names = tuple(name for name in rules.mesh_axes("model", mesh) if mesh.shape[name] > 1)
+    if not names:
+        return table[tokens].astype(dtype)
+    everyones = jax.lax.all_gather(tokens, names, axis=0, tiled=True)
+    return jax.lax.all_to_all(table[everyones].astype(dtype), names, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _name(path) -> str:
+    return "/".join(key.key for key in path)

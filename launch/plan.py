@@ -1,0 +1,157 @@
+"""python -m launch.plan --config=configs/kto_mix.py --topology=v5e:8x8: does it fit, and how fast can it be?
+
+Compiles every program of the run for a slice of TPUs that need not be there (libtpu, extra `tpu`), on the CPU: minutes
+for the 8B model. What it prints of time and cost are bounds, not measurements; the formulas and what they assume stand
+in elbo_kto_jax/planning/.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+import jax
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.planning import plan as planning
+from elbo_kto_jax.planning.chips import Topology, parse_topology
+from elbo_kto_jax.planning.programs import DoesNotFit
+from elbo_kto_jax.report.plan import as_text, write_plan_report
+from elbo_kto_jax.text.examples import load_examples
+from launch.random_llada import SIZES
+
+log = logging.getLogger("elbo_kto_jax.plan")
+LLADA_8B = ModelConfig(  # as published (GSAI-ML/LLaDA-8B-Instruct, config.json)
+    **SIZES["8b"],
+    vocab_size=126464,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    mask_token_id=126336,
+    eos_token_id=126081,
+    pad_token_id=126081,
+)
+# kto-mix-14k: its published size; 2,964 characters of text per record (mean of 1,500 of its records) at about 4.3
+# characters per token, and the template's tokens.
+EXAMPLES, TOKENS = 14_000, 700
+
+
+def main(argv: list[str]) -> dict:
+    flags = cli.Flags("launch.plan", "Compile a run for a TPU slice without one: does it fit, how fast can it be?")
+    flags.add_config()
+    flags.add_argument("--topology", required=True, help="GENERATION:SHAPE of the slice, such as v5e:8x8")
+    flags.add_argument("--search", action="store_true", help="find mesh, micro-batch, remat and dtype that are fastest")
+    flags.add_argument("--candidates", type=int, default=3, help="that --search compiles (default: %(default)s)")
+    flags.add_argument("--examples", type=int, help=f"in the data, where it is not on disk (default: {EXAMPLES})")
+    flags.add_argument("--tokens", type=float, help=f"of an example, on average (default: {TOKENS})")
+    flags.add_argument("--price", type=float, default=0.0, help="of a chip for an hour, to turn chip-hours into a cost")
+    flags.add_argument("--out", default="", help="folder for plan.json and report.html (default: runs/plan/TOPOLOGY)")
+    flags.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    options, config = flags.parse(argv)
+    topology = parse_topology(options.topology)
+    for flag in ("candidates", "examples", "tokens"):
+        if getattr(options, flag) is not None and getattr(options, flag) < 1:
+            raise UserError(f"--{flag}: expected at least 1, got {getattr(options, flag)}")
+    out = Path(options.out or Path("runs", "plan", topology.name.replace(":", "-")))
+    cli.refuse_existing(out, options.overwrite)
+    _use_libtpu()
+    model, tokenizer = _model(config)
+    examples, tokens = _data(config, tokenizer, options.examples, options.tokens)
+
+    tried = []
+    try:
+        if options.search:
+            found, config, tried = planning.search(config, model, topology, examples, tokens, options.candidates)
+            if found is None:
+                raise DoesNotFit("no candidate of the search")
+        else:
+            found = planning.plan(config, model, topology, examples, tokens)
+        if not found["fits"]:
+            needed, usable = found["bytes_per_chip"] / 2**30, found["usable_bytes_per_chip"] / 2**30
+            raise DoesNotFit(f"the run as a whole needs {needed:.2f} of {usable:.2f} GiB on each chip")
+    except DoesNotFit as refusal:
+        raise UserError(_does_not_fit(refusal, config, model, topology, examples, tokens)) from None
+    if options.price:
+        found["cost_bound"] = found["chip_hours_bound"] * options.price
+    found["tried"] = tried
+    found["model"] = dataclasses.asdict(model)
+    atomic_write(out / "plan.json", to_json(found))
+    write_plan_report(out / "report.html", found)
+    print(as_text(found))
+    log.info("report: %s", out / "report.html")
+    if tried:
+        best = [attempt for attempt in tried if attempt["fits"]]
+        chosen = max(best, key=lambda attempt: attempt["tokens_per_second_bound"])["flags"]
+        log.info("next: the same settings in training: %s", " ".join(chosen) or "the config as it is")
+    keys = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
+    keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "topology", "mesh", "settings")
+    return {key: found[key] for key in keys if key in found} | {"report": str(out / "report.html")}
+
+
+def _use_libtpu() -> None:
+    """Lets libtpu compile on a machine without TPUs, beside another process that does."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("launch.plan compiles with libtpu, which is not installed: pip install 'elbo_kto_jax[tpu]'")
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_STDERR_LOG_LEVEL", "3"),
+        ("TPU_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds cannot be asked for its memory
+
+
+def _model(config: Config):
+    """The architecture, and the tokenizer where there is one."""
+    path = Path(config.model.path).expanduser()
+    if not path.exists():
+        log.info("config.model.path=%s is not on this machine: planning for LLaDA-8B as published", config.model.path)
+        return LLADA_8B, None
+    model, assets = store.load_config(path)
+    try:
+        return model, store.build_tokenizer(assets, str(path))
+    except UserError:  # a config.json is enough for a plan
+        return model, None
+
+
+def _data(config: Config, tokenizer, examples: int | None, tokens: float | None) -> tuple[int, float]:
+    """Number and mean length of the examples: the flags', else the data's, else those of kto-mix."""
+    if (examples is None or tokens is None) and tokenizer is not None and Path(config.data.train).exists():
+        found = load_examples(
+            config.data.train,
+            tokenizer,
+            max_length=config.data.max_length,
+            exact_window=config.data.packing,
+            append_eot=config.data.append_eot,
+            desirable_fraction=config.data.desirable_fraction,
+            undesirable_fraction=config.data.undesirable_fraction,
+            seed=config.seed,
+            needs_label=False,
+            skip_bad=True,
+            progress=True,
+            flag="--config.data.train",
+        )
+        return examples or len(found), tokens or float(found.offsets[-1] / len(found))
+    if examples is None or tokens is None:
+        log.info(
+            "config.data.train=%s cannot be read here: the size of kto-mix, or --examples, --tokens", config.data.train
+        )
+    return examples or EXAMPLES, tokens or float(TOKENS)
+
+
+def _does_not_fit(
+    refusal: DoesNotFit, config: Config, model: ModelConfig, topology: Topology, examples: int, tokens: float
+) -> str:
+    return f"{topology.name}: does not fit: {refusal}; {planning.would_fit(config, model, topology, examples, tokens)}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""python -m launch.plan: what it refuses, and one small model compiled for a TPU slice where libtpu is installed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.planning.programs import DoesNotFit
+from launch import plan
+from tests import runs
+from tests.conftest import PROJECT_ROOT
+from tests.published import CONFIG
+
+KTO_MIX = runs.CONFIG.with_name("kto_mix.py")
+
+
+def _parsed(*words):
+    flags = cli.Flags("launch.plan", "")
+    flags.add_config()
+    return flags.parse([f"--config={KTO_MIX}", *words])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--topology=v5e-16"], "did you mean v5e:4x4"),
+        (["--topology=v5e:2x2", "--tokens=0"], "--tokens: expected at least 1"),
+        (["--topology=v5e:2x2", "--candidates=0"], "--candidates: expected at least 1"),
+        ([], "--topology"),
+    ],
+)
+def test_flags(flags, named):
+    with pytest.raises(UserError, match=named):
+        plan.main([f"--config={KTO_MIX}", *flags])
+
+
+def test_an_existing_plan_is_kept(tmp_path):
+    with pytest.raises(UserError, match="--overwrite"):
+        plan.main([f"--config={KTO_MIX}", "--topology=v5e:2x2", f"--out={tmp_path}"])
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"elbo_kto_jax\[tpu\]"):
+        plan.main([f"--config={KTO_MIX}", "--topology=v5e:2x2", f"--out={tmp_path / 'out'}"])
+
+
+def test_what_does_not_fit_is_said_with_what_would(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise DoesNotFit("grad: needs 20.90G of 15.75G HBM")
+
+    monkeypatch.setattr(plan, "_use_libtpu", lambda: None)
+    monkeypatch.setattr(plan.planning, "plan", refuse)
+    arguments = [f"--config={KTO_MIX}", f"--config.model.path={tmp_path / 'none'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError) as refused:
+        plan.main([*arguments, "--topology=v5e:2x2"])
+    message = str(refused.value)
+    assert "v5e:2x2: does not fit: grad: needs 20.90G" in message
+    assert "--topology=v5e:4x4" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_on_disk_is_counted(tiny_checkpoint, tmp_path):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", runs.records(6))
+    _, config = _parsed(f"--config.model.path={tiny_checkpoint}", f"--config.data.train={data}")
+    model, tokenizer = plan._model(config)
+    assert model.n_layers == json.loads((tiny_checkpoint / "config.json").read_text())["n_layers"]
+    examples, tokens = plan._data(config, tokenizer, None, None)
+    assert examples == 6
+    assert 5 < tokens < 60
+    assert plan._data(config, tokenizer, 10, None) == (10, tokens)
+
+
+def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
+    _, config = _parsed(f"--config.model.path={tmp_path / 'none'}")
+    assert plan._model(config) == (plan.LLADA_8B, None)
+    assert plan._data(config, None, None, 300.0) == (plan.EXAMPLES, 300.0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
+def test_a_small_model(tmp_path):
+    """In a process of its own, since libtpu stays in the one that loads it."""
+    small = {"d_model": 256, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 512, "embedding_size": 1024}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**CONFIG, **small}))
+    flags = {
+        "model.path": tmp_path / "model",
+        "data.max_length": 256,
+        "train.global_batch_size": 4,
+        "train.microbatch_tokens": 256,
+        "sampler.gen_length": 16,
+        "sampler.steps": 16,
+    }
+    command = [sys.executable, "-m", "launch.plan", f"--config={KTO_MIX}", "--topology=v5e:2x2"]
+    command += ["--tokens=100", "--price=2", f"--out={tmp_path / 'out'}"]
+    command += [f"--config.{key}={value}" for key, value in flags.items()]
+    done = subprocess.run(
+        command, cwd=PROJECT_ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert summary["fits"] is True
+    assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert 0 < summary["bytes_per_chip"] < summary["usable_bytes_per_chip"] == int(15.75 * 2**30)
+    assert 0 < summary["mfu_bound"] < 1
+    assert summary["cost_bound"] == 2 * summary["chip_hours_bound"] > 0
+    assert set(found["programs"]) == {"score", "grad", "update", "sampler"}
+    grad = found["programs"]["grad"]
+    assert grad["flops"] > 3 * found["programs"]["score"]["flops"]
+    assert grad["collectives"]["reduce-scatter"]["exposed_bytes"] > 0
+    assert "bound, not measured" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,205 @@
+"""planning/plan.py: the arithmetic of the bounds, worked out by hand, and the order of a search."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from elbo_kto_jax import cli
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.planning import hlo, plan
+from elbo_kto_jax.planning.chips import parse_topology
+from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
+from elbo_kto_jax.report.plan import as_text, write_plan_report
+from launch.plan import LLADA_8B
+from tests import runs
+
+TOPOLOGY = parse_topology("v5e:8x8")
+KTO_MIX = runs.CONFIG.with_name("kto_mix.py")
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config.from_mapping(cli.load_config_file(str(KTO_MIX)).to_dict())
+
+
+def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
+    return Compiled(name, size, 10, 10, 5, 0, 7, hbm, hlo.Cost(flops, tuple(collectives)), 2.0)
+
+
+def test_the_published_model_has_eight_billion_weights():
+    assert plan.parameters(LLADA_8B) == pytest.approx(8.02e9, rel=1e-3)
+
+
+def test_model_flops_are_those_of_the_design():
+    """128 rows of 4096 tokens on 64 chips, scored and learnt from: 545 TFLOP per chip."""
+    assert 4 * 2 * plan.row_flops(LLADA_8B, 4096) == pytest.approx(545e12, rel=1e-3)
+
+
+def test_workload_counts_rows_and_steps(config):
+    work = plan.workload(config, shards=8, examples=100, mean_tokens=500)
+    assert work.steps == 4  # ceil(100 / 32), one epoch
+    assert work.tokens == 32 * 8 * 500
+    assert work.rows == 33  # ceil(128000 / (4096 * 0.95))
+    assert (work.rows_at_once, work.micro_batches, work.one_pass) == (8, 5, False)
+    assert work.row_fill(4096) == pytest.approx(128000 / (40 * 4096))
+    assert plan.workload(config, shards=64, examples=100, mean_tokens=500).one_pass
+
+
+def test_padded_rows_hold_one_segment_each(config):
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
+    assert plan.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
+
+
+@pytest.mark.parametrize(
+    ("flops", "hbm", "overlapped", "exposed", "expected"),
+    [
+        (197e12, 0, 0, 0, 1.0),
+        (197e12, 2 * 819e9, 0, 0, 2.0),
+        (197e12, 0, 3 * 100e9, 0, 3.0),
+        (197e12, 0, 0.5 * 100e9, 0.25 * 100e9, 1.25),
+    ],
+)
+def test_what_overlaps_is_hidden_and_what_does_not_adds_up(flops, hbm, overlapped, exposed, expected):
+    collectives = [
+        hlo.Collective("all-gather", overlapped / 2, 64, True, 2),
+        hlo.Collective("all-reduce", exposed, 64, False, 1),
+    ]
+    found = plan.program_seconds(program("grad", flops, collectives, hbm), TOPOLOGY, hlo.Cost(0.0, ()))
+    assert found.total == pytest.approx(expected)
+
+
+def test_a_program_that_was_not_printed_is_estimated():
+    unknown = dataclasses.replace(program("grad"), cost=None)
+    assert plan.program_seconds(unknown, TOPOLOGY, hlo.Cost(197e12, ())).total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "one_pass", "passes"),
+    [("precomputed", True, 3), ("precomputed", False, 4), ("online", True, 4), ("online", False, 5)],
+)
+def test_model_passes(config, mode, one_pass, passes):
+    config = dataclasses.replace(config, reference=dataclasses.replace(config.reference, mode=mode))
+    assert plan.model_passes(config, one_pass) == passes
+    sft = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name="sft"))
+    assert plan.model_passes(sft, one_pass) == 3
+
+
+def two_pass_result(config, sizes=(1, 1, 1)):
+    work = plan.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 125 rows: two micro-batches of 64
+    flops = plan.row_flops(LLADA_8B, 4096)
+    compiled = [
+        program("score", flops, size=sizes[0]),
+        program("grad", 4 * flops, size=sizes[1]),
+        program("update", size=sizes[2]),
+    ]
+    return plan.result(config, LLADA_8B, TOPOLOGY, work, compiled, 6400, 1900)
+
+
+def test_the_bound_of_a_step(config):
+    found = two_pass_result(config)
+    seconds = plan.row_flops(LLADA_8B, 4096) / 197e12
+    assert found["step"]["seconds"] == pytest.approx(2 * 5 * seconds)
+    assert found["mfu_bound"] == pytest.approx(4 / 5)
+    assert found["tokens_per_second_bound"] == pytest.approx(32 * 8 * 1900 / (10 * seconds))
+    # 200 steps, and the reference pass scores every row of them once
+    assert found["chip_hours_bound"] == pytest.approx(200 * 64 * (10 + 2) * seconds / 3600)
+    assert found["compile_seconds"] == 6.0
+
+
+def test_the_largest_program_decides_whether_it_fits(config):
+    usable = int(TOPOLOGY.chip.usable_bytes)
+    assert two_pass_result(config)["fits"]
+    found = two_pass_result(config, sizes=(1, usable, 1))
+    assert not found["fits"]
+    assert found["bytes_per_chip"] == usable + 5 + 7  # temporaries, and what lies beside the program
+
+
+def test_recomputation():
+    """Full: all but the last product of each layer; a forward pass over a row has the head besides."""
+    d, f, n, s = LLADA_8B.d_model, LLADA_8B.mlp_hidden_size, LLADA_8B.n_layers, 4096
+    forward = forward_flops(LLADA_8B, np.array([s]), np.array([s / 2]))
+    head = 2 * d * LLADA_8B.embedding_size * s / 2
+    kept = 2 * n * s * d * f
+    attention = 4 * n * s * s * d
+    assert plan.recomputed(LLADA_8B, "full", s) == pytest.approx((forward - head - kept) / forward)
+    assert plan.recomputed(LLADA_8B, "attention", s) == pytest.approx((forward - head - kept - attention) / forward)
+    assert plan.recomputed(LLADA_8B, "dots", s) == 0
+
+
+def test_a_search_starts_with_float32_and_the_fastest(config):
+    topology = parse_topology("v6e:2x4")
+    found = list(plan.candidates(config, LLADA_8B, topology, 14000, 700))
+    stored = [option.model.param_dtype for option in found]
+    assert stored == sorted(stored, key=["float32", "bfloat16"].index)
+    assert found[0].model.param_dtype == "float32"
+
+    def seconds(option):
+        mesh = plan.mesh_sizes(option, 8)
+        work = plan.workload(option, mesh["data"] * mesh["fsdp"], 14000, 700)
+        return plan.estimated_step(option, LLADA_8B, topology, work, mesh)
+
+    first = [seconds(option) for option in found if option.model.param_dtype == "float32"]
+    assert first == sorted(first)
+
+
+def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatch):
+    """The first candidate is refused, the third is the fastest; refusals do not count."""
+    asked = []
+
+    def compile_programs(option, model, devices, *, one_pass, sampler):
+        asked.append(option)
+        if len(asked) == 1:
+            raise DoesNotFit("grad: needs 20G of 15.75G HBM")
+        seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
+        names = ("forward", "backward") if one_pass else ("score", "grad")
+        return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
+
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: [None] * topology.devices)
+    monkeypatch.setattr(plan, "compile_programs", compile_programs)
+    topology = parse_topology("v6e:2x4")
+    found, chosen, tried = plan.search(config, LLADA_8B, topology, 14000, 700, most=3)
+    rates = [attempt.get("tokens_per_second_bound", 0.0) for attempt in tried]
+    assert [attempt["fits"] for attempt in tried] == [False, True, True, True]
+    assert tried[0]["why"].startswith("grad")
+    assert chosen == asked[rates.index(max(rates))]
+    assert found["tokens_per_second_bound"] == max(rates)
+
+
+def test_the_flags_of_a_candidate_lead_to_it(config):
+    option = plan.with_settings(config, (2, 4, 1), 8192, "dots", "bfloat16")
+    assert plan.changes(config, config) == []
+    assert plan.changes(config, option) == [
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=4",
+        "--config.train.microbatch_tokens=8192",
+        "--config.model.remat=dots",
+        "--config.model.param_dtype=bfloat16",
+    ]
+
+
+def test_what_would_fit_is_named(config):
+    words = plan.would_fit(config, LLADA_8B, parse_topology("v5e:2x2"), 14000, 700)
+    assert "--topology=v5e:4x4" in words
+
+
+def test_a_mesh_that_does_not_use_the_slice_is_refused(config):
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=3))
+    with pytest.raises(UserError, match=r"config\.mesh.*64 devices"):
+        plan.mesh_sizes(config, 64)
+
+
+def test_report(config, tmp_path):
+    found = two_pass_result(config) | {
+        "tried": [{"flags": [], "fits": False, "why": "too large"}],
+        "model": dataclasses.asdict(LLADA_8B),
+        "cost_bound": 12.0,
+    }
+    write_plan_report(tmp_path / "report.html", found)
+    html, text = (tmp_path / "report.html").read_text(), as_text(found)
+    for words in ("≤ 0.80", "bound, not measured", "v5e:8x8", "at least 12 at the given price"):
+        assert words in html
+    for words in ("80% of peak", "not measured", "score", "grad", "update"):
+        assert words in text

@@ -1,0 +1,85 @@
+"""sharding/gather.py: what each device gathers and sums, over one and over two fsdp axes."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from elbo_kto_jax import config
+from elbo_kto_jax.sharding import gather, rules
+
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp_x": 4, "fsdp_y": 2, "tensor": 1},
+    {"data": 1, "fsdp": 1, "tensor": 1},
+]
+
+
+@pytest.fixture(params=MESHES, ids=str)
+def mesh(request, cpu_devices):
+    sizes = tuple(request.param.values())
+    devices = np.asarray(cpu_devices[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(devices, tuple(request.param), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
+    rng = np.random.default_rng(0)
+    params = {
+        "wte": {"embedding": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32)},
+        "head": {"kernel": jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)},
+    }
+    tokens = jnp.asarray(rng.integers(0, 6, (8, 3)), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=(8, 3, 6)), jnp.float32)
+
+    def of_part(params, rows):
+        tokens, weight = rows
+        embedded = gather.embed(params["wte"]["embedding"], tokens, mesh, jnp.float32)
+        head = gather.whole(params["head"], "head", mesh, jnp.float32)["kernel"]
+        return jnp.sum(weight * jnp.tanh(embedded @ head), axis=(1, 2))
+
+    def plain(params, rows):
+        tokens, weight = rows
+        return jnp.sum(weight * jnp.tanh(params["wte"]["embedding"][tokens] @ params["head"]["kernel"]), axis=(1, 2))
+
+    def value_and_gradient(function):
+        total = lambda params: jnp.sum(jnp.arange(1.0, 9.0) * function(params, (tokens, weight)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    shardings = {
+        group: {name: jax.NamedSharding(mesh, rules.spec(rules.line_of(f"{group}/{name}")[1], mesh))}
+        for group, name in (("wte", "embedding"), ("head", "kernel"))
+    }
+    expected = value_and_gradient(plain)
+    params = jax.device_put(params, shardings)
+    found = value_and_gradient(gather.over_rows(of_part, mesh, params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ((1, 1), {"data": 1, "fsdp": 1, "tensor": 1}),
+        ((2, 4), {"data": 1, "fsdp": 8, "tensor": 1}),
+        ((4, 4), {"data": 1, "fsdp_x": 4, "fsdp_y": 4, "tensor": 1}),
+        ((8, 8), {"data": 1, "fsdp_x": 8, "fsdp_y": 8, "tensor": 1}),
+    ],
+)
+def test_a_square_of_tpus_has_two_fsdp_axes(sides, expected, monkeypatch, cpu_devices):
+    def device(*coords):
+        found = mock.Mock(spec=jax.Device, platform="tpu")
+        found.coords = (*coords, 0)
+        return found
+
+    made = []
+    any_mesh = jax.make_mesh((1,), ("fsdp",), devices=cpu_devices[:1])
+
+    def note(shape, names, *_, devices):
+        made.append(dict(zip(names, shape, strict=True)))
+        return any_mesh
+
+    monkeypatch.setattr(jax, "make_mesh", note)
+    rules.make_mesh(config.Mesh(1, -1, 1), [device(x, y) for x in range(sides[0]) for y in range(sides[1])])
+    assert made == [expected]
