@@ -34,6 +34,7 @@ from launch import quickstart
 
 LENGTH = 31  # letters of the bigger model's words; with the end of the turn, 32 tokens
 DEMONSTRATIONS, HELD_OUT = 10_000, 500  # prompts
+BATCH = 8  # prompts at once, as in configs/kto_mix.py: with a threshold, a batch waits for its slowest in every block
 DIMENSIONS = {"d_model": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 256}
 TRAINING = {  # where it differs from configs/tiny.py:sft
     "data.max_length": 152,  # two examples to a packed row
@@ -120,6 +121,7 @@ def measure(subject: Subject, limit: int) -> list[dict[str, Any]]:
             early_stop=setting.get("early_stop", False),
             temperature=0.0,
             remasking="low_confidence",
+            batch_size=BATCH,
         )
         if sampler in measured:
             continue
