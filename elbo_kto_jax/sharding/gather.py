@@ -26,9 +26,13 @@ def over_rows(function: Callable, mesh: Mesh, params: Any) -> Callable:
         lambda path, _: rules.spec(rules.line_of(_name(path))[1], mesh, manual), params
     )
     rows = rules.spec(["rows"], mesh)
-    return jax.shard_map(
+    mapped = jax.shard_map(
         function, mesh=mesh, in_specs=(specs, rows), out_specs=rows, axis_names=manual, check_vma=False
     )
+    if not _on_cpu(mesh):
+        return mapped
+    widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf  # noqa: E731
+    return lambda params, rows: mapped(jax.tree.map(widen, params), rows)
 
 
 def whole(params: Any, prefix: str, mesh: Mesh, dtype: Any) -> Any:
@@ -40,7 +44,8 @@ def whole(params: Any, prefix: str, mesh: Mesh, dtype: Any) -> Any:
             for name in reversed(rules.mesh_axes(axis, mesh) if axis == "model" else ()):
                 if mesh.shape[name] > 1:
                     # int8 matrices travel as they are, and the scales of their channels are not to be rounded.
-                    travels = leaf.astype(dtype) if leaf.ndim > 1 and leaf.dtype != jnp.int8 else leaf
+                    keeps = leaf.ndim == 1 or leaf.dtype == jnp.int8 or _on_cpu(mesh)
+                    travels = leaf if keeps else leaf.astype(dtype)
                     leaf = jax.lax.all_gather(travels, name, axis=dimension, tiled=True)
         return leaf
 
@@ -54,6 +59,11 @@ def embed(table: Float[Array, "v part"], tokens: Int[Array, "b s"], mesh: Mesh, 
         return table[tokens].astype(dtype)
     everyones = jax.lax.all_gather(tokens, names, axis=0, tiled=True)
     return jax.lax.all_to_all(table[everyones].astype(dtype), names, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    """There parameters enter and travel as float32: XLA for CPUs cannot sum bfloat16 where the compiler has an axis."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _name(path) -> str:
