@@ -1,6 +1,7 @@
 """python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors."""
 
 import argparse
+import os
 import re
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> dict:
 
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
-    out = Path(flags.out).expanduser()
+    out = Path(os.path.expanduser(flags.out))
     store.check_destination(out, flags.overwrite, huggingface.is_published)
     model = store.load_model(flags.source, flag="--source")
     sizes = write(out, model, flags.shard_size)
@@ -51,7 +52,7 @@ def write(out: Path, model: store.Model, shard_size: int) -> dict[str, int]:
 
 def shard_size(text: str) -> int:
     """Bytes in a size such as 5GB or 1.5MB (powers of ten, as in Hugging Face)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.upper())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB)", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB, 500MB or 100KB, got {text!r}")
