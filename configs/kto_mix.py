@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
                 "eval_every": 0,  # [ours] no held-out data above
                 "log_every": 1,  # [ours]
                 "samples": 4,  # [ours]
+                "on_bad_numbers": "stop",  # "skip": leave such steps out, up to 10 in a row
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # [paper] FSDP over all devices
             "lora": {"rank": 0, "alpha": 1.0, "base_quantization": "none"},  # [paper] full fine-tuning

@@ -60,6 +60,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "eval_every": 0,
                 "log_every": 1,
                 "samples": 4,
+                "on_bad_numbers": "stop",  # "skip": leave such steps out, up to 10 in a row
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "lora": {"rank": 0, "alpha": 1.0, "base_quantization": "none"},

@@ -5,6 +5,7 @@ interrupted conversion leaves a folder .DIR.partial without a config.json, and t
 """
 
 import argparse
+import os
 import re
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> dict:
 
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
-    out = Path(flags.out).expanduser()
+    out = Path(os.path.expanduser(flags.out))
     store.check_destination(out, flags.overwrite, huggingface.is_published)
     source = store.open_source(flags.source, flag="--source")
     write(out, source, flags.shard_size)
@@ -60,7 +61,7 @@ def write(out: Path, source: store.Source, shard_size: int) -> None:
 
 def shard_size(text: str) -> int:
     """Bytes in a size such as 5GB or 1.5MB (powers of ten, as in Hugging Face)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.upper())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB)", text.upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB, 500MB or 100KB, got {text!r}")

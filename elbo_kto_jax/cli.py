@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import ml_collections
 from elbo_kto_jax import processes
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
-from elbo_kto_jax.files import to_json
+from elbo_kto_jax.files import check_writable, to_json, trouble
 
 log = logging.getLogger("elbo_kto_jax")
 
@@ -35,7 +36,8 @@ class Flags(argparse.ArgumentParser):
         self._kind = Config
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        raise UserError(f"{message if len(message) <= 500 else message[:500] + '...'}; see {self.prog} --help")
 
     def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
         """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
@@ -66,7 +68,7 @@ class Flags(argparse.ArgumentParser):
         overrides, rest = {}, []
         words = iter(argv)
         for word in words:
-            match = re.fullmatch(r"--config\.([^=]+)(?:=(.*))?", word, flags=re.DOTALL) if self._has_config else None
+            match = re.fullmatch(r"--config\.([\w.-]+)(?:=(.*))?", word, flags=re.DOTALL) if self._has_config else None
             if match:
                 value = match[2] if match[2] is not None else next(words, None)
                 if value is None:
@@ -138,18 +140,25 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
             )
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval documents
             value = text
-    with group.ignore_type():
-        group[last] = value
+    if last in group:
+        del group[last]  # or ml_collections would convert the new value to the type of the old one
+    group[last] = value
 
 
 def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     """Runs main(argv), prints the summary that it returns as the last line of stdout, and exits.
 
-    Exit status 0; 2 for a UserError (its message alone on stderr); 75 for Interrupted or Ctrl-C. With several processes
-    the first one prints the summary.
+    Exit status 0; 2 for a UserError (its message alone on stderr), and for a full disk and the like; 75 for
+    Interrupted, SIGTERM or Ctrl-C: what was finished is kept, no file is half written, and the same command goes on.
+    With several processes the first one prints the summary.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, outside of `stop_on_signal`
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
+    # Orbax logs what it raises, with tracebacks, and leaves coroutines behind when a disk is full.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: log.debug("ignored: %s", unraisable.exc_value)
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache))  # a program is compiled once per machine
@@ -157,6 +166,11 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
         summary = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        _leave(2)
+    except OSError as error:
+        if not trouble(error):
+            raise
+        print(f"error: {trouble(error)}; mend that and run the same command again", file=sys.stderr)
         _leave(2)
     except Interrupted as stop:
         if stop.args and isinstance(stop.args[-1], dict) and processes.is_first():
@@ -186,6 +200,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:
-    """Raises UserError where `path` exists and --overwrite was not given."""
+    """Raises UserError where `path` exists and --overwrite was not given, or where nothing can be written."""
+    check_writable(path, flag)
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{flag}={path} exists already; choose another name or pass --overwrite")

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from elbo_kto_jax.errors import UserError
 
+_LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -26,14 +28,15 @@ class Range:
         return above and value <= self.high and value != float("inf")
 
     def __str__(self) -> str:
-        if self.high == float("inf"):
+        if self.high >= _LARGEST:
             return f"{'more than' if self.open_low else 'at least'} {self.low:g}"
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
-AxisSize = Annotated[int, Range(-1)]
+Count = Annotated[int, Range(1, _LARGEST)]
+CountOrZero = Annotated[int, Range(0, _LARGEST)]
+AxisSize = Annotated[int, Range(-1, _LARGEST)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
@@ -100,6 +103,7 @@ class Train:
     eval_every: CountOrZero  # steps; 0: never
     log_every: Count  # steps
     samples: CountOrZero  # prompts answered before and after training, for report.html
+    on_bad_numbers: Literal["stop", "skip"]  # a loss or gradient that is not finite: stop, or leave the step out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Sampler:
 class Config:
     """One run. Unit and meaning of every key stand beside it."""
 
-    seed: CountOrZero
+    seed: Seed
     model: Model
     data: Data
     objective: Objective
@@ -231,7 +235,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "c
 
 def _build(cls, mapping: Any, path: str):
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{path}: expected a group of keys, got {mapping!r}")
+        raise UserError(f"{path}: expected a group of keys, got {_show(mapping)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in mapping:
         if key not in hints:
@@ -250,7 +254,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise UserError(f"{path}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise UserError(f"{path}: expected one of {', '.join(map(repr, choices))}, got {_show(value)}")
         return value
     if typing.get_origin(hint) is list:
         (kind,) = typing.get_args(hint)
@@ -261,12 +265,22 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else float("inf")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
+        raise UserError(f"{path}: expected {hint.__name__}, got {_show(value)}")
     if allowed is not None and value not in allowed:  # also refuses NaN
-        raise UserError(f"{path}: expected a number {allowed}, got {value!r}")
+        bound = f"at most {allowed.high}" if value > allowed.high >= _LARGEST else allowed
+        raise UserError(f"{path}: expected a number {bound}, got {_show(value)}")
     return value
+
+
+def _show(value: Any) -> str:
+    """A value on one line, short enough for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, say
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_together(config: Config) -> None:

@@ -1,6 +1,9 @@
-"""Writing files so that no reader ever sees a part of one, reading ahead, and strict JSON."""
+"""Writing files so that no reader ever sees a part of one, what keeps them from being written, reading ahead, and
+strict JSON."""
 
 import concurrent.futures
+import contextlib
+import errno
 import json
 import math
 import os
@@ -8,7 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elbo_kto_jax.errors import UserError
+
 Item = TypeVar("Item")
+_TROUBLE = {  # what the user can do something about, and no fault of the program
+    *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+}
+
+_TEMPORARY = ".tmp"
 
 
 def to_json(value: Any) -> str:
@@ -37,9 +48,77 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file under a temporary name beside it and renames it, so that no reader ever sees a part of it."""
+    """Writes a file under a temporary name beside it and renames it, so that no reader ever sees a part of it.
+
+    Raises:
+      UserError: the disk is full, the folder is read-only and the like; what was there before is still there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is what a killed process left of `atomic_write`."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Within it, errors that say why nothing can be written at `path` become one line.
+
+    Raises:
+      UserError: see there.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = trouble(error)
+        if not reason:
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room or choose another folder, then run the same command "
+            "again: what was finished before is intact"
+        ) from error
+
+
+def trouble(error: BaseException | None) -> str:
+    """What is wrong with the disk, in words, if `error` or what it came from says so; otherwise an empty string.
+
+    TensorStore tells it in the text of a ValueError.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _TROUBLE:
+            return f"{error.strerror}: {error.filename}" if error.filename else os.strerror(error.errno)
+        found = [os.strerror(code) for code in _TROUBLE if os.strerror(code) in str(error)]
+        if found:
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def check_writable(path: str | os.PathLike, flag: str) -> None:
+    """Checks, before hours of work, that `path` can be made: the nearest folder above it that exists is writable.
+
+    Raises:
+      UserError: it is not.
+    """
+    path = Path(path).absolute()
+    try:
+        above = next(folder for folder in (path, *path.parents) if folder.exists())
+    except OSError as error:
+        raise UserError(f"{flag}={str(path)[:200]}: {error.strerror}; choose another name") from None
+    if above != path and not above.is_dir():
+        raise UserError(f"{flag}={path}: {above} is a file, not a folder; choose another name")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{flag}={path}: {above} cannot be written to; choose another folder or change its permissions")

@@ -42,6 +42,12 @@ def message(error) -> str:
         ("data.packing=1", "config.data.packing: expected bool, got 1"),
         ("data.packing=yes", "config.data.packing: expected bool, got 'yes'"),
         ("data.max_length=0", "config.data.max_length: expected a number at least 1"),
+        ("train.steps=3000000000", "config.train.steps: expected a number at most 2147483647, got 3000000000"),
+        (
+            "optimizer.learning_rate=1" + "0" * 400,
+            "config.optimizer.learning_rate: expected a number at least 0, got inf",
+        ),
+        ("train.on_bad_numbers=ignore", "config.train.on_bad_numbers: expected one of 'stop', 'skip', got 'ignore'"),
         ("data.max_length=None", "config.data.max_length: expected int, got None"),
         ("data.desirable_fraction=1.1", "config.data.desirable_fraction: expected a number in [0, 1]"),
         ("objective.beta=-0.1", "config.objective.beta: expected a number at least 0"),

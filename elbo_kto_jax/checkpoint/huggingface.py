@@ -8,6 +8,7 @@ in memory unless it is small.
 import dataclasses
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +22,10 @@ from tqdm import tqdm
 
 from elbo_kto_jax.checkpoint import names
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import ahead
+from elbo_kto_jax.files import ahead, writing
 from elbo_kto_jax.model.config import ModelConfig
 
+log = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
@@ -120,7 +122,10 @@ def parse_config(assets: Mapping[str, bytes], where: str) -> ModelConfig:
 def download(hub_id: str, flag: str, weights: bool) -> Path:
     """The local snapshot of a hub model, from the Hugging Face cache or downloaded into it.
 
+    Only safetensors, configuration and tokenizer are fetched, and none of it is ever executed.
+
     Args:
+      hub_id: ORGANISATION/NAME, or ORGANISATION/NAME@REVISION with a branch, tag or commit.
       flag: the flag that named the model, for the error.
       weights: also the safetensors files; otherwise only the configuration and the tokenizer.
 
@@ -129,16 +134,20 @@ def download(hub_id: str, flag: str, weights: bool) -> Path:
     """
     from huggingface_hub import snapshot_download  # here: a local folder does not need the second that it takes
 
+    name, _, revision = hub_id.partition("@")
     patterns = [*_ASSETS, INDEX_FILE, "*.safetensors"] if weights else [*_ASSETS]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes between its versions
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        folder = hub_id.rpartition("/")[2]
+        folder = name.rpartition("/")[2]
+        pin = f" --revision {revision}" if revision else ""
         raise UserError(
             f"{flag}={hub_id}: no such folder here, and not available from the Hugging Face hub ({reason})\n"
-            f"Where there is a network: `hf download {hub_id} --local-dir {folder}`; then set {flag}={folder}"
+            f"Where there is a network: `hf download {name}{pin} --local-dir {folder}`; then set {flag}={folder}"
         ) from error
+    log.info("%s: revision %s", name, folder.name)  # the commit, by which the cache names the folder
+    return folder
 
 
 def open_folder(folder: Path) -> HuggingFaceFolder:
@@ -219,15 +228,16 @@ def write_folder(
     """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        write_shards(partial, tensors, read, shard_size)
-        check()
-        for name, content in assets.items():
-            (partial / name).write_bytes(content)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with writing(out):
+            partial.mkdir(parents=True)
+            write_shards(partial, tensors, read, shard_size)
+            check()
+            for name, content in assets.items():
+                (partial / name).write_bytes(content)
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -322,6 +332,8 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         shards: dict[Path, set[str]] = {}
         for name, file_name in weight_map.items():
+            if Path(file_name).name != file_name or file_name in ("", ".."):
+                raise UserError(f"{index}: {file_name!r} is not the name of a file in this folder; it is not read")
             shards.setdefault(folder / file_name, set()).add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({error!r}); download or copy it again") from error

@@ -13,11 +13,12 @@ what it owns, and a conversion holds pieces of a tensor and never a leaf of stac
 Where adapters are trained (model/lora.py), params/ are those alone, and the manifest says on which base (`Adaptation`).
 As a model, such a checkpoint is its base with the adapters merged into it.
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
-manifest has a digest of its bits (checked after it was read, unless a conversion of the dtype was asked for).
+manifest has a digest of its bits (checked after it was read), checksums of the assets and a copy of the progress.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from transformers import PreTrainedTokenizerFast
 from elbo_kto_jax.checkpoint import huggingface, names
 from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import ahead
+from elbo_kto_jax.files import ahead, check_writable, writing
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.sharding import rules
@@ -411,8 +412,22 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
 
     tree = names.unflatten({path: _Streamed(source, path, digest, bar) for path in source.leaves})
     items = {"assets": _AssetsSave(source.assets, manifest), "params": _StreamedTreeSave(tree)}
-    with bar, contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
+    _remove_unfinished(folder)  # of a save that was killed
+    try:
+        with (
+            writing(folder),
+            bar,
+            contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer,
+        ):
+            checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
+    except UserError:  # the disk is full: what there is of the checkpoint only takes room
+        _remove_unfinished(folder)
+        raise
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+        left.rmtree()
 
 
 def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Callable[[epath.Path], bool]) -> None:
@@ -427,6 +442,8 @@ def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Calla
       UserError: naming `path` and what to do.
     """
     folder = _absolute(path)
+    if "://" not in str(folder):
+        check_writable(folder, "--out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
@@ -458,13 +475,13 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
         steps = folder / STEPS_FOLDER
         if not steps.is_dir() or any(folder.glob("*.safetensors")):
             return folder
-        complete = [step for step in steps.iterdir() if step.name.isdigit()]
+        complete = [step for step in steps.iterdir() if step.name.isdecimal()]
         if not complete:
             raise UserError(f"{flag}={path}: a training folder without a finished step in {steps}; train it further")
         return max(complete, key=lambda step: int(step.name))
     if folder.exists():
         raise UserError(f"{flag}={path}: a file; expected the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(path)):
         raise UserError(f"{flag}={path}: no such folder; expected a Hugging Face folder, a hub id or a checkpoint")
     return epath.Path(huggingface.download(str(path), flag, weights))
 
@@ -484,7 +501,8 @@ class TrainingCheckpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(_absolute(directory), options=options)
+        with writing(directory):
+            self._manager = ocp.CheckpointManager(_absolute(directory), options=options)
 
     def save(self, step: int, state: TrainingState, assets: Mapping[str, bytes]) -> None:
         """Starts to save a step; returns when the arrays may be donated or changed, before they are on disk.
@@ -497,11 +515,12 @@ class TrainingCheckpoints:
         trees = {"params": state.params, "opt_state": state.opt_state}
         stored = {item: _StoredTree.of(_by_path(tree), params_digest(tree)) for item, tree in trees.items()}
         items = {
-            "assets": _AssetsSave(assets, lambda: stored, self._adaptation),
+            "assets": _AssetsSave(assets, lambda: stored, self._adaptation, state.progress),
             "progress": ocp.args.JsonSave(state.progress),
         }
         items |= {item: _TreeSave(tree, save_args=jax.tree.map(_save_args, tree)) for item, tree in trees.items()}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with writing(self._manager.directory / str(step)):
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, step: int, abstract: TrainingState) -> TrainingState:
         """Reads a step back.
@@ -523,6 +542,9 @@ class TrainingCheckpoints:
         ours, theirs = self._adaptation, manifest.lora
         if ours is not None and theirs is not None and ours.base_digest != theirs.base_digest:
             raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
+        if manifest.progress not in (None, progress):
+            raise UserError(f"{progress_file}: damaged: it is not what was saved; {_REMEDY}")
+        _read_assets(folder, manifest)
         for item in ("params", "opt_state"):
             if item not in manifest.trees:
                 raise UserError(f"{folder}: a model without {item}, not a step of training; {_REMEDY}")
@@ -531,17 +553,43 @@ class TrainingCheckpoints:
             trees[item] = _restore_tree(folder / item, stored, tree)
         return TrainingState(**trees, progress=progress)
 
+    def restore_latest(self, abstract: TrainingState) -> TrainingState:
+        """Reads the latest step back, as `restore` does.
+
+        Raises:
+          UserError: it cannot be used; the newest step that can is named.
+        """
+        latest, *earlier = sorted(self._manager.all_steps(), reverse=True)
+        try:
+            return self.restore(latest, abstract)
+        except UserError as error:
+            damaged = [latest]
+            for step in earlier:
+                try:
+                    self.restore(step, abstract)
+                except UserError:
+                    damaged.append(step)
+                    continue
+                folders = ", ".join(str(self._manager.directory / str(step)) for step in damaged)
+                offer = (
+                    f"The newest step that is whole is {step}: remove {folders}, and the same command goes on from it"
+                )
+                raise UserError(f"{error}\n{offer}") from error
+            raise UserError(f"{error}\nNo earlier step is whole either; --overwrite starts again") from error
+
     def latest_step(self) -> int | None:
         """The last step whose checkpoint is complete; None if there is none."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
         """Blocks until every save that was started is on disk; raises what went wrong in one."""
-        self._manager.wait_until_finished()
+        with writing(self._manager.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits as `wait` does and releases the background threads."""
-        self._manager.close()
+        with writing(self._manager.directory):
+            self._manager.close()
 
 
 class _AssetsHandler(ocp.CheckpointHandler):
@@ -552,7 +600,13 @@ class _AssetsHandler(ocp.CheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         files, trees, adaptation = self._args.files, self._args.trees(), self._args.adaptation
-        manifest = {**_FORMAT, "assets": sorted(files), "trees": {item: tree.to_json() for item, tree in trees.items()}}
+        manifest = {
+            **_FORMAT,
+            "assets": sorted(files),
+            "checksums": {name: _checksum(content) for name, content in files.items()},
+            "progress": self._args.progress,
+            "trees": {item: tree.to_json() for item, tree in trees.items()},
+        }
         if adaptation is not None:
             manifest["lora"] = dataclasses.asdict(adaptation)
         for name, content in {**files, MANIFEST_FILE: json.dumps(manifest).encode()}.items():
@@ -570,6 +624,7 @@ class _AssetsSave(ocp.args.CheckpointArgs):
     files: Mapping[str, bytes]
     trees: Callable[[], "dict[str, _StoredTree]"]
     adaptation: Adaptation | None = None
+    progress: dict | None = None
 
 
 class _ListsSizes(ocp.CheckpointHandler):
@@ -700,9 +755,10 @@ class _StoredTree:
 
 
 class _Manifest(NamedTuple):
-    assets: list[str]
+    assets: dict[str, str | None]  # name -> checksum; None in checkpoints of earlier versions, which had none
     trees: dict[str, _StoredTree]
     lora: Adaptation | None  # params are adapters
+    progress: dict | None  # what progress/ must say; None where there is none, or as above
 
 
 def files_in(directory: epath.Path) -> Iterator[epath.Path]:
@@ -716,7 +772,12 @@ def files_in(directory: epath.Path) -> Iterator[epath.Path]:
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
     """`path` in the form that Orbax wants; gs:// and the like stay as they are."""
-    path = epath.Path(path).expanduser()
+    try:
+        path = epath.Path(os.path.expanduser(path))
+    except KeyError:  # a URI of a kind that epath does not know
+        raise UserError(
+            f"{path}: no place that can be read; expected a folder, gs://BUCKET/FOLDER or a hub id"
+        ) from None
     return path if "://" in str(path) else path.absolute()
 
 
@@ -731,7 +792,11 @@ def _read_manifest(folder: epath.Path) -> _Manifest:
         if "params" not in trees:
             raise KeyError("params")
         adaptation = Adaptation(**manifest["lora"]) if "lora" in manifest else None
-        return _Manifest(list(manifest["assets"]), trees, adaptation)
+        checksums = dict(manifest.get("checksums", {}))
+        assets = {name: checksums.get(name) for name in manifest["assets"]}
+        if any(not name or "/" in name or "\\" in name or name == ".." for name in assets):
+            raise ValueError("an asset outside of the checkpoint")
+        return _Manifest(assets, trees, adaptation, manifest.get("progress"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
 
@@ -739,11 +804,13 @@ def _read_manifest(folder: epath.Path) -> _Manifest:
 def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, dict[str, bytes]]:
     """The architecture and the assets of a checkpoint of ours."""
     assets = {}
-    for name in manifest.assets:
+    for name, checksum in manifest.assets.items():
         file = folder / "assets" / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {_REMEDY}")
         assets[name] = file.read_bytes()
+        if checksum not in (None, _checksum(assets[name])):
+            raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
     return huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE)), assets
 
 
@@ -762,27 +829,39 @@ def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[names.T
 def _restore_tree(tree: epath.Path, stored: _StoredTree, abstract: Any) -> Any:
     """The arrays at `tree`, in the structure, dtypes and shardings of `abstract`.
 
-    Where no dtype is converted, what was read must have the digest of what was written.
+    They are read as they were stored, so that they must have the digest of what was written, and then converted, one
+    after the other.
     """
     _check_files(tree)
+    as_stored = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, stored.dtypes[_names(path)], sharding=leaf.sharding),
+        abstract,
+    )
     try:
-        restored = ocp.StandardCheckpointHandler().restore(tree, args=ocp.args.StandardRestore(abstract))
+        restored = ocp.StandardCheckpointHandler().restore(tree, args=ocp.args.StandardRestore(as_stored))
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # for a damaged file Orbax raises anything from ValueError to bare Exception
         raise _unreadable(tree, error) from error
-    converted = any(stored.dtypes[path] != leaf.dtype for path, leaf in _by_path(abstract).items())
-    if not converted and params_digest(restored) != stored.digest:
+    if params_digest(restored) != stored.digest:
         raise _damaged(str(tree))
-    return restored
+
+    def convert(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == wanted.dtype:
+            return leaf
+        converted = leaf.astype(wanted.dtype).block_until_ready()
+        leaf.delete()  # two copies of one array at a time, not of the tree
+        return converted
+
+    return jax.tree.map(convert, restored, abstract)
 
 
 def _check_files(tree: epath.Path) -> None:
     """Checks that the files of a stored tree are there, whole and indexed, without reading values."""
     sizes_file = tree / SIZES_FILE
     try:
-        sizes = json.loads(sizes_file.read_text())
-    except (OSError, ValueError) as error:
+        sizes = dict(json.loads(sizes_file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{sizes_file}: missing or damaged; {_REMEDY}") from error
     for name, size in sizes.items():
         file = tree / name
@@ -818,4 +897,12 @@ def _unreadable(tree: epath.Path, error: Exception) -> UserError:
 def _by_path(tree: Any) -> dict[names.TreePath, Any]:
     """The leaves by their paths; names, indices and attributes of the tree all become strings."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+    return {_names(path): leaf for path, leaf in leaves}
+
+
+def _names(path: tuple) -> names.TreePath:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

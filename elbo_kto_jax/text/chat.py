@@ -11,13 +11,15 @@ A plain-string prompt with a plain-string completion follows TRL: no template, n
 one of the two is a string, the record is a conversation: a string prompt is one user message, a string completion is
 the content of the assistant message.
 
-Special tokens written out in a text ("<|eot_id|>") become those tokens, in both ways, as in the authors' code.
+Special tokens written out in a text ("<|eot_id|>") are ordinary text in the second way, so that no user can end a turn
+or mask a token; only what the template writes becomes a control token. The first way reads them as the authors' code
+does: they become those tokens.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
-import jinja2
 import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,12 @@ from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text.records import Message, Record
 
 EOT_TOKEN = "<|eot_id|>"
+
+
+class Rendered(str):
+    """A prompt that went through a chat template elsewhere (lm-evaluation-harness): its special tokens are meant."""
+
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +97,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | st
     Raises:
       UserError: messages, and a tokenizer without a chat template or one that refuses them.
     """
-    text = prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, "the prompt")
-    return tokenise(tokenizer, [text])[0]
+    return _tokenise_prompts(tokenizer, [prompt], ["the prompt"])[0]
+
+
+def writes_special_tokens(tokenizer: PreTrainedTokenizerBase, record: Record) -> bool:
+    """Whether a special token stands in a text of the record."""
+    texts = [
+        t if isinstance(t, str) else "\n".join(m["content"] for m in t) for t in (record.prompt, record.completion)
+    ]
+    return any(_special_tokens(tokenizer).search(text) for text in texts)
 
 
 def encode(
@@ -124,19 +139,21 @@ def encode_batch(
       tokenizer: a fast tokenizer.
       records: prompts with completions.
       max_length: tokens kept of each record, from the left.
-      exact_window: tokenise prompt and completion apart (see the module's docstring).
+      exact_window: tokenise prompt and completion apart, special tokens in them as text (see the module's docstring).
       append_eot: continue every completion with `eot_id`, before the cut.
       eot_id: the end-of-turn token.
 
     Raises:
       UserError: a chat template is needed and missing, or refuses a record.
     """
-    texts = [_texts(tokenizer, record) for record in records]
-    prompts = tokenise(tokenizer, [prompt for prompt, _ in texts])
     if exact_window:
-        completions = tokenise(tokenizer, [completion for _, completion in texts])
+        turns = [_turns(record) for record in records]
+        prompts = _tokenise_prompts(tokenizer, [prompt for prompt, _ in turns], [record.where for record in records])
+        completions = tokenise(tokenizer, [completion for _, completion in turns], as_text=True)
         wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     else:
+        texts = [_texts(tokenizer, record) for record in records]
+        prompts = tokenise(tokenizer, [prompt for prompt, _ in texts])
         wholes = tokenise(tokenizer, [prompt + completion for prompt, completion in texts])
     if append_eot:
         wholes = [[*whole, eot_id] for whole in wholes]
@@ -148,16 +165,73 @@ def _cut(whole: list[int], prompt_length: int, max_length: int) -> Encoded:
     return Encoded(tokens, prompt_length, max(len(tokens) - prompt_length, 0), len(whole))
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[str, str]:
-    """(prompt, completion) of a record as the texts to tokenise."""
+def _turns(record: Record) -> tuple[list[Message] | str, str]:
+    """(prompt, text of the completion) of a record; the prompt is messages unless both are plain strings."""
     prompt, completion = record.prompt, record.completion
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(completion, str):
-        completion = completion[0]["content"]
-    return _apply_template(tokenizer, prompt, record.where), completion
+    return prompt, completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[str, str]:
+    """(prompt, completion) of a record as the authors' texts to tokenise."""
+    prompt, completion = _turns(record)
+    return prompt if isinstance(prompt, str) else _apply_template(tokenizer, prompt, record.where), completion
+
+
+def _tokenise_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[Message] | str], where: Sequence[str]
+) -> list[list[int]]:
+    """Prompts with the template's control tokens and no others; `where` each of them is, for errors."""
+    special = _special_tokens(tokenizer)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    plain: dict[int, str] = {}
+    rendered: dict[int, str] = {}
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, Rendered):
+            rendered[i] = prompt
+        elif isinstance(prompt, str):
+            plain[i] = prompt
+        elif any(special.search(message["content"]) for message in prompt):
+            tokens[i] = _tokenise_guarded(tokenizer, prompt, where[i])
+        else:
+            rendered[i] = _apply_template(tokenizer, prompt, where[i])
+    for texts, as_text in ((plain, True), (rendered, False)):  # many texts at once are fast
+        if texts:
+            for i, ids in zip(texts, tokenise(tokenizer, list(texts.values()), as_text), strict=True):
+                tokens[i] = ids
+    return tokens
+
+
+def _tokenise_guarded(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> list[int]:
+    """The tokens of messages in whose texts special tokens are written out.
+
+    They go through the template in disguise, so that what looks like a special token afterwards is the template's.
+    """
+    special, contents = _special_tokens(tokenizer), "".join(message["content"] for message in messages)
+    mark = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in contents)  # private use
+    written: list[str] = []
+
+    def disguise(match: re.Match) -> str:
+        written.append(match[0])
+        return f"{mark}{len(written) - 1}{mark}"
+
+    disguised = [{**m, "content": special.sub(disguise, m["content"])} for m in messages]
+    text = _apply_template(tokenizer, disguised, where)
+    tokens: list[int] = []
+    for part in re.split(f"({special.pattern})", text):
+        if special.fullmatch(part):
+            tokens.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            plain = re.sub(f"{mark}(\\d+){mark}", lambda match: written[int(match[1])], part)
+            tokens += tokenise(tokenizer, [plain], as_text=True)[0]
+    return tokens
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Matches every special token; `re` keeps the compiled pattern."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> str:
@@ -168,14 +242,20 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {error}") from error
+    except Exception as error:  # the template came with the checkpoint and may raise anything, e.g. TypeError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {reason}") from error
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text as it is: nothing is added, nothing is cut."""
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], as_text: bool = False) -> list[list[int]]:
+    """Token ids of each text as it is, nothing added and nothing cut; `as_text` takes special tokens in it for text."""
     # The template writes the beginning-of-text token itself. verbose=False: texts longer than the tokenizer's
     # model_max_length are cut by us.
     return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        split_special_tokens=as_text,
+        verbose=False,
     )["input_ids"]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id
+from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id, writes_special_tokens
 from elbo_kto_jax.text.records import Record, read_records
 
 _BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar
@@ -127,7 +127,14 @@ def load_examples(
             f"token within --config.data.max_length {max_length}, and the fractions of the two labels keep 0 of these"
         )
     rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length)
+    notes = []
+    num_special = sum(writes_special_tokens(tokenizer, record) for record in source.records)
+    if num_special:
+        reading = "text" if exact_window else "those tokens, as by the authors (config.data.packing=True: as text)"
+        notes.append(f"{num_special} records write special tokens out in their texts, which are read as {reading}")
+    if needs_label and len(set(is_desirable[kept].tolist())) == 1:
+        notes.append("all examples have the same label, so there are no good and bad answers to tell apart")
+    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
     return _pack(rows, is_desirable[kept], report)
 
 
@@ -162,6 +169,7 @@ def _report(
     is_desirable: Bool[np.ndarray, "scorable"],
     kept: Bool[np.ndarray, "scorable"],
     max_length: int,
+    notes: list[str],
 ) -> str:
     """One line per thing that happened to the data, with counts."""
     dropped = collections.Counter(
@@ -176,6 +184,7 @@ def _report(
         f"{num_cut} completions cut at max_length {max_length}",
         f"{np.sum(kept & is_desirable)} of {np.sum(is_desirable)} desirable and "
         f"{np.sum(kept & ~is_desirable)} of {np.sum(~is_desirable)} undesirable examples kept",
+        *notes,
     ]
     if skipped:
         lines += [f"{len(skipped)} bad records skipped:", *skipped]

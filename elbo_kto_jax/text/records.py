@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from typing import Any
 
 from elbo_kto_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 Message = dict[str, str]
 
 _SUFFIXES = (".jsonl", ".parquet")
@@ -42,7 +44,7 @@ _ROLES = ("system", "user", "assistant")
 _FIELDS = ("id", "prompt", "completion", "label", "chosen", "rejected")
 _LABEL_OF_STEM = {"chosen": True, "rejected": False}
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 _HUB_TIMEOUT_SECONDS = 5
 
@@ -88,7 +90,8 @@ def read_records(
     """Reads a data set: a JSONL or Parquet file, a folder of them, or a data set of the Hugging Face Hub.
 
     Of a folder or a Hub data set the training split is read, where files or folders are named after splits;
-    "PATH:SPLIT" reads another ("trl-lib/kto-mix-14k:test"). Files are read in the order of their names.
+    "PATH:SPLIT" reads another ("trl-lib/kto-mix-14k:test"). A Hub id may name a branch, tag or commit
+    ("trl-lib/kto-mix-14k@main:test"). Files are read in the order of their names.
 
     Args:
       path: what to read.
@@ -144,9 +147,11 @@ def _download(hub_id: str, flag: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
+    name, _, revision = hub_id.partition("@")
     try:
         folder = huggingface_hub.snapshot_download(
-            hub_id,
+            name,
+            revision=revision or None,
             repo_type="dataset",
             allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
             etag_timeout=_HUB_TIMEOUT_SECONDS,
@@ -155,8 +160,9 @@ def _download(hub_id: str, flag: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{flag}: {hub_id} is no file or folder here, and the Hugging Face Hub gave no such data set ({reason})\n"
-            f"Run `hf download --repo-type dataset {hub_id}` where there is a network, or set {flag} to a local copy."
+            f"Run `hf download --repo-type dataset {name}` where there is a network, or set {flag} to a local copy."
         ) from error
+    log.info("%s: revision %s", name, Path(folder).name)
     return Path(folder)
 
 

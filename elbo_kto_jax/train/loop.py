@@ -16,7 +16,7 @@ from elbo_kto_jax import processes
 from elbo_kto_jax.checkpoint.store import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
-from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.report.training import write_training_report
@@ -24,12 +24,15 @@ from elbo_kto_jax.sampling.decode import generate, to_text
 from elbo_kto_jax.text.chat import EOT_TOKEN
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.train.health import Health
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
 from elbo_kto_jax.train.step import Batch, Weights, batch_loss, build_programs, score, train_step
 from elbo_kto_jax.train.workdir import MetricsLog, open_workdir, read_metrics, stop_on_signal
 
 log = logging.getLogger(__name__)
+_MOST_SKIPPED_IN_A_ROW = 10  # steps with bad numbers; more are no accident of the data
+_INSPECT = "not_finite"  # folder of the working folder for the state before a step with bad numbers
 
 
 def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> dict:
@@ -75,14 +78,16 @@ class _Run:
             tx=self.tx,
             shardings=self.shardings,
         )
-        self.base, adaptation = setup.load_base()
+        self.base, self.adaptation = setup.load_base()
         self.noise_scale = jax.jit(
             functools.partial(
                 train_state.gradient_noise_scale, options=config.optimizer, batch_size=setup.data.batch_size
             )
         )
-        self.checkpoints = TrainingCheckpoints(workdir / "checkpoints", adaptation=adaptation)
+        self.checkpoints = TrainingCheckpoints(workdir / "checkpoints", adaptation=self.adaptation)
         self.progress = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
+        self.skipped = self.skipped_in_a_row = 0  # steps with bad numbers
+        self.health = Health()
         self.samples: list[dict] = []
 
     def run(self) -> dict:
@@ -95,9 +100,10 @@ class _Run:
                 params = setup.init_adapters()
             state = train_state.init_state(self.tx, params, self.shardings)
         else:
-            restored = self.checkpoints.restore(start, TrainingState(*self.abstract, progress={}))
+            restored = self.checkpoints.restore_latest(TrainingState(*self.abstract, progress={}))
             state = train_state.TrainState(restored.params, restored.opt_state)
             self.progress = restored.progress
+            self.skipped = self.progress.pop("skipped", 0)
             log.info("going on from step %d", start)
         log.info(
             "%s on %s: %d steps of %d examples, %d draws each; %d rows of %d tokens at once",
@@ -168,24 +174,28 @@ class _Run:
         metrics_log = MetricsLog(self.workdir, first)
         began = time.monotonic() - self.progress["seconds"]
         late: tuple[dict, dict] | None = None
+        go = None
         bar = tqdm(total=self.total_steps, initial=first, desc="train", unit="step")
         try:
             for step, batch in zip(itertools.count(first), data.batches(first, self.total_steps)):
-                state, metrics = train_step(self.programs, state, batch, reference_of(reference, step), base=self.base)
+                state, metrics = train_step(
+                    self.programs, state, batch, reference_of(reference, step), base=self.base, go=go
+                )
                 metrics["gradient_noise_scale"] = self.noise_scale(state.opt_state)
+                if config.train.on_bad_numbers == "stop":
+                    go = metrics["applied"]  # the host hears of bad numbers one step late; until then nothing moves
                 if config.train.eval_every and self.setup.eval_data and (step + 1) % config.train.eval_every == 0:
                     metrics |= self.evaluate(state.params, eval_reference)
                 if late is not None:
-                    self.log_step(metrics_log, bar, *late)
+                    self.log_step(metrics_log, bar, state, *late)
                 late = (self.count(step, batch, time.monotonic() - began), metrics)
                 last, stopping = step + 1 == self.total_steps, self.stop_requested()
                 if last or stopping or (step + 1) % config.train.checkpoint_every == 0:
-                    self.log_step(metrics_log, bar, *late)
+                    self.log_step(metrics_log, bar, state, *late)
                     late = None
                     self.progress["seconds"] = time.monotonic() - began
-                    self.checkpoints.save(
-                        step + 1, TrainingState(*state, progress=dict(self.progress)), self.setup.assets
-                    )
+                    progress = {**self.progress, "skipped": self.skipped}
+                    self.checkpoints.save(step + 1, TrainingState(*state, progress), self.setup.assets)
                 if stopping and not last:
                     raise Interrupted(
                         f"saved at step {step + 1} of {self.total_steps}; the same command goes on from there"
@@ -234,25 +244,66 @@ class _Run:
             "real_token_fraction": batch.real_tokens / positions,
         }
 
-    def log_step(self, metrics_log: MetricsLog, bar: tqdm, figures: dict, metrics: dict) -> None:
-        values = {name: float(value) for name, value in metrics.items() if name != "reward"}
+    def log_step(
+        self, metrics_log: MetricsLog, bar: tqdm, state: train_state.TrainState, figures: dict, metrics: dict
+    ) -> None:
+        """Writes what is known of a step; `state` is the present one, which bad numbers in that step left as it was."""
+        applied = bool(metrics.pop("applied"))
+        values = {name: float(value) for name, value in metrics.items() if not np.ndim(value)}
         step = figures["step"]
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-            raise UserError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: training diverged; "
-                "lower --config.optimizer.learning_rate and go on from the last checkpoint"
-            )
+        for warning in self.health.warnings(step, values):
+            log.warning("%s", warning)
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied:
+            self.skip_or_stop(state, step, values, metrics)
         margin = {"margin": f"{values['reward_margin']:.3f}"} if "reward_margin" in values else {}
         bar.set_postfix(loss=f"{values['loss']:.4f}", **margin, refresh=False)
         bar.update()
         if step % self.setup.config.train.log_every == 0 or step in (1, self.total_steps):
             metrics_log.write({"step": step, **values, **{k: v for k, v in figures.items() if k != "step"}})
 
+    def skip_or_stop(self, state: train_state.TrainState, step: int, values: dict, metrics: dict) -> None:
+        """Counts a step whose loss or gradient is not finite, as the config says, or ends the run.
+
+        Raises:
+          UserError: the run stops; the state before the step and the step's examples are saved.
+        """
+        indices = self.setup.data.indices(step - 1)
+        name = "reward" if "reward" in metrics else "elbo"
+        numbers = np.asarray(metrics[name])[: len(indices)]
+        examples = self.setup.data.examples
+        rows = [
+            {"id": examples.ids[i], "label": bool(examples.is_desirable[i]), name: number}
+            for i, number in zip(indices, numbers, strict=True)
+        ]
+        bad = [row["id"] for row in rows if not np.isfinite(row[name])] or [row["id"] for row in rows]
+        shown = ", ".join(map(repr, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}, from the examples {shown}"
+        if self.setup.config.train.on_bad_numbers == "skip" and self.skipped_in_a_row <= _MOST_SKIPPED_IN_A_ROW:
+            self.skipped += 1
+            log.warning("%s: left out, the state stays as it was (%d such steps so far)", what, self.skipped)
+            return
+        folder = self.workdir / _INSPECT
+        if processes.is_first():
+            atomic_write(folder / f"{step}.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
+        inspected = TrainingCheckpoints(folder, adaptation=self.adaptation)
+        if inspected.latest_step() != step:
+            inspected.save(step, TrainingState(*state, {**self.progress, "step": step - 1}), self.setup.assets)
+        inspected.close()
+        raise UserError(
+            f"{what}: training diverged; the state before the step is in {folder / str(step)}, its examples beside it\n"
+            "Drop those examples, lower --config.optimizer.learning_rate or set --config.train.on_bad_numbers=skip, "
+            "with another --workdir"
+        )
+
     def sample(self, when: str, weights: Weights) -> None:
         """Answers a few prompts with the present parameters; kept in samples.json for the report."""
         count, file = self.setup.config.train.samples, self.workdir / "samples.json"
         if file.is_file():
-            self.samples = json.loads(file.read_text())
+            try:
+                self.samples = [dict(sample) for sample in json.loads(file.read_text())]
+            except (ValueError, TypeError):
+                raise UserError(f"{file}: damaged; remove it (the report will lack the answers before)") from None
         if not count or (self.samples and when in self.samples[0]):
             return
         examples = (self.setup.eval_data or self.setup.data).examples
@@ -294,6 +345,7 @@ class _Run:
             "tokens_per_second": self.progress["tokens"] / seconds,
             "checkpoint": None if step is None else str(self.workdir / "checkpoints" / str(step)),
             "interrupted": interrupted,
+            "skipped_steps": self.skipped,
             "report": str(self.workdir / "report.html"),
         }
         if not processes.is_first():

@@ -1,10 +1,11 @@
 """The precomputed reference: B_ref of every draw of every step, computed once and kept (METHOD 2).
 
     workdir/reference/KEY/fingerprint.json             everything that B_ref depends on; KEY is its hash
-    workdir/reference/KEY/steps-FIRST-LAST.npy         float32 [steps, b * K], nats
+    workdir/reference/KEY/steps-FIRST-LAST-SUM.npy     float32 [steps, b * K], nats
 
 A cache of another model, tokenizer, template, data set, seed, K, scheme or layout has another key, so it is never read;
-one that is incomplete is completed. Parts are renamed into place when they are whole.
+one that is incomplete is completed. Parts are renamed into place when they are whole; SUM is a hash of KEY, steps and
+values, so that a part that was damaged or came from elsewhere is never used.
 """
 
 import hashlib
@@ -48,7 +49,10 @@ class ReferenceCache:
         self.known = np.zeros(steps, bool)
         for other in sorted(folder.glob("*/fingerprint.json")):
             if other.parent != self.path:
-                changes = "; ".join(differences(json.loads(other.read_text()), fingerprint, prefix="reference"))
+                try:
+                    changes = "; ".join(differences(dict(json.loads(other.read_text())), fingerprint, "reference"))
+                except (OSError, ValueError, TypeError):
+                    changes = "its description is damaged"
                 log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)
         processes.first(self._read_parts)
         self.elbo_ref, self.known = processes.of_first((self.elbo_ref, self.known))
@@ -100,9 +104,14 @@ class ReferenceCache:
                 runs.append([step])
         if processes.is_first():
             for run in runs:
-                buffer = io.BytesIO()
-                np.save(buffer, self.elbo_ref[run[0] : run[-1] + 1])
-                atomic_write(self.path / f"steps-{run[0]:08d}-{run[-1]:08d}.npy", buffer.getvalue())
+                buffer, name = io.BytesIO(), f"steps-{run[0]:08d}-{run[-1]:08d}"
+                values = self.elbo_ref[run[0] : run[-1] + 1]
+                np.save(buffer, values)
+                atomic_write(self.path / f"{name}-{self._sum(name, values)}.npy", buffer.getvalue())
+
+    def _sum(self, name: str, values: Float32[np.ndarray, "steps bk"]) -> str:
+        content = f"{self.path.name} {name} {values.shape};".encode() + values.tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def _check_finite(self, step: int) -> None:
         bad = np.flatnonzero(~np.isfinite(self.elbo_ref[step]))
@@ -118,12 +127,14 @@ class ReferenceCache:
             self._read(part)
 
     def _read(self, part: Path) -> None:
-        match = re.fullmatch(r"steps-(\d+)-(\d+)\.npy", part.name)
+        match = re.fullmatch(r"(steps-(\d+)-(\d+))-(\w+)\.npy", part.name)
         try:
             values: Float32[np.ndarray, "steps bk"] = np.load(part, allow_pickle=False)
-            first, last = int(match[1]), int(match[2])
+            first, last = int(match[2]), int(match[3])
             if values.shape != (last - first + 1, self.elbo_ref.shape[1]) or values.dtype != np.float32:
                 raise ValueError(f"shape {values.shape}")
+            if self._sum(match[1], values) != match[4]:
+                raise ValueError("its values are not those that were written")
         except (OSError, ValueError, TypeError, EOFError) as error:
             raise UserError(f"{part}: damaged part of the reference cache ({error}); delete this file") from None
         stop = min(last + 1, len(self.known))

@@ -85,6 +85,7 @@ class Setup:
             "global_batch_size": data.batch_size,
             "platform": jax.default_backend(),
             "jax": jax.__version__,
+            "format": 2,  # of the cache; parts of the first had no checksum
         }
 
 

@@ -63,7 +63,7 @@ class Programs(NamedTuple):
     grad: Callable[..., tuple[Params, Float32[Array, " bk"]]]
     forward: Callable[[Weights, Float32[Array, " bk"], Rows], tuple[Float32[Array, " bk"], Callable]]
     backward: Callable[[Callable, Weights, Rows, Float32[Array, " b"]], Params]
-    update: Callable[[TrainState, Params], tuple[TrainState, Float32[Array, ""]]]
+    update: Callable[..., tuple[TrainState, Float32[Array, ""], Bool[Array, ""]]]
     zero_estimates: Callable[[], Float32[Array, " bk"]]
     zero_grads: Callable[[Params], Params]
     place_rows: Callable[[Rows], Rows]
@@ -77,12 +77,15 @@ def train_step(
     batch: Batch,
     reference: Params | lora.Base | Float32[np.ndarray, " bk"] | None,
     base: lora.Base | None = None,
+    go: Bool[Array, ""] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one step, and its metrics (still on the device).
 
     `reference` is B_ref of every draw (precomputed), or the reference's parameters or the adapters' base (online); SFT
-    has none. `base` is what the adapters in `state` belong to; None: the state holds a whole model.
+    has none. `base` is what the adapters in `state` belong to; None: the state holds a whole model. The state stays as
+    it is where the loss or the gradient is not finite, and where `go` is False; `applied` says which it was.
     """
+    go = programs.place(np.True_) if go is None else go
     policy = state.params if base is None else base.policy(state.params)
     if isinstance(reference, lora.Base):
         reference = reference.reference(state.params)
@@ -91,8 +94,9 @@ def train_step(
         (rows,) = micro_batches
         elbo_policy, pull_back = programs.forward(policy, programs.zero_estimates(), rows)
         elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
-        state, grad_norm = programs.update(state, programs.backward(pull_back, policy, rows, elbo_cotangent))
-        return state, {**metrics, "grad_norm": grad_norm}
+        grads = programs.backward(pull_back, policy, rows, elbo_cotangent)
+        state, grad_norm, applied = programs.update(state, grads, metrics["loss"], go)
+        return state, {**metrics, "grad_norm": grad_norm, "applied": applied}
     needs_rewards = programs.objective == "elbo_kto"
     elbo_policy = score(programs, policy, micro_batches) if needs_rewards else programs.zero_estimates()
     elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
@@ -101,8 +105,8 @@ def train_step(
         grads, elbo_policy = programs.grad(policy, grads, elbo_policy, rows, elbo_cotangent)
     if not needs_rewards:
         _, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
-    state, grad_norm = programs.update(state, grads)
-    return state, {**metrics, "grad_norm": grad_norm}
+    state, grad_norm, applied = programs.update(state, grads, metrics["loss"], go)
+    return state, {**metrics, "grad_norm": grad_norm, "applied": applied}
 
 
 def batch_loss(
@@ -213,7 +217,8 @@ def build_programs(
     def sft_loss(elbo_policy, _, feedback):
         # Mean over examples of -B_theta / L: the LLaDA fine-tuning objective, nats per completion token.
         scale = feedback.is_example / (jnp.maximum(feedback.completion_length, 1) * jnp.sum(feedback.is_example))
-        return -scale, {"loss": -jnp.sum(scale * jnp.mean(elbo_policy.reshape(-1, draws), axis=1))}
+        elbo_mean = jnp.mean(elbo_policy.reshape(-1, draws), axis=1)
+        return -scale, {"loss": -jnp.sum(scale * elbo_mean), "elbo": elbo_mean}
 
     def forward(weights, estimates, rows):
         trained, replace = lora.split_trained(weights)
@@ -235,11 +240,13 @@ def build_programs(
     def backward(pull_back, weights, rows, elbo_cotangent):
         return pull(_with(pull_back, weights), rows, elbo_cotangent)
 
-    def update(state, grads):
+    def update(state, grads, loss, go):
         grad_norm = optax.tree.norm(grads)
+        go = go & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), grad_norm
+        new = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        return jax.tree.map(lambda after, before: jnp.where(go, after, before), new, state), grad_norm, go
 
     param_shardings = shardings.params if shardings else None
     return Programs(
@@ -248,7 +255,7 @@ def build_programs(
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(param_shardings, everywhere)),
         forward=jax.jit(forward_alone, donate_argnums=1, out_shardings=(everywhere, None)),
         backward=jax.jit(backward, out_shardings=param_shardings),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
         place_rows=lambda rows: jax.tree.map(lambda x: rules.place(x, by_row), rows),

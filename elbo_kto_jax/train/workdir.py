@@ -2,21 +2,26 @@
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax import processes
 from elbo_kto_jax.config import Config, differences
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.files import atomic_write, check_writable, is_leftover, to_json, writing
 
+log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 
@@ -28,6 +33,7 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
       UserError: the folder holds a run of a different config (the differences are shown), or something else; or the
         processes of this job have different folders of that name.
     """
+    check_writable(workdir, "--workdir")
     processes.first(lambda: _open(workdir, workdir / CONFIG, config, overwrite))
     if not (workdir / CONFIG).is_file():
         raise UserError(
@@ -38,10 +44,12 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
 
 def _open(workdir: Path, file: Path, config: Config, overwrite: bool) -> None:
     if overwrite and file.is_file():
-        shutil.rmtree(workdir)
+        # The config goes last: until then the folder is known as that of a run, should this be interrupted.
+        for child in sorted(workdir.iterdir(), key=lambda child: child == file):
+            shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     if file.is_file():
         try:
-            old = json.loads(file.read_text())["config"]
+            old = dict(json.loads(file.read_text())["config"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: damaged; pass --overwrite to start the run again from nothing") from None
         changes = differences(old, config.to_dict())
@@ -51,7 +59,7 @@ def _open(workdir: Path, file: Path, config: Config, overwrite: bool) -> None:
                 f"--workdir={workdir} holds a run of another config ({shown});\n"
                 "choose another --workdir, or pass --overwrite to delete that run"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or not all(map(is_leftover, workdir.iterdir()))):
         raise UserError(f"--workdir={workdir} exists and is not the folder of a run; choose another")
     else:
         versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
@@ -69,33 +77,53 @@ class MetricsLog:
         if not self._writes:
             return
         self._path = workdir / METRICS
+        for left in filter(is_leftover, workdir.iterdir()):
+            left.unlink()
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges what stands later
 
     def write(self, row: dict) -> None:
         if not self._writes:
             return
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, row["step"])
+        with writing(self._path):
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
+            scalars = [
+                Summary.Value(tag=name, simple_value=value)
+                for name, value in row.items()
+                if name != "step" and value is not None and math.isfinite(value)
+            ]
+            self._event(step=row["step"], summary=Summary(value=scalars))
+
+    def _event(self, **content) -> None:
+        self._tensorboard.write_event(Event(wall_time=time.time(), **content))
+        self._tensorboard.flush()
 
     def close(self) -> None:
-        if self._writes:
+        if not self._writes:
+            return
+        with writing(self._path):
             self._file.close()
             self._tensorboard.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The rows of metrics.jsonl; lines that are no such row (the last one may be cut off by a crash) are left out."""
     path = workdir / METRICS
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    rows, lines = [], path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        row = None
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            log.warning("%s:%d: damaged line left out of the report", path, number)
     return rows
 
 

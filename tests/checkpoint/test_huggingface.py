@@ -201,7 +201,7 @@ def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, tmp_path):
     tensors = write_published(tmp_path / "snapshot")
     asked = []
 
-    def snapshot(hub_id, allow_patterns):
+    def snapshot(hub_id, revision, allow_patterns):
         asked.append((hub_id, "*.safetensors" in allow_patterns))
         return str(tmp_path / "snapshot")
 

@@ -202,6 +202,12 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path, model, damage):
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, model):
     store.save_model(tmp_path / "saved", model)
     file = tmp_path / "saved" / "assets" / "config.json"
+    original = file.read_text()
+    file.write_text(original.replace("500000", "500001"))
+    with pytest.raises(UserError, match=r"config\.json: damaged: .* checksum"):
+        store.load_model(tmp_path / "saved")
+    manifest = file.with_name(store.MANIFEST_FILE)  # that of an earlier version, whose assets had no checksums
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checksums": {}}))
     for key, value, named in (("n_layers", 3, "attn_norm"), ("mlp_hidden_size", 32, "ff_")):
         config = json.loads(model.assets["config.json"]) | {key: value}
         file.write_text(json.dumps(config))

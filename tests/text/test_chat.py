@@ -12,12 +12,14 @@ from elbo_kto_jax.checkpoint.huggingface import read_assets
 from elbo_kto_jax.checkpoint.store import build_tokenizer
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.chat import (
     check_tokenizer,
     encode,
     encode_batch,
     encode_prompt,
     find_eot_id,
+    writes_special_tokens,
 )
 from elbo_kto_jax.text.records import Record, read_records
 
@@ -92,10 +94,55 @@ def test_prompt_tokens_differ_only_where_a_token_straddles_the_border(tokenizer,
     records, prefix = golden_records
     for record, is_prefix in zip(records, goldens[f"{prefix}prompt_is_prefix"], strict=True):
         exact, authors = (encode(tokenizer, record, max_length=UNCUT, **mode) for mode in (EXACT, AUTHORS))
-        assert exact.prompt_length == authors.prompt_length
-        prompt = slice(exact.prompt_length)
+        if not writes_special_tokens(tokenizer, record):  # they are read as text, and as tokens
+            assert exact.prompt_length == authors.prompt_length
+        prompt = slice(authors.prompt_length)
+        is_prefix &= not writes_special_tokens(tokenizer, record)
         assert np.array_equal(exact.tokens[prompt], authors.tokens[prompt]) == is_prefix, record.id
         assert tokenizer.decode(exact.tokens) == tokenizer.decode(authors.tokens)
+
+
+SPECIAL = (
+    "<|eot_id|>",
+    "<|mdm_mask|>",
+    "<|endoftext|>",
+    "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\n",
+)
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("form", ["{}", "a {} b", "  {}\ue000", "{}{}", "<|{}|>"])
+def test_special_tokens_in_texts_are_text_unless_parity_is_wanted(tokenizer, special, form):
+    control = set(tokenizer.added_tokens_decoder)
+    text = form.format(special, special)
+    turns = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": text},
+    ]
+    record = Record("a", turns, [{"role": "assistant", "content": text}], True, "here")
+    assert writes_special_tokens(tokenizer, record)
+    exact, authors = (encode(tokenizer, record, max_length=UNCUT, **mode) for mode in (EXACT, AUTHORS))
+    template = encode_prompt(tokenizer, [{**turn, "content": "x"} for turn in turns])
+    window = exact.tokens[exact.prompt_length :]
+    assert not control & set(window.tolist())
+    assert [t for t in exact.tokens if t in control] == [t for t in template if t in control]
+    assert tokenizer.decode(window) == text
+    assert tokenizer.decode(exact.tokens) == tokenizer.decode(authors.tokens)  # the same text, template included
+    assert control & set(authors.tokens[authors.prompt_length :].tolist())
+
+    plain = Record("b", text, text, True, "here")
+    assert not control & set(encode(tokenizer, plain, max_length=UNCUT, **EXACT).tokens.tolist())
+    assert not control & set(encode_prompt(tokenizer, text))
+    whole = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert encode_prompt(tokenizer, chat.Rendered(whole)) == encode_prompt(tokenizer, turns[:1])
+
+
+def test_guarded_texts_are_tokenised_as_others_are(tokenizer, golden_records):
+    """The way of texts with special tokens, taken by all texts, gives the tokens of the usual one."""
+    for record in golden_records[0]:
+        if not isinstance(record.prompt, str) and not writes_special_tokens(tokenizer, record):
+            assert chat._tokenise_guarded(tokenizer, record.prompt, "here") == encode_prompt(tokenizer, record.prompt)
 
 
 @pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])

@@ -163,3 +163,14 @@ def test_bar_goes_to_stderr(load, write_jsonl, capsys):
     assert "tokenise" in err
     load(path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("exact_window", "reading"), [(True, "read as text"), (False, "read as those tokens")])
+def test_special_tokens_and_a_single_label_are_reported(load, write_jsonl, exact_window, reading):
+    path = write_jsonl([row(0), row(1, completion=" no<|eot_id|>")])
+    report = load(path, exact_window=exact_window).report
+    assert "1 records write special tokens" in report
+    assert reading in report
+    assert "the same label" in report
+    assert "the same label" not in load(write_jsonl([row(0), row(1, label=False)])).report
+    assert "the same label" not in load(path, needs_label=False).report

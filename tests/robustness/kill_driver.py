@@ -1,0 +1,282 @@
+"""Kills the real commands at random moments; the same commands again must end with what an uninterrupted run makes.
+
+    python -m tests.robustness.kill_driver --kills=50 [--seed=0] [--only=train,generate] [--folder=DIR]
+
+A trial starts a command in an empty folder and kills it one to three times in a row, half of the kills at any moment of
+its run and half in the middle of writing a file, a checkpoint or a part of the reference cache; then the command may
+end. It must exit with status 0, and its output must be that of the uninterrupted run, bit for bit. After the kills
+every job gets a SIGTERM and a SIGINT while it works: exit status 75, and the same end.
+
+To add a command, add a `Job` to JOBS.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elbo_kto_jax.checkpoint import huggingface
+from elbo_kto_jax.files import to_json
+from launch.quickstart import write_untrained
+from tests import runs
+from tests.robustness import commands
+
+_POLL = 0.004  # seconds between two looks for a file that is being written
+_PARTIAL = (".tmp", ".partial")  # in the names of files and folders that are not whole yet
+SETTINGS = {
+    "data.max_length": 64,
+    "train.steps": 8,
+    "train.checkpoint_every": 1,
+    "train.eval_every": 4,
+    "train.samples": 2,
+    "sampler.batch_size": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command: its words, given the folder of what all trials share and that of the trial, and what it must make."""
+
+    words: Callable[[Path, Path], list[str]]
+    result: Callable[[Path], Any]
+
+
+def _train(shared: Path, trial: Path) -> list[str]:
+    return ["elbo_kto_jax.train", *_recipe(shared), f"--workdir={trial / 'run'}"]
+
+
+def _precompute(shared: Path, trial: Path) -> list[str]:
+    return ["elbo_kto_jax.precompute", *_recipe(shared), f"--workdir={trial / 'run'}"]
+
+
+def _generate(shared: Path, trial: Path) -> list[str]:
+    words = (f"--checkpoint={shared / 'model'}", f"--prompts={shared / 'eval.jsonl'}", f"--out={trial / 'out.jsonl'}")
+    return ["elbo_kto_jax.generate", *runs.flags(SETTINGS, *words)]
+
+
+def _from_hf(shared: Path, trial: Path) -> list[str]:
+    return ["conversion.from_hf", f"--source={shared / 'model'}", f"--out={trial / 'out'}"]
+
+
+def _to_hf(shared: Path, trial: Path) -> list[str]:
+    return ["conversion.to_hf", f"--source={shared / 'ours'}", f"--out={trial / 'out'}", "--shard-size=100KB"]
+
+
+def _recipe(shared: Path) -> list[str]:
+    names = {"model.path": "model", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
+    return runs.flags({**SETTINGS, **{key: shared / name for key, name in names.items()}})
+
+
+def _trained(trial: Path) -> Any:
+    """Every checkpoint's arrays and progress, the metrics and the answers of a run, but for times."""
+    run = trial / "run"
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in runs.read_jsonl(run / "metrics.jsonl")]
+    steps = {}
+    for folder in sorted((run / "checkpoints").iterdir()):
+        manifest = json.loads((folder / "assets" / "manifest.json").read_text())
+        progress = {key: value for key, value in manifest["progress"].items() if key != "seconds"}
+        steps[folder.name] = ({name: tree["digest"] for name, tree in manifest["trees"].items()}, progress)
+    return rows, steps, (run / "samples.json").read_text(), cached(run)
+
+
+def cached(run: Path) -> dict[str, bytes]:
+    """Step -> B_ref of a working folder, however the parts are cut."""
+    found = {}
+    for part in sorted(run.glob("reference*/*/steps-*.npy")):
+        first = int(part.name.split("-")[1])
+        found |= {f"{part.parent.name} {first + i}": row.tobytes() for i, row in enumerate(np.load(part))}
+    return found
+
+
+def _checkpoint(trial: Path) -> Any:
+    return json.loads((trial / "out" / "assets" / "manifest.json").read_text())
+
+
+def _files(trial: Path) -> dict[str, str]:
+    files = (file for file in (trial / "out").rglob("*") if file.is_file())
+    return {str(f.relative_to(trial)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+JOBS = {
+    "train": Job(_train, _trained),
+    "precompute": Job(_precompute, lambda trial: cached(trial / "run")),
+    "generate": Job(_generate, lambda trial: (trial / "out.jsonl").read_bytes()),
+    "from_hf": Job(_from_hf, _checkpoint),
+    "to_hf": Job(_to_hf, _files),
+}
+
+
+@dataclasses.dataclass
+class Count:
+    """What was done to a job."""
+
+    kills: int = 0
+    in_writes: int = 0  # kills that left a file or folder that was not whole
+    trials: int = 0
+    signals: int = 0
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+
+class Driver:
+    """One run of the driver in `folder`: shared/ for what every trial reads, one folder a trial beside it."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.shared, self.rng = folder, folder / "shared", random.Random(seed)
+        self.counts: dict[str, Count] = {}
+        runs.write_jsonl(self.shared / "train.jsonl", runs.records(12))
+        runs.write_jsonl(self.shared / "eval.jsonl", runs.records(6, first=12))
+        if not huggingface.is_published(self.shared / "model"):
+            write_untrained(self.shared / "model", seed=0)
+
+    def attack(self, name: str, kills: int, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> Count:
+        """Kills the job `name` that often, then sends it each of `signals`."""
+        job, count = JOBS[name], self.counts.setdefault(name, Count())
+        if name == "to_hf" and not (self.shared / "ours").exists():
+            self.run(_from_hf(self.shared, self.shared / "of"), self.shared / "of")
+            (self.shared / "of" / "out").rename(self.shared / "ours")
+        whole, began = self.fresh(f"{name}-whole"), time.monotonic()
+        status = self.run(job.words(self.shared, whole), whole)
+        if status:
+            count.failures.append(f"the uninterrupted run exited with {status}: see {whole / 'log'}")
+            return count
+        expected, seconds = job.result(whole), time.monotonic() - began
+        while count.kills < kills:
+            trial = self.fresh(f"{name}-{count.trials}")
+            for _ in range(min(self.rng.randint(1, 3), kills - count.kills)):
+                self.kill(job, trial, seconds, count)
+            self.end(job, trial, expected, count)
+            print(
+                f"{name}: {count.kills} of {kills} kills, {len(count.failures)} failures", file=sys.stderr, flush=True
+            )
+        for number in signals:
+            trial = self.fresh(f"{name}-{signal.Signals(number).name}")
+            self.signal(job, trial, number, count)
+            self.end(job, trial, expected, count)
+        print(f"{name}: {dataclasses.asdict(count)}", file=sys.stderr, flush=True)
+        return count
+
+    def fresh(self, name: str) -> Path:
+        trial = self.folder / name
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir(parents=True)
+        return trial
+
+    def run(self, words: list[str], trial: Path) -> int:
+        trial.mkdir(exist_ok=True)
+        return commands.finish(commands.start(words, trial / "log"))
+
+    def kill(self, job: Job, trial: Path, seconds: float, count: Count) -> None:
+        """One SIGKILL, at a random moment of the run or of a write."""
+        process, began = commands.start(job.words(self.shared, trial), trial / "log"), time.monotonic()
+        in_write = self.rng.random() < 0.5
+        until = began + self.rng.uniform(0.0, seconds)
+        writes, seen = self.rng.randint(1, 6), set()
+        while process.poll() is None and (in_write or time.monotonic() < until):
+            if in_write:
+                seen |= partial_files(trial)
+                if len(seen) >= writes:
+                    time.sleep(self.rng.choice((0.0, 0.0, 0.005, 0.02)))
+                    break
+            time.sleep(_POLL)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            count.kills += 1
+        process.wait()
+        if process.returncode == -signal.SIGKILL:
+            count.in_writes += bool(partial_files(trial))
+        elif process.returncode:
+            count.failures.append(f"{trial}: exit status {process.returncode}: see {trial / 'log'}")
+
+    def signal(self, job: Job, trial: Path, number: int, count: Count) -> None:
+        """A signal that may be answered, once the command has got to its work."""
+        process, log = commands.start(job.words(self.shared, trial), trial / "log"), trial / "log"
+        names = {path.name for path in trial.iterdir()}
+        while process.poll() is None and not (log.stat().st_size and working(log)):
+            time.sleep(_POLL)
+        time.sleep(self.rng.uniform(0.0, 0.3))
+        if process.poll() is None:
+            process.send_signal(number)
+            count.signals += 1
+            status = commands.finish(process)
+            text = log.read_text(errors="replace")
+            if status not in (0, 75) or "Traceback" in text or (status == 75) != ("interrupted: " in text):
+                count.failures.append(f"{trial}: {number}: exit status {status}: see {log}")
+            left = {path.name for path in trial.iterdir()} - names
+            count.failures += [f"{trial}: {name} is not whole" for name in left if any(p in name for p in _PARTIAL)]
+
+    def end(self, job: Job, trial: Path, expected: Any, count: Count) -> None:
+        """Lets the command end, unless it has, and compares."""
+        count.trials += 1
+        status, log = self.run(job.words(self.shared, trial), trial), trial / "log"
+        text = log.read_text(errors="replace")
+        if status == 2 and "exists already" in text:  # the kill came too late: the output was there
+            status = 0
+        if status or "Traceback" in text:
+            count.failures.append(f"{trial}: the same command again exited with {status}: see {log}")
+        elif job.result(trial) != expected:
+            count.failures.append(f"{trial}: another result than that of the uninterrupted run")
+        else:
+            shutil.rmtree(trial)
+
+
+def partial_files(folder: Path) -> set[tuple[str, int]]:
+    """What is being written below `folder` right now."""
+    found = set()
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if any(mark in name for mark in _PARTIAL):
+                path = os.path.join(parent, name)
+                try:
+                    found.add((path, os.stat(path).st_ctime_ns if name.endswith(".tmp") else 0))
+                except OSError:  # it was renamed
+                    found.add((path, 1))
+    return found
+
+
+def working(log: Path) -> bool:
+    """Whether a command has written a line or a bar of progress, and so has handlers for signals."""
+    return any(
+        word in log.read_bytes() for word in (b"loading", b"tokenise", b"reference", b"reading", b"generate", b"|")
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.robustness.kill_driver", description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=50, help="in all, spread over the jobs, half of them for train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help=f"jobs, of {','.join(JOBS)}")
+    parser.add_argument("--folder", type=Path, help="where the trials are; those that fail stay there")
+    parser.add_argument("--no-signals", action="store_true", help="leave SIGTERM and SIGINT out")
+    options = parser.parse_args(argv)
+    names, began = options.only.split(",") if options.only else list(JOBS), time.monotonic()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="elbo_kto_jax_kills_"))
+    driver = Driver(folder, options.seed)
+    weight = {name: len(names) if name == "train" and len(names) > 1 else 1 for name in names}
+    for i, name in enumerate(names):
+        rest = options.kills - sum(count.kills for count in driver.counts.values())
+        share = round(rest * weight[name] / sum(weight[later] for later in names[i:]))
+        driver.attack(name, share, () if options.no_signals else (signal.SIGTERM, signal.SIGINT))
+    total = {
+        key: sum(getattr(c, key) for c in driver.counts.values()) for key in ("kills", "in_writes", "signals", "trials")
+    }
+    failures = [failure for count in driver.counts.values() for failure in count.failures]
+    if not failures:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(to_json({**total, "failures": failures, "seconds": time.monotonic() - began}))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
