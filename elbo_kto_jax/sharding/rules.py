@@ -115,7 +115,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place(x: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
     """An array on the devices; each process hands over only what its own devices hold, and need not know the rest."""
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
