@@ -262,6 +262,12 @@ def load_base(
     Raises:
       UserError: there is no whole model at `path`, or a part of it is missing or damaged.
     """
+    folder = locate(path, flag, weights=True)
+    if is_checkpoint(folder) and _read_manifest(folder).lora is not None:
+        raise UserError(
+            f"{flag}={path}: holds adapters, and a whole model is needed; merge them into their base first:\n"
+            f"python -m conversion.to_hf --source={path} --out=FOLDER"
+        )
     source = open_source(path, flag=flag)
     digest, params = Digest(source.leaves), {}
     for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):

@@ -145,11 +145,12 @@ def compile_programs(
         forward, found = run("forward", programs.forward, *arguments, kept=state.params)
         yield found
         _, pull_back = jax.tree.map(_abstract, programs.forward.eval_shape(*arguments), forward.output_shardings)
-        yield run("backward", programs.backward, pull_back, rows, cotangent)[1]
+        yield run("backward", programs.backward, pull_back, state.params, rows, cotangent, kept=state.params)[1]
     else:
         yield run("score", programs.score, state.params, estimates, rows, kept=state.params)[1]
         yield run("grad", programs.grad, state.params, grads, estimates, rows, cotangent, kept=state.params)[1]
-    yield run("update", programs.update, state, grads, kept=state)[1]
+    loss, go = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, jnp.bool_))
+    yield run("update", programs.update, state, grads, loss, go, kept=state)[1]
     if sampler:
         yield _sampler(run, config, model.clone(mesh=mesh), state.params, mesh)
 
@@ -157,10 +158,13 @@ def compile_programs(
 def _sampler(run: Callable, config: Config, model: LLaDA, params: Any, mesh: Mesh) -> Compiled:
     shards = rules.row_shards(mesh)
     b = -(-config.sampler.batch_size // shards) * shards
-    row = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rules.row_sharding(mesh))  # noqa: E731
-    arguments = row((b, PROMPT_TOKENS), jnp.int32), row((b,), jnp.int32), row((b, 2), jnp.uint32)
-    options = {"options": config.sampler, "eot_id": 0, "mesh": mesh}
-    return run("sampler", decode._denoise, model, params, *arguments, kept=params, **options)[1]
+    g, by_row, everywhere = config.sampler.gen_length, rules.row_sharding(mesh), rules.replicated(mesh)
+    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)  # noqa: E731
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    rows = decode.Rows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
+    state = decode.State(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
+    options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}
+    return run("sampler", decode.take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
 
 
 def bytes_on_chip(tree: Any) -> int:

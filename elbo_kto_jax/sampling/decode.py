@@ -185,7 +185,7 @@ def _key_words(seed: int, prompt_id: str) -> np.ndarray:
     return np.frombuffer(digest, "<u4").astype(np.uint32)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The b rows of a batch; a row without a prompt has a response of no tokens."""
 
     prompt: Int[Array, "b p"]  # padded on the left
@@ -196,7 +196,7 @@ class _Rows(NamedTuple):
     num_masked: Int[Array, " b"]  # positions of that block, at the round's start
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """Where the denoising of b responses stands."""
 
     response: Int[Array, "b g"]
@@ -217,12 +217,12 @@ class _Batch:
         self._stop_ids = _stop_ids(self._eos_id, eot_id)
         static = {"options": options, "eot_id": eot_id, "mesh": mesh}
         self._refresh = functools.partial(_refresh, model, params, **static)
-        self._steps = functools.partial(_steps, model, params, **static)
+        self._steps = functools.partial(take_steps, model, params, **static)
         self._place = functools.partial(_place, sharding=None if mesh is None else rules.row_sharding(mesh))
         self._replicate = functools.partial(_place, sharding=None if mesh is None else rules.replicated(mesh))
         g, zeros = options.gen_length, lambda *shape: np.zeros((size, *shape), np.int32)
-        self._rows = _Rows(zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros())
-        self._state = _State(
+        self._rows = Rows(zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros())
+        self._state = State(
             np.full((size, g), self._eos_id, np.int32), zeros(g), np.zeros((size, g), np.float32), zeros(), np.int32(0)
         )
 
@@ -257,7 +257,7 @@ class _Batch:
             )
             self._count(int(state.step) - before, window or self._width)
             self._show(state, watch)
-        self._state = _State(*(np.array(leaf) for leaf in state))
+        self._state = State(*(np.array(leaf) for leaf in state))
 
     def take_finished(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(tokens, written_at, confidence) of the prompts that are done, whose rows are free now; the other rows go on
@@ -303,7 +303,7 @@ class _Batch:
         self.forward_passes += passes
         self.forward_tokens += passes * self._size * columns
 
-    def _show(self, state: _State, watch: Callable[[int, np.ndarray], Any] | None) -> None:
+    def _show(self, state: State, watch: Callable[[int, np.ndarray], Any] | None) -> None:
         if watch:
             responses = np.asarray(state.response)
             for row, member in self.members.items():
@@ -332,13 +332,13 @@ Cache = list[Params]  # keys and values of every layer (model/llada.py), of each
 def _refresh(
     model: LLaDA,
     params: Params,
-    rows: _Rows,
-    state: _State,
+    rows: Rows,
+    state: State,
     *,
     options: Sampler,
     eot_id: int | None,
     mesh: jax.sharding.Mesh | None,
-) -> tuple[_State, Bool[Array, ""], Cache]:
+) -> tuple[State, Bool[Array, ""], Cache]:
     """A round's first step over the whole rows: (state, whether there is more to do, keys and values)."""
     hidden, cache = [], []
     for tokens, positions, segment_ids in _whole_rows(rows, state.response, options, model.config.mask_token_id):
@@ -353,11 +353,11 @@ def _refresh(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh", "window"))
-def _steps(
+def take_steps(
     model: LLaDA,
     params: Params,
-    rows: _Rows,
-    state: _State,
+    rows: Rows,
+    state: State,
     cache: Cache | None,
     limit: Int[Array, ""],
     *,
@@ -365,14 +365,14 @@ def _steps(
     eot_id: int | None,
     mesh: jax.sharding.Mesh | None,
     window: int | None,
-) -> tuple[_State, Bool[Array, ""]]:
+) -> tuple[State, Bool[Array, ""]]:
     """At most `limit` steps of a round, over whole rows or, with a cache, over `window` columns of the response."""
     p, in_block, last = rows.prompt.shape[1], window is not None, state.step + limit
 
-    def unfinished(state: _State):
+    def unfinished(state: State):
         return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
 
-    def take_step(state: _State):
+    def take_step(state: State):
         if not in_block:
             whole = _whole_rows(rows, state.response, options, model.config.mask_token_id)
             hidden, start = [model.apply({"params": params}, *row)[:, p:] for row in whole], jnp.zeros_like(rows.block)
@@ -388,15 +388,15 @@ def _steps(
 
 
 def _hand_out(
-    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, mesh, *, in_block: bool
-) -> tuple[_State, Bool[Array, ""]]:
+    rows: Rows, state: State, options: Sampler, model: LLaDA, eot_id: int | None, mesh, *, in_block: bool
+) -> tuple[State, Bool[Array, ""]]:
     """The state and whether the round goes on, as every process reads them."""
     out = state, _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
     return out if mesh is None else jax.lax.with_sharding_constraint(out, rules.replicated(mesh))
 
 
 def _candidates(
-    rows: _Rows, state: _State, options: Sampler, model: LLaDA, eot_id: int | None, *, in_block: bool
+    rows: Rows, state: State, options: Sampler, model: LLaDA, eot_id: int | None, *, in_block: bool
 ) -> Bool[Array, "b g"]:
     """The masked positions up to the end of each row's block, or in it alone, while the row has steps to take."""
     column, first = jnp.arange(options.gen_length), (rows.block * options.block_length)[:, None]
@@ -431,7 +431,7 @@ def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler)
     return jnp.where(step < steps, num_masked // steps + (step < num_masked % steps), 0)
 
 
-def _whole_rows(rows: _Rows, response: Int[Array, "b g"], options: Sampler, mask_id: int) -> list[tuple[Array, ...]]:
+def _whole_rows(rows: Rows, response: Int[Array, "b g"], options: Sampler, mask_id: int) -> list[tuple[Array, ...]]:
     """(tokens, positions, segment ids) of the rows, and for guidance of the rows with a masked prompt."""
     p, g = rows.prompt.shape[1], response.shape[1]
     column = jnp.arange(p + g)
@@ -443,7 +443,7 @@ def _whole_rows(rows: _Rows, response: Int[Array, "b g"], options: Sampler, mask
 
 
 def _windows(
-    rows: _Rows, response: Int[Array, "b g"], start: Int[Array, " b"], first: Int[Array, " b"], width: int
+    rows: Rows, response: Int[Array, "b g"], start: Int[Array, " b"], first: Int[Array, " b"], width: int
 ) -> tuple[Array, ...]:
     """(tokens, positions, segment ids, key segment ids) of `width` columns of each response, from `start` on.
 
@@ -463,7 +463,7 @@ def _windows(
 _UNSEEN = -1  # the segment of a key that no query is in
 
 
-def _is_real(rows: _Rows, column: Int[Array, "..."]) -> Bool[Array, "b s"]:
+def _is_real(rows: Rows, column: Int[Array, "..."]) -> Bool[Array, "b s"]:
     """Whether a column of each row holds a token of its prompt or response."""
     p = rows.prompt.shape[1]
     return (column >= p - rows.prompt_length[:, None]) & (column < p + rows.response_length[:, None])
@@ -477,15 +477,15 @@ def _take(x: Shaped[Array, "b g *rest"], start: Int[Array, " b"], size: int) -> 
 def _take_step(
     model: LLaDA,
     params: Params,
-    rows: _Rows,
-    state: _State,
+    rows: Rows,
+    state: State,
     hidden: list[Float[Array, "b w d"]],
     start: Int[Array, " b"],
     options: Sampler,
     eot_id: int | None,
     *,
     in_block: bool,
-) -> _State:
+) -> State:
     """The state after the step whose hidden states are those of the response's columns from `start` on."""
     candidate = _candidates(rows, state, options, model, eot_id, in_block=in_block)
     keys = jax.random.wrap_key_data(rows.key_words, impl="threefry2x32")
@@ -493,7 +493,7 @@ def _take_step(
     end = (rows.block + 1) * options.block_length
     guess = _guess(model, params, hidden, start, end, candidate, step_keys, options, eot_id)
     write = _choose(guess, candidate, _quota(rows.num_masked, state.step, options), options.threshold)
-    return _State(
+    return State(
         response=jnp.where(write, guess.token, state.response),
         written_at=jnp.where(write, state.steps[:, None], state.written_at),
         confidence=jnp.where(write, jnp.exp(guess.log_confidence), state.confidence),

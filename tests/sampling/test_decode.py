@@ -450,7 +450,7 @@ def test_confidences_near_one_stay_apart():
 
 def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
     def programs() -> tuple[int, int]:
-        return decode._refresh._cache_size(), decode._steps._cache_size()
+        return decode._refresh._cache_size(), decode.take_steps._cache_size()
 
     sampler = options(gen_length=4, block_length=2, cache="dual")
     first, later = programs()
@@ -477,10 +477,10 @@ def test_logits_exist_for_one_block_at_a_time(tiny):
     model, params = tiny
     sampler = options(gen_length=64, steps=64, block_length=8)
     ints = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
-    rows = decode._Rows(ints(3, 64), ints(3), jnp.zeros((3, 2), jnp.uint32), ints(3), ints(3), ints(3))
-    state = decode._State(ints(3, 64), ints(3, 64), jnp.zeros((3, 64)), ints(3), ints())
+    rows = decode.Rows(ints(3, 64), ints(3), jnp.zeros((3, 2), jnp.uint32), ints(3), ints(3), ints(3))
+    state = decode.State(ints(3, 64), ints(3, 64), jnp.zeros((3, 64)), ints(3), ints())
     static = {"options": sampler, "eot_id": None, "mesh": None}
-    traced = decode._steps.trace(model, params, rows, state, None, ints(), **static, window=None)
+    traced = decode.take_steps.trace(model, params, rows, state, None, ints(), **static, window=None)
     text = str(traced.jaxpr)
     vocabulary = TINY.embedding_size
     assert f"f32[3,8,{vocabulary}]" in text

@@ -52,11 +52,11 @@ def in_step(monkeypatch):
     def arrange(module, name: str, number: int, event) -> None:
         calls, real = [], getattr(module, name)
 
-        def call(*args):
+        def call(*args, **options):
             calls.append(1)
             if len(calls) == number:
                 event()
-            return real(*args)
+            return real(*args, **options)
 
         monkeypatch.setattr(module, name, call)
 
