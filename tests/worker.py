@@ -19,12 +19,12 @@ if __name__ == "__main__":
     processes.LOST_AFTER = LOST_AFTER
     take, steps = loop.train_step, []
 
-    def train_step(*arguments):
+    def train_step(*arguments, **options):
         steps.append(1)
         if len(steps) == int(step) and event != "none":
             print(f"{event} now", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.Signals[event])
-        return take(*arguments)
+        return take(*arguments, **options)
 
     loop.train_step = train_step
     cli.run(train.main)

@@ -211,7 +211,7 @@ def run(tiny_checkpoint, tmp_path_factory) -> tuple[Path, list[str]]:
 def test_a_damaged_working_folder_is_refused_or_gives_the_same(run, tmp_path, monkeypatch):
     """No step is taken in any case: the run is finished, and what is damaged is not trained on."""
     whole, argv = run
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("a step was taken"))
     before = store.load_model(whole / "checkpoints" / "2").params
     refused: dict[tuple[Path, str], str] = {}
     for file, kind, rng in cases(whole, 10, seed=1):

@@ -33,11 +33,11 @@ def bad_steps(monkeypatch):
     def arrange(steps, value=np.nan) -> list[int]:
         calls, real = [], loop.train_step
 
-        def step(programs, state, batch, *more):
+        def step(programs, state, batch, *more, **options):
             calls.append(1)
             if len(calls) in steps:
                 batch = batch._replace(micro_batches=[spoil(rows, value) for rows in batch.micro_batches])
-            return real(programs, state, batch, *more)
+            return real(programs, state, batch, *more, **options)
 
         monkeypatch.setattr(loop, "train_step", step)
         return calls
