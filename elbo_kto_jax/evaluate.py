@@ -117,6 +117,8 @@ def compare(comparison: Comparison, judge: judges.Judge, out: Path) -> dict[str,
             examples=[{key: value for key, value in row.items() if key != "expected"} for row in rows],
             names=comparison.names,
         )
+    cli.log.info("report: %s", report_file)
+    return {**result, "comparisons_file": str(comparisons_file), "report": str(report_file)}
 
 
 def _comparison_rows(comparison: Comparison, verdicts: list[tuple[judges.Verdict, ...]]) -> Iterator[dict[str, Any]]:

@@ -167,7 +167,7 @@ class DiffusionLM(LM):
             context = request.args[0]
             copies[context] += 1  # a task that asks several times gets several random answers
             name = f"{_hash(context)}#{copies[context]}"
-            records.append(Record(name, chat.Rendered(context), None, None, _where(request)))
+            records.append(Record(name, context, None, None, _where(request)))
         texts = respond(self._checkpoint, records, self._config).texts
         return [cut_at(text, _stops(request)) for text, request in zip(texts, requests, strict=True)]
 

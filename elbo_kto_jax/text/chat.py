@@ -11,8 +11,9 @@ A plain-string prompt with a plain-string completion follows TRL: no template, n
 one of the two is a string, the record is a conversation: a string prompt is one user message, a string completion is
 the content of the assistant message.
 
-Special tokens written out in a text ("<|eot_id|>") are ordinary text in the second way, so that no user can end a turn
-or mask a token; only what the template writes becomes a control token. The first way reads them as the authors' code
+Special tokens written out in a message or a completion ("<|eot_id|>") are ordinary text in the second way, so that no
+user can end a turn or mask a token; only what the template writes becomes a control token. A plain-string prompt went
+through a template elsewhere, if any: its special tokens are meant. The first way reads them all as the authors' code
 does: they become those tokens.
 """
 
@@ -29,12 +30,6 @@ from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text.records import Message, Record
 
 EOT_TOKEN = "<|eot_id|>"
-
-
-class Rendered(str):
-    """A prompt that went through a chat template elsewhere (lm-evaluation-harness): its special tokens are meant."""
-
-    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +96,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | st
 
 
 def writes_special_tokens(tokenizer: PreTrainedTokenizerBase, record: Record) -> bool:
-    """Whether a special token stands in a text of the record."""
-    texts = [
-        t if isinstance(t, str) else "\n".join(m["content"] for m in t) for t in (record.prompt, record.completion)
-    ]
-    return any(_special_tokens(tokenizer).search(text) for text in texts)
+    """Whether a special token stands in a message or the completion of the record."""
+    prompt, completion = _turns(record)
+    messages = [] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return any(_special_tokens(tokenizer).search(text) for text in (*messages, completion))
 
 
 def encode(
@@ -139,7 +133,7 @@ def encode_batch(
       tokenizer: a fast tokenizer.
       records: prompts with completions.
       max_length: tokens kept of each record, from the left.
-      exact_window: tokenise prompt and completion apart, special tokens in them as text (see the module's docstring).
+      exact_window: tokenise prompt and completion apart, special tokens in messages as text (see above).
       append_eot: continue every completion with `eot_id`, before the cut.
       eot_id: the end-of-turn token.
 
@@ -185,21 +179,17 @@ def _tokenise_prompts(
     """Prompts with the template's control tokens and no others; `where` each of them is, for errors."""
     special = _special_tokens(tokenizer)
     tokens: list[list[int]] = [[] for _ in prompts]
-    plain: dict[int, str] = {}
     rendered: dict[int, str] = {}
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, Rendered):
+        if isinstance(prompt, str):
             rendered[i] = prompt
-        elif isinstance(prompt, str):
-            plain[i] = prompt
         elif any(special.search(message["content"]) for message in prompt):
             tokens[i] = _tokenise_guarded(tokenizer, prompt, where[i])
         else:
             rendered[i] = _apply_template(tokenizer, prompt, where[i])
-    for texts, as_text in ((plain, True), (rendered, False)):  # many texts at once are fast
-        if texts:
-            for i, ids in zip(texts, tokenise(tokenizer, list(texts.values()), as_text), strict=True):
-                tokens[i] = ids
+    if rendered:  # many texts at once are fast
+        for i, ids in zip(rendered, tokenise(tokenizer, list(rendered.values())), strict=True):
+            tokens[i] = ids
     return tokens
 
 
