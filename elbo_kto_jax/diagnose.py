@@ -126,11 +126,8 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
 
     def step_flops(setting: Setting) -> np.ndarray:
         """Forward and backward, three times a forward pass over each draw."""
-        hidden = values.hidden[setting]
-        each = [
-            forward_flops(setup.model.config, examples, records[n : n + 1], hidden[n : n + 1])
-            for n in range(len(records))
-        ]
+        hidden, length = values.hidden[setting], np.diff(examples.offsets)[records]
+        each = [forward_flops(setup.model.config, length[n : n + 1], hidden[n : n + 1]) for n in range(len(records))]
         return 3 * setting.draws * np.array(each)
 
     analysis = Analysis(

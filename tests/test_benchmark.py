@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 
 from elbo_kto_jax.benchmark import __main__ as benchmark

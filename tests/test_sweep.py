@@ -98,7 +98,7 @@ def test_grid(command, tmp_path, loads, tiny_checkpoint, other_checkpoint):
     assert len({line.count(" | ") for line in markdown}) == 1
     report = (tmp_path / "run" / "report.html").read_text()
     assert "10 of 10 evaluations done: 2 checkpoints, 3 tasks." in report
-    assert report.count("<figure>") == 3
+    assert report.count("<figure>") == 4  # a win rate for each sampler, the ELBO over K, the exact one
     assert all((cell / "result.json").is_file() for cell in (tmp_path / "run" / "cells").iterdir())
 
     loads.clear()
