@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from elbo_kto_jax import config
 from elbo_kto_jax.errors import UserError
@@ -48,9 +49,9 @@ def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
         if name.startswith("blocks/") and name.endswith("/kernel"):
             layers, rows, columns = sharding.spec
             assert found[name] == sharding
-            assert found[f"{name}_scale"].spec == (layers, columns)
-            assert found[name.replace("kernel", "lora_a")].spec == (layers, rows, None)
-            assert found[name.replace("kernel", "lora_b")].spec == (layers, None, columns)
+            assert found[f"{name}_scale"].spec == P(layers, columns)
+            assert found[name.replace("kernel", "lora_a")].spec == P(layers, rows, None)
+            assert found[name.replace("kernel", "lora_b")].spec == P(layers, None, columns)
 
 
 @pytest.mark.parametrize("missing", ["lora_a", "lora_b"])
