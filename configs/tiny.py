@@ -44,7 +44,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
             "reference": {"mode": "precomputed", "path": ""},  # "": the model that training starts from
             "optimizer": {
                 # From random weights, and as far as a tiny model bears; then an alignment that keeps what was learnt.
-                "learning_rate": 5e-3 if fine_tuning else 1e-4,
+                "learning_rate": 5e-3 if fine_tuning else 5e-5,
                 "warmup_fraction": 0.1 if fine_tuning else 0.03,
                 "b1": 0.9,
                 "b2": 0.95,
