@@ -40,14 +40,26 @@ def whole(params: Any, prefix: str, mesh: Mesh, dtype: Any) -> Any:
 
     def gathered(path, leaf):
         axes = rules.line_of(f"{prefix}/{_name(path)}")[1][-leaf.ndim :]
-        for dimension, axis in enumerate(axes):
-            for name in reversed(rules.mesh_axes(axis, mesh) if axis == "model" else ()):
-                if mesh.shape[name] > 1:
-                    # int8 matrices travel as they are, and the scales of their channels are not to be rounded.
-                    keeps = leaf.ndim == 1 or leaf.dtype == jnp.int8 or _on_cpu(mesh)
-                    travels = leaf if keeps else leaf.astype(dtype)
-                    leaf = jax.lax.all_gather(travels, name, axis=dimension, tiled=True)
-        return leaf
+        names = [(i, name) for i, axis in enumerate(axes) if axis == "model" for name in rules.mesh_axes(axis, mesh)]
+        names = [(i, name) for i, name in reversed(names) if mesh.shape[name] > 1]
+        # int8 matrices travel as they are, and the scales of their channels are not to be rounded.
+        keeps = leaf.ndim == 1 or leaf.dtype == jnp.int8 or _on_cpu(mesh)
+
+        def gather(part):
+            for dimension, name in names:
+                part = jax.lax.all_gather(part, name, axis=dimension, tiled=True)
+            return part
+
+        if not names:
+            return leaf
+        leaf = leaf if keeps else leaf.astype(dtype)
+        if mesh.shape["tensor"] == 1:
+            return gather(leaf)
+        # The compiler would gather the tensor axis, too, before a collective that is written down.
+        by_tensor = rules.spec(axes, mesh, {"tensor"})
+        return jax.shard_map(gather, in_specs=by_tensor, out_specs=by_tensor, axis_names={"tensor"}, check_vma=False)(
+            leaf
+        )
 
     return jax.tree_util.tree_map_with_path(gathered, params)
 

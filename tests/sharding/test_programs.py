@@ -94,7 +94,7 @@ def test_rows_are_split_over_data_and_fsdp(compiled):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == len(leaf) // parts
 
 
-def test_logits_are_never_whole(compiled, request):
+def test_logits_are_never_whole(compiled):
     """Each device has the logits of its rows and, where the tensor axis splits the vocabulary, of its part of that."""
     parts = compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
     tensor = compiled.mesh.shape["tensor"]
@@ -105,7 +105,5 @@ def test_logits_are_never_whole(compiled, request):
         shape for shape in logits if VOCABULARY in shape and math.prod(shape) > positions * VOCABULARY // tensor
     }
     if tensor > 1:
-        reason = "since rows are in a shard_map, XLA keeps the head and its gradient whole over tensor, not the logits"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
         whole = {shape for shape in logits if shape[-1] == VOCABULARY or (len(shape) == 3 and VOCABULARY in shape)}
         assert not whole
