@@ -18,6 +18,7 @@ from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.text.examples import Examples
+from elbo_kto_jax.train.data import segment_of
 from elbo_kto_jax.train.setup import prepare
 from elbo_kto_jax.train.step import build_programs, score
 
@@ -93,9 +94,7 @@ def score_records(config: Config, options, params: Params | None = None) -> Iter
 def exact_segments(examples: Examples, i: int) -> tuple[list[Segment], np.ndarray]:
     """Every mask of example i as a segment of weight 1, and the weights whose sum with the results is the ELBO."""
     masks = all_masks(int(examples.completion_length[i]))
-    tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-    segments = [Segment(tokens, int(examples.prompt_length[i]), mask, 1.0, m) for m, mask in enumerate(masks)]
-    return segments, exact_weights(masks)
+    return [segment_of(examples, i, mask, 1.0, m) for m, mask in enumerate(masks)], exact_weights(masks)
 
 
 def _result(examples: Examples, i: int, elbo: float, stderr: float | None) -> dict:

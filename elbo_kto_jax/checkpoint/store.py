@@ -426,7 +426,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
             contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer,
         ):
             checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
-    except UserError:  # the disk is full: what there is of the checkpoint only takes room
+    except BaseException:  # a full disk, a signal: what there is of the checkpoint only takes room
         _remove_unfinished(folder)
         raise
 

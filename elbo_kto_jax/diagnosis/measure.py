@@ -22,6 +22,7 @@ from elbo_kto_jax.diffusion.masks import Draws, draw_masks
 from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.train.data import segment_of
 from elbo_kto_jax.train.setup import Setup
 from elbo_kto_jax.train.step import Programs, build_programs, score
 
@@ -198,9 +199,7 @@ class Measurement:
         return grads
 
     def _segment(self, n: int, mask: np.ndarray, weight: float, index: int) -> Segment:
-        examples, i = self.setup.data.examples, self.records[n]
-        tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-        return Segment(tokens, int(examples.prompt_length[i]), mask, weight, index)
+        return segment_of(self.setup.data.examples, int(self.records[n]), mask, weight, index)
 
 
 def group_names(params: Params) -> list[str]:

@@ -5,6 +5,7 @@ the Monte-Carlo estimate over masks (METHOD 7). Each task runs with its row of c
 """
 
 import collections
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -28,9 +29,9 @@ from elbo_kto_jax.evaluation.likelihood import log_likelihoods
 from elbo_kto_jax.files import atomic_write
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
-from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
+from elbo_kto_jax.train.setup import layout_of
 
 # A task that has no row in the table: what its own file says, and the masks of METHOD 7.
 _UNLISTED = Task(num_fewshot=-1, chat_template=True, sampler={}, draws=128, executes_code=False)
@@ -233,15 +234,10 @@ class DiffusionLM(LM):
         return whole[: len(prefix)], whole[len(prefix) :]
 
     def _layout(self) -> Layout:
+        """Packed rows as long as the model takes them, whatever the config's data has."""
         model = self._checkpoint.model.config
-        rows = max(1, self._config.train.microbatch_tokens // model.max_sequence_length)
-        return Layout(
-            rows=rows * rules.row_shards(self._checkpoint.mesh),
-            length=model.max_sequence_length,
-            mask_token=model.mask_token_id,
-            pad_token=model.pad_token_id,
-            packed=True,
-        )
+        data = dataclasses.replace(self._config.data, max_length=model.max_sequence_length, packing=True)
+        return layout_of(dataclasses.replace(self._config, data=data), model, self._checkpoint.mesh)
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:

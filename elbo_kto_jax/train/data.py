@@ -20,6 +20,12 @@ from elbo_kto_jax.train.step import Batch, Feedback
 _PREFETCH = 4  # batches made ahead of the step that needs them
 
 
+def segment_of(examples: Examples, i: int, mask: Bool[np.ndarray, " l"], weight: float, index: int) -> Segment:
+    """One draw of example i, whose result goes to `index`."""
+    tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+    return Segment(tokens, int(examples.prompt_length[i]), mask, weight, index)
+
+
 class TrainingData:
     """The batches of a run. Every epoch has its own order and its own masks; its last batch may be smaller."""
 
@@ -79,8 +85,8 @@ class TrainingData:
 
         def segment(index: int) -> Segment:
             i, k = int(indices[index // draws]), index % draws
-            masks, tokens = masks_of(i), examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-            return Segment(tokens, int(examples.prompt_length[i]), masks.mask[k], float(masks.weight[k]), index)
+            masks = masks_of(i)
+            return segment_of(examples, i, masks.mask[k], float(masks.weight[k]), index)
 
         lengths = np.repeat(examples.offsets[indices + 1] - examples.offsets[indices], draws).tolist()
         return Batch(feedback, pack_own(lengths, segment, self.layout, self.own), sum(lengths))

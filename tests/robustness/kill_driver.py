@@ -34,7 +34,8 @@ from tests import runs
 from tests.robustness import commands
 
 _POLL = 0.004  # seconds between two looks for a file that is being written
-_PARTIAL = (".tmp", ".partial")  # in the names of files and folders that are not whole yet
+_PAUSES = (0.3, 0.1, 0.03, 0.0, 0.0)  # seconds between the start of the work and a signal, one try after another
+_PARTIAL = (".tmp", ".partial", "orbax-checkpoint-tmp")  # in the names of files and folders that are not whole yet
 SETTINGS = {
     "data.max_length": 64,
     "train.steps": 8,
@@ -161,9 +162,12 @@ class Driver:
                 f"{name}: {count.kills} of {kills} kills, {len(count.failures)} failures", file=sys.stderr, flush=True
             )
         for number in signals:
-            trial = self.fresh(f"{name}-{signal.Signals(number).name}")
-            self.signal(job, trial, number, count)
-            self.end(job, trial, expected, count)
+            for pause in _PAUSES:  # sooner, where the command was over before the signal
+                trial, before = self.fresh(f"{name}-{signal.Signals(number).name}"), count.signals
+                self.signal(job, trial, number, pause, count)
+                self.end(job, trial, expected, count)
+                if count.signals > before:
+                    break
         print(f"{name}: {dataclasses.asdict(count)}", file=sys.stderr, flush=True)
         return count
 
@@ -199,13 +203,13 @@ class Driver:
         elif process.returncode:
             count.failures.append(f"{trial}: exit status {process.returncode}: see {trial / 'log'}")
 
-    def signal(self, job: Job, trial: Path, number: int, count: Count) -> None:
-        """A signal that may be answered, once the command has got to its work."""
+    def signal(self, job: Job, trial: Path, number: int, pause: float, count: Count) -> None:
+        """A signal that may be answered, at most `pause` seconds after the command has got to its work."""
         process, log = commands.start(job.words(self.shared, trial), trial / "log"), trial / "log"
         names = {path.name for path in trial.iterdir()}
-        while process.poll() is None and not (log.stat().st_size and working(log)):
+        while process.poll() is None and not (working(log) or partial_files(trial)):
             time.sleep(_POLL)
-        time.sleep(self.rng.uniform(0.0, 0.3))
+        time.sleep(self.rng.uniform(0.0, pause))
         if process.poll() is None:
             process.send_signal(number)
             count.signals += 1

@@ -12,7 +12,7 @@ from tests.robustness.share import share
 
 @pytest.mark.parametrize(
     ("name", "kills", "signals"),
-    [("train", share(2, 25), ()), ("from_hf", share(1, 7), share((), (signal.SIGTERM,)))],
+    [("train", share(2, 25), ()), ("from_hf", share(1, 7), (signal.SIGTERM,))],
     ids=["train", "from_hf"],
 )
 def test_killed_commands_end_as_others_do(tmp_path, name, kills, signals):
