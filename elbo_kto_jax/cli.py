@@ -156,8 +156,9 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
-    # Orbax logs what it raises, with tracebacks, and leaves coroutines behind when a disk is full.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs what it raises, with tracebacks, and leaves coroutines and failed tasks behind when a disk is full.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: log.debug("ignored: %s", unraisable.exc_value)
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"

@@ -16,11 +16,19 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".strip()
 )
 
-# Many tests build the same program anew: it is compiled once, in a cache that goes with the session.
-_cache = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+# Many tests build the same program anew: it is compiled once, in a cache that goes with the session. pytest-xdist's workers
+# inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Every worker has cores of its own: processes of one thread each do more of these small programs' work than one process
+# whose threads share them.
+if hasattr(os, "sched_setaffinity") and "PYTEST_XDIST_WORKER" in os.environ:
+    _worker, _workers = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"), os.environ["PYTEST_XDIST_WORKER_COUNT"]
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, _cores[int(_worker) :: int(_workers)] or _cores)
 
 from jaxtyping import install_import_hook  # noqa: E402
 

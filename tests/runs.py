@@ -3,6 +3,7 @@
 What tests count on is set here, for the values of configs/tiny.py are tuned for the quickstart.
 """
 
+import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,3 +63,18 @@ def flags(settings: Mapping[str, Any], *more: str, config: str | Path = CONFIG) 
     """The command line of a small run: `settings` by config key, then the flags `more`."""
     values = {**SMALL, **settings}
     return [f"--config={config}", *(f"--config.{key}={value}" for key, value in values.items()), *more]
+
+
+def grid(file: Path, sweep: Mapping[str, Any]) -> Path:
+    """A config file of `sweep`: configs/tiny.py with these lists."""
+    file.write_text(
+        f"import runpy\ndef get_config():\n    config = runpy.run_path({str(CONFIG)!r})['get_config']()\n"
+        f"    config.sweep = {dict(sweep)!r}\n    return config\n"
+    )
+    return file
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table but for the time they took."""
+    with (folder / "table.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]

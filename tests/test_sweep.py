@@ -1,6 +1,5 @@
 """The command `sweep` on tiny random models: the grid, going on after an end at any point, and devices."""
 
-import csv
 import functools
 import json
 import os
@@ -47,20 +46,10 @@ def command(tiny_checkpoint, other_checkpoint, tmp_path):
             "limit": 0,
             **grid,
         }
-        file = tmp_path / "grid.py"
-        file.write_text(
-            f"import runpy\ndef get_config():\n    config = runpy.run_path({str(runs.CONFIG)!r})['get_config']()\n"
-            f"    config.sweep = {settings!r}\n    return config\n"
-        )
+        file = runs.grid(tmp_path / "grid.py", settings)
         return sweep.main(runs.flags({}, f"--workdir={tmp_path / workdir}", *more, config=file))
 
     return run
-
-
-def table(folder) -> list[dict]:
-    """The rows of the table but for the time they took."""
-    with (folder / "table.csv").open() as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture
@@ -77,7 +66,7 @@ def test_grid(command, tmp_path, loads, tiny_checkpoint, other_checkpoint):
     summary = command()
     assert (summary["cells"], summary["done"]) == (10, 10)  # 2 checkpoints x (2 samplers + 2 numbers of draws + 1)
     assert loads == [str(tiny_checkpoint), str(other_checkpoint)]
-    rows = table(tmp_path / "run")
+    rows = runs.table(tmp_path / "run")
     assert summary["table"] == str(tmp_path / "run" / "table.csv")
     assert [(row["task"], row["sampler"], row["draws"]) for row in rows[:5]] == [
         ("win_rate", "{}", ""),
@@ -129,12 +118,12 @@ def test_it_goes_on_where_it_was(command, tmp_path, monkeypatch, end):
         begun = ends_in(patch, 4, end)
         with pytest.raises(type(end)):
             command(**grid)
-    assert len(table(tmp_path / "run")) == 3
+    assert len(runs.table(tmp_path / "run")) == 3
     again = ends_in(monkeypatch, 0, end)
     summary = command(**grid)
     assert again == [begun[3], *again[1:]]
     assert (len(again), summary["done"]) == (3, 6)
-    assert table(tmp_path / "run") == table(tmp_path / "whole")
+    assert runs.table(tmp_path / "run") == runs.table(tmp_path / "whole")
 
 
 def test_a_signal_ends_it_after_the_cell(command, tmp_path, monkeypatch):
@@ -145,7 +134,7 @@ def test_a_signal_ends_it_after_the_cell(command, tmp_path, monkeypatch):
         patch.setattr(sweep._Run, "_evaluate", signalled)
         with pytest.raises(Interrupted, match="1 of 2 cells are done"):
             command(**grid)
-    assert len(table(tmp_path / "run")) == 1
+    assert len(runs.table(tmp_path / "run")) == 1
     assert command(**grid)["done"] == 2
 
 
@@ -185,7 +174,7 @@ def test_eight_devices_give_what_one_gives(command, tmp_path, cpu_devices, monke
     assert make_mesh(config.Mesh(-1, 1, 1)).size == 8
     monkeypatch.setattr(rules, "make_mesh", functools.partial(make_mesh, devices=cpu_devices[:1]))
     command(workdir="one", **grid)
-    eight, one = table(tmp_path / "eight"), table(tmp_path / "one")
+    eight, one = runs.table(tmp_path / "eight"), runs.table(tmp_path / "one")
     assert len(eight) == 6
     for a, b in zip(eight, one, strict=True):
         assert float(a["value"]) == pytest.approx(float(b["value"]), rel=1e-5)
@@ -235,7 +224,7 @@ def test_tasks_of_the_harness(command, tmp_path, monkeypatch, tiny_checkpoint):
     grid = {"tasks": [str(task) for task in tasks], "limit": 2, "draws": [1, 8, 16], "sampler": [{}, {"steps": 4}]}
     summary = command(f"--task-table={table_file}", checkpoints=[str(tiny_checkpoint)], **grid)
     assert summary["cells"] == 2 + 3
-    rows = table(tmp_path / "run")
+    rows = runs.table(tmp_path / "run")
     assert {row["metric"] for row in rows} == {"exact_match,none", "acc,none"}
     cells = sorted((tmp_path / "run" / "cells").iterdir())
     steps = [json.loads(file.read_text())["config"]["model_args"]["steps"] for file in _results(cells, "local_write")]

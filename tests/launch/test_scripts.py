@@ -132,11 +132,12 @@ for job in $(jobs -p); do wait "$job" || status=$?; done
 exit "$status"
 """
 PROGRAM = """
-import sys, jax
+import os, sys, jax
 from jax.experimental import multihost_utils
 from elbo_kto_jax import processes
 processes.start(None, None, None)
-print(multihost_utils.process_allgather(jax.process_index()).tolist())
+found = multihost_utils.process_allgather(jax.process_index()).tolist()
+os.write(1, f"\\n{found}\\n".encode())  # one write, on a line of its own: Gloo's lines of both processes come between
 sys.exit(75)
 """
 
@@ -146,7 +147,7 @@ def test_processes_of_a_slurm_job_find_each_other_and_an_interrupted_job_is_queu
     for name, text in {
         "sbatch": "#!/usr/bin/env bash\nexport SLURM_JOB_ID=$$\nbash -s\n",
         "srun": SRUN,
-        "scontrol": '#!/usr/bin/env bash\necho "scontrol $1"\n',
+        "scontrol": '#!/usr/bin/env bash\nprintf "\\nscontrol %s\\n" "$1"\n',
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

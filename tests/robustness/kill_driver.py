@@ -75,6 +75,21 @@ def _to_hf(shared: Path, trial: Path) -> list[str]:
     return ["conversion.to_hf", f"--source={shared / 'ours'}", f"--out={trial / 'out'}", "--shard-size=100KB"]
 
 
+def _sweep(shared: Path, trial: Path) -> list[str]:
+    lists = {
+        "checkpoints": [str(shared / "model"), str(shared / "other")],
+        "tasks": ["win_rate", "elbo"],
+        "sampler": [{}, {"steps": 2}],
+        "draws": [1, 4],
+        "baseline": str(shared / "model"),
+        "prompts": str(shared / "prompts.jsonl"),
+        "data": str(shared / "eval.jsonl"),
+        "limit": 0,
+    }
+    config = runs.grid(shared / "grid.py", lists)
+    return ["elbo_kto_jax.sweep", *runs.flags(SETTINGS, f"--workdir={trial / 'run'}", config=config)]
+
+
 def _recipe(shared: Path) -> list[str]:
     names = {"model.path": "model", "data.train": "train.jsonl", "data.eval": "eval.jsonl"}
     return runs.flags({**SETTINGS, **{key: shared / name for key, name in names.items()}})
@@ -101,6 +116,12 @@ def cached(run: Path) -> dict[str, bytes]:
     return found
 
 
+def _swept(trial: Path) -> Any:
+    """The table of a sweep, and the answers, scores and verdicts behind it."""
+    files = sorted((trial / "run").rglob("*.jsonl"))
+    return runs.table(trial / "run"), {str(file.relative_to(trial)): file.read_text() for file in files}
+
+
 def _checkpoint(trial: Path) -> Any:
     return json.loads((trial / "out" / "assets" / "manifest.json").read_text())
 
@@ -116,6 +137,7 @@ JOBS = {
     "generate": Job(_generate, lambda trial: (trial / "out.jsonl").read_bytes()),
     "from_hf": Job(_from_hf, _checkpoint),
     "to_hf": Job(_to_hf, _files),
+    "sweep": Job(_sweep, _swept),
 }
 
 
@@ -138,8 +160,13 @@ class Driver:
         self.counts: dict[str, Count] = {}
         runs.write_jsonl(self.shared / "train.jsonl", runs.records(12))
         runs.write_jsonl(self.shared / "eval.jsonl", runs.records(6, first=12))
-        if not huggingface.is_published(self.shared / "model"):
-            write_untrained(self.shared / "model", seed=0)
+        prompts = (
+            {"prompt": [{"role": "user", "content": f"Capitals {word}"}], "answer": word} for word in ("a", "bc")
+        )
+        runs.write_jsonl(self.shared / "prompts.jsonl", list(prompts))
+        for seed, name in enumerate(("model", "other")):
+            if not huggingface.is_published(self.shared / name):
+                write_untrained(self.shared / name, seed)
 
     def attack(self, name: str, kills: int, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> Count:
         """Kills the job `name` that often, then sends it each of `signals`."""
