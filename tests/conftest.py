@@ -16,8 +16,8 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".strip()
 )
 
-# Many tests build the same program anew: it is compiled once, in a cache that goes with the session. pytest-xdist's workers
-# inherit it.
+# Many tests build the same program anew: it is compiled once, in a cache that goes with the session and that
+# pytest-xdist's workers inherit.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

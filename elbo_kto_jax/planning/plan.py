@@ -11,9 +11,10 @@ waits. A step is the sum of its programs over its micro-batches, and
     mfu_bound = model FLOPs / (chips x peak x seconds of a step)
 
 with the model FLOPs of whole rows: as many forward passes' worth (model/flops.py) as the method cannot do without, 3
-for the gradient, 1 for the estimates where they need a pass of their own (a batch of several micro-batches), and 1
-where the reference is online; half of a row's tokens are scored. What rematerialisation computes again is work of the
-program, not of the model. Rows that a batch does not fill lower the tokens per second, not the mfu_bound.
+for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for the estimates where they need
+a pass of their own (a batch of several micro-batches), and 1 where the reference is online; half of a row's tokens are
+scored. What rematerialisation computes again is work of the program, not of the model. Rows that a batch does not fill
+lower the tokens per second, not the mfu_bound.
 """
 
 import dataclasses
@@ -97,7 +98,7 @@ def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -
 def model_passes(config: Config, one_pass: bool) -> int:
     """How many forward passes' worth of FLOPs a step cannot do without."""
     is_kto = config.objective.name == "elbo_kto"
-    return 3 + (is_kto and not one_pass) + (is_kto and config.reference.mode == "online")
+    return 3 - bool(config.lora.rank) + (is_kto and not one_pass) + (is_kto and config.reference.mode == "online")
 
 
 def row_flops(model: ModelConfig, length: int) -> float:
@@ -224,6 +225,12 @@ def parameters(model: ModelConfig) -> int:
     return model.n_layers * layer_matrices(model) + 2 * model.d_model * model.embedding_size
 
 
+def adapters(model: ModelConfig, rank: int) -> int:
+    """Weights in the adapters of all matrices of the blocks."""
+    d, heads, key_value = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    return model.n_layers * rank * (2 * (d + heads) + 2 * (d + key_value) + 3 * (d + model.mlp_hidden_size))
+
+
 def recomputed(model: ModelConfig, remat: str, length: int) -> float:
     """The part of a forward pass that the backward pass computes again."""
     layer = 2 * layer_matrices(model) + 4 * model.n_heads * model.head_dim * length  # FLOPs per token
@@ -241,14 +248,15 @@ def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str
     length, per_chip = config.data.max_length, max(1, config.train.microbatch_tokens // config.data.max_length)
     forward = per_chip * row_flops(model, length) / mesh["tensor"]
     again = recomputed(model, config.model.remat, length)
-    passes = {"score": 1, "forward": 1, "grad": 3 + again, "backward": 2 + again, "update": 0}[name]
+    back = 2 - bool(config.lora.rank) + again
+    passes = {"score": 1, "forward": 1, "grad": 1 + back, "backward": back, "update": 0}[name]
     whole = parameters(model) * jnp.dtype(config.model.dtype).itemsize / mesh["tensor"]
     sent = whole * (mesh["fsdp"] - 1) / mesh["fsdp"]
     gathers = {"score": 1, "forward": 1, "grad": 2, "backward": 1, "update": 0}[name]
     found = []
     if mesh["fsdp"] > 1 and gathers:
         found.append(hlo.Collective("all-gather", sent, mesh["fsdp"], True, gathers))
-    if name in ("grad", "backward"):
+    if name in ("grad", "backward") and not config.lora.rank:  # adapters' gradients are small
         if mesh["fsdp"] > 1:
             found.append(hlo.Collective("reduce-scatter", sent, mesh["fsdp"], True, 1))
         if mesh["data"] > 1:
@@ -265,8 +273,12 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], on
     """Bytes per chip of the gradient's program and of what lies beside it."""
     item, stored = jnp.dtype(config.model.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
     shards = mesh["fsdp"] * mesh["tensor"]
-    weights = parameters(model) / shards
-    state = weights * (3 * stored + (0 if one_pass else 4) + stored)  # parameters, Adam, accumulator, a new gradient
+    trained = parameters(model) / shards
+    base = 0.0
+    if config.lora.rank:
+        base = trained * (1 if config.lora.base_quantization == "int8" else item)
+        trained *= adapters(model, config.lora.rank) / parameters(model)
+    state = trained * (3 * stored + (0 if one_pass else 4) + stored)  # parameters, Adam, accumulator, a new gradient
     tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length
     d, f = model.d_model, model.mlp_hidden_size / mesh["tensor"]
     attention = model.n_heads * model.head_dim / mesh["tensor"]
@@ -278,7 +290,7 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], on
     }[config.model.remat] * item
     head = model.d_model * model.embedding_size / mesh["tensor"] * (2 * item + 4)
     layer = 2 * 2 * layer_matrices(model) / mesh["tensor"] * item + tokens * (8 * d + 4 * f) * item
-    return state + tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
+    return base + state + tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
 
 
 def would_fit(config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float) -> str:

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.elbo import CHUNK
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.model.llada import LLaDA
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
@@ -87,10 +88,16 @@ def compile_programs(
     log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     rules.check_heads(model_config, mesh)
     model = build_model(config, model_config)
-    params = abstract_params(model)
+    trained = train_state.abstract_trained(model, config.lora)
     tx = train_state.optimizer(config.optimizer, _STEPS)
-    shardings = train_state.state_shardings(tx, params, mesh)
-    state = train_state.abstract_state(tx, params, shardings)
+    shardings = train_state.state_shardings(tx, trained, mesh)
+    state = train_state.abstract_state(tx, trained, shardings)
+    weights = state.params
+    if config.lora.rank:
+        base = train_state.abstract_base(model, config.lora)
+        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh))
+        scale = jax.ShapeDtypeStruct((model_config.n_layers,), jnp.float32, sharding=rules.replicated(mesh))
+        weights = lora.Adapted(base, state.params, scale)
     draws, examples = config.estimator.draws, config.train.global_batch_size
     programs = build_programs(
         model, mesh, num_examples=examples, draws=draws, objective=config.objective, tx=tx, shardings=shardings
@@ -104,8 +111,11 @@ def compile_programs(
     cotangent = jax.ShapeDtypeStruct((examples,), jnp.float32, sharding=everywhere)
     grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
 
-    reference = config.objective.name == "elbo_kto" and config.reference.mode == "online"
-    held = bytes_on_chip(state) + (bytes_on_chip(state.params) if reference else 0)
+    # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their base.
+    online = config.objective.name == "elbo_kto" and config.reference.mode == "online"
+    held = bytes_on_chip(weights) + bytes_on_chip(state.opt_state)
+    if online and not config.lora.rank:
+        held += bytes_on_chip(state.params)
     kernels = kernel_flops(model_config, mesh, empty.tokens.shape)
     trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
 
@@ -141,18 +151,18 @@ def compile_programs(
         )
 
     if one_pass:
-        arguments = state.params, estimates, rows
-        forward, found = run("forward", programs.forward, *arguments, kept=state.params)
+        arguments = weights, estimates, rows
+        forward, found = run("forward", programs.forward, *arguments, kept=weights)
         yield found
         _, pull_back = jax.tree.map(_abstract, programs.forward.eval_shape(*arguments), forward.output_shardings)
-        yield run("backward", programs.backward, pull_back, state.params, rows, cotangent, kept=state.params)[1]
+        yield run("backward", programs.backward, pull_back, weights, rows, cotangent, kept=weights)[1]
     else:
-        yield run("score", programs.score, state.params, estimates, rows, kept=state.params)[1]
-        yield run("grad", programs.grad, state.params, grads, estimates, rows, cotangent, kept=state.params)[1]
+        yield run("score", programs.score, weights, estimates, rows, kept=weights)[1]
+        yield run("grad", programs.grad, weights, grads, estimates, rows, cotangent, kept=weights)[1]
     loss, go = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, jnp.bool_))
     yield run("update", programs.update, state, grads, loss, go, kept=state)[1]
     if sampler:
-        yield _sampler(run, config, model.clone(mesh=mesh), state.params, mesh)
+        yield _sampler(run, config, model.clone(mesh=mesh), lora.parameters(weights), mesh)
 
 
 def _sampler(run: Callable, config: Config, model: LLaDA, params: Any, mesh: Mesh) -> Compiled:

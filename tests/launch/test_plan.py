@@ -82,9 +82,8 @@ def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
     assert plan._data(config, None, None, 300.0) == (plan.EXAMPLES, 300.0)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
-def test_a_small_model(tmp_path):
-    """In a process of its own, since libtpu stays in the one that loads it."""
+def compiled(tmp_path, **more) -> tuple[dict, dict]:
+    """The summary and plan.json of a small model, from a process of its own, since libtpu stays in the one it is in."""
     small = {"d_model": 256, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 512, "embedding_size": 1024}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({**CONFIG, **small}))
@@ -95,6 +94,7 @@ def test_a_small_model(tmp_path):
         "train.microbatch_tokens": 256,
         "sampler.gen_length": 16,
         "sampler.steps": 16,
+        **more,
     }
     command = [sys.executable, "-m", "launch.plan", f"--config={KTO_MIX}", "--topology=v5e:2x2"]
     command += ["--tokens=100", "--price=2", f"--out={tmp_path / 'out'}"]
@@ -103,8 +103,17 @@ def test_a_small_model(tmp_path):
         command, cwd=PROJECT_ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads(done.stdout.splitlines()[-1])
-    found = json.loads((tmp_path / "out" / "plan.json").read_text())
+    return json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / "out" / "plan.json").read_text())
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)"
+)
+
+
+@needs_libtpu
+def test_a_small_model(tmp_path):
+    summary, found = compiled(tmp_path)
     assert summary["fits"] is True
     assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert 0 < summary["bytes_per_chip"] < summary["usable_bytes_per_chip"] == int(15.75 * 2**30)
@@ -115,3 +124,12 @@ def test_a_small_model(tmp_path):
     assert grad["flops"] > 3 * found["programs"]["score"]["flops"]
     assert grad["collectives"]["reduce-scatter"]["exposed_bytes"] > 0
     assert "bound, not measured" in (tmp_path / "out" / "report.html").read_text()
+
+
+@needs_libtpu
+def test_adapters_of_a_small_model(tmp_path):
+    """Of the base only the forward pass and the gradient of the activations, and no gradient of its size."""
+    _, found = compiled(tmp_path, **{"lora.rank": 8, "lora.alpha": 8.0, "lora.base_quantization": "int8"})
+    score, grad = found["programs"]["score"], found["programs"]["grad"]
+    assert 2 < grad["flops"] / score["flops"] < 3.2  # 2 passes, the layers' recomputation, the adapters
+    assert grad["outputs"] < score["arguments"] / 4

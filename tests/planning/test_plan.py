@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,10 +10,12 @@ from elbo_kto_jax import cli
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.model.llada import LLaDA
 from elbo_kto_jax.planning import hlo, plan
 from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
 from elbo_kto_jax.report.plan import as_text, write_plan_report
+from elbo_kto_jax.train import state as train_state
 from launch.plan import LLADA_8B
 from tests import runs
 
@@ -85,6 +88,26 @@ def test_model_passes(config, mode, one_pass, passes):
     assert plan.model_passes(config, one_pass) == passes
     sft = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name="sft"))
     assert plan.model_passes(sft, one_pass) == 3
+    adapted = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8))
+    assert plan.model_passes(adapted, one_pass) == passes - 1  # no gradient of the base
+
+
+def test_adapters_are_counted(config):
+    options = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8))
+    abstract = train_state.abstract_trained(LLaDA(LLADA_8B), options.lora)
+    assert plan.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    by_dtype = {
+        name: plan.estimated_bytes(
+            dataclasses.replace(options, lora=dataclasses.replace(options.lora, base_quantization=name)),
+            LLADA_8B,
+            mesh,
+            one_pass=False,
+        )
+        for name in ("none", "int8")
+    }
+    assert by_dtype["none"] - by_dtype["int8"] == plan.parameters(LLADA_8B)
+    assert by_dtype["none"] < plan.estimated_bytes(config, LLADA_8B, mesh, one_pass=False) / 3
 
 
 def two_pass_result(config, sizes=(1, 1, 1)):
