@@ -24,17 +24,17 @@ _TEMPORARY = ".tmp"
 
 def to_json(value: Any) -> str:
     """One line of strict JSON; NaN and infinities become null, since JSON has no word for them."""
+    return json.dumps(_strict(value), ensure_ascii=False)
 
-    def clean(x):
-        if isinstance(x, dict):
-            return {str(k): clean(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(v) for v in x]
-        if isinstance(x, float) and not math.isfinite(x):
-            return None
-        return clean(x.item()) if hasattr(x, "item") else x
 
-    return json.dumps(clean(value), ensure_ascii=False)
+def _strict(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {str(k): _strict(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_strict(v) for v in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return _strict(x.item()) if hasattr(x, "item") else x
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -11,10 +11,15 @@ import tempfile
 from pathlib import Path
 
 NUM_CPU_DEVICES = 8
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={NUM_CPU_DEVICES}".strip()
+# Half of the tests' time is LLVM's, at work on programs that then run for milliseconds. The tests of whole commands as
+# users run them (test_quickstart.py) leave these flags out.
+FLAGS = (
+    f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
 )
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *(f for f in os.environ.get("XLA_FLAGS", "").split() if f not in FLAGS)])
 
 # Many tests build the same program anew: it is compiled once, in a cache that goes with the session and that
 # pytest-xdist's workers inherit.

@@ -15,7 +15,7 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train import __main__ as train
 from tests import runs
-from tests.conftest import PROJECT_ROOT
+from tests.conftest import FLAGS, PROJECT_ROOT
 
 NONE = (None, None, None)
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
@@ -90,7 +90,8 @@ def job(workdir, argv: list[str], num: int, devices: int, events: dict[int, tupl
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = (f"--xla_force_host_platform_device_count={devices}", *FLAGS[1:])
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
     started = []
     for i in range(num):
         event, step = events.get(i, ("none", 0))
