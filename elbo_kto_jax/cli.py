@@ -23,6 +23,7 @@ from elbo_kto_jax import processes
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import check_writable, to_json, trouble
+from elbo_kto_jax.sharding import rules
 
 log = logging.getLogger("elbo_kto_jax")
 
@@ -86,6 +87,7 @@ class Flags(argparse.ArgumentParser):
             flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
         resolved = self._kind.from_mapping(config.to_dict())
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+        rules.split_cpu(resolved.mesh)
         if not processes.is_first():
             log.setLevel(logging.WARNING)
         return flags, resolved

@@ -20,6 +20,7 @@ import numpy as np
 
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.model.llada import abstract_params
+from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.setup import prepare
 from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
@@ -30,6 +31,7 @@ _PEAK_SIZE, _PEAK_TRIES = 2048, 5
 def main() -> None:
     setting = json.loads(sys.stdin.readline())
     config, records = Config.from_mapping(setting["config"]), np.arange(setting["records"])
+    rules.split_cpu(config.mesh)
     setup = prepare(config, skip_bad=False)
     draws = config.estimator.draws
     tx = train_state.optimizer(config.optimizer, 100)

@@ -1,6 +1,9 @@
 """sharding/rules.py: the two tables cover every parameter once, and what does not fit is refused, never replicated."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from elbo_kto_jax.model.llada import LLaDA, abstract_params
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from tests import tiny
+from tests.conftest import PROJECT_ROOT
 
 
 def mesh_of(data: int, fsdp: int, tensor: int):
@@ -134,3 +138,24 @@ def test_mesh_sizes(cpu_devices, sizes, expected):
 def test_a_mesh_that_does_not_use_every_device_is_refused(sizes):
     with pytest.raises(UserError, match=r"config\.mesh.*8 devices"):
         mesh_of(*sizes)
+
+
+SPLIT = """
+import os, jax
+os.cpu_count = lambda: 4
+from elbo_kto_jax.config import Mesh
+from elbo_kto_jax.sharding import rules
+rules.split_cpu(Mesh({}))
+print(len(jax.devices()), end="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices"),
+    [("data=4, fsdp=1, tensor=1", 4), ("data=1, fsdp=-1, tensor=2", 1), ("data=2, fsdp=4, tensor=1", 1)],
+)
+def test_the_cpu_is_split_as_the_mesh_says(sizes, devices):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    words = [sys.executable, "-c", SPLIT.format(sizes)]
+    done = subprocess.run(words, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == str(devices)
