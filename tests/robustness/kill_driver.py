@@ -227,7 +227,7 @@ class Driver:
         process.wait()
         if process.returncode == -signal.SIGKILL:
             count.in_writes += bool(partial_files(trial))
-        elif process.returncode:
+        elif process.returncode and not too_late(process.returncode, trial / "log"):
             count.failures.append(f"{trial}: exit status {process.returncode}: see {trial / 'log'}")
 
     def signal(self, job: Job, trial: Path, number: int, pause: float, count: Count) -> None:
@@ -251,10 +251,7 @@ class Driver:
         """Lets the command end, unless it has, and compares."""
         count.trials += 1
         status, log = self.run(job.words(self.shared, trial), trial), trial / "log"
-        text = log.read_text(errors="replace")
-        if status == 2 and "exists already" in text:  # the kill came too late: the output was there
-            status = 0
-        if status or "Traceback" in text:
+        if (status and not too_late(status, log)) or "Traceback" in log.read_text(errors="replace"):
             count.failures.append(f"{trial}: the same command again exited with {status}: see {log}")
         elif job.result(trial) != expected:
             count.failures.append(f"{trial}: another result than that of the uninterrupted run")
@@ -274,6 +271,11 @@ def partial_files(folder: Path) -> set[tuple[str, int]]:
                 except OSError:  # it was renamed
                     found.add((path, 1))
     return found
+
+
+def too_late(status: int, log: Path) -> bool:
+    """Whether a command had nothing to do, since the one before it in this trial had ended before its kill."""
+    return status == 2 and "exists already" in log.read_text(errors="replace")
 
 
 def working(log: Path) -> bool:
