@@ -37,8 +37,7 @@ class Flags(argparse.ArgumentParser):
         self._kind = Config
 
     def error(self, message: str) -> NoReturn:
-        message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        raise UserError(f"{message if len(message) <= 500 else message[:500] + '...'}; see {self.prog} --help")
+        raise UserError(f"{_printable(message)}; see {self.prog} --help")
 
     def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
         """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
@@ -69,6 +68,8 @@ class Flags(argparse.ArgumentParser):
         overrides, rest = {}, []
         words = iter(argv)
         for word in words:
+            if re.fullmatch(r"--[\w-]+=--", word):  # of which argparse makes an empty list
+                self.error(f"{word}: expected a value")
             match = re.fullmatch(r"--config\.([\w.-]+)(?:=(.*))?", word, flags=re.DOTALL) if self._has_config else None
             if match:
                 value = match[2] if match[2] is not None else next(words, None)
@@ -93,6 +94,12 @@ class Flags(argparse.ArgumentParser):
         return flags, resolved
 
 
+def _printable(message: str) -> str:
+    """The message without line breaks and control characters, and not longer than a few lines of a terminal."""
+    message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+    return message if len(message) <= 500 else f"{message[:500]}..."
+
+
 def load_config_file(spec: str, flag: str = "--config") -> ml_collections.ConfigDict:
     """What get_config of the file returns; `spec` is FILE.py or FILE.py:ARGUMENT, as in ml_collections.config_flags.
 
@@ -102,7 +109,7 @@ def load_config_file(spec: str, flag: str = "--config") -> ml_collections.Config
     name, _, argument = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"{flag}={spec}: there is no file {name}")
+        raise UserError(_printable(f"{flag}={spec}: there is no file {name}"))
     loader = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if loader is None:
         raise UserError(f"{flag}={spec}: expected a Python file (*.py)")

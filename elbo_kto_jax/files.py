@@ -99,7 +99,7 @@ def trouble(error: BaseException | None) -> str:
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _TROUBLE:
-            return f"{error.strerror}: {error.filename}" if error.filename else os.strerror(error.errno)
+            return f"{error.strerror}: {str(error.filename)[:500]}" if error.filename else os.strerror(error.errno)
         found = [os.strerror(code) for code in _TROUBLE if os.strerror(code) in str(error)]
         if found:
             return found[0]

@@ -132,4 +132,4 @@ def test_adapters_of_a_small_model(tmp_path):
     _, found = compiled(tmp_path, **{"lora.rank": 8, "lora.alpha": 8.0, "lora.base_quantization": "int8"})
     score, grad = found["programs"]["score"], found["programs"]["grad"]
     assert 2 < grad["flops"] / score["flops"] < 3.2  # 2 passes, the layers' recomputation, the adapters
-    assert grad["outputs"] < score["arguments"] / 4
+    assert grad["outputs"] < score["arguments"] / 2  # float32 gradients of the int8 base would be larger than all of it

@@ -280,6 +280,13 @@ literal = st.one_of(
 )
 
 
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float(int(text, 0))  # 0x10
+
+
 @cases(300, 20_000)
 @given(st.dictionaries(st.sampled_from(sorted(LEAVES)), literal, min_size=1, max_size=4))
 def test_config_values(overrides):
@@ -306,7 +313,7 @@ def test_config_values(overrides):
             assert got is (said.lower() == "true")
             assert said.lower() in ("true", "false")
         else:
-            assert got == (float(said) if isinstance(value, float) else int(said, 0)), (key, said)
+            assert got == (_float(said) if isinstance(value, float) else int(said, 0)), (key, said)
 
 
 @cases(150, 5_000)
