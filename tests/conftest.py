@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 NUM_CPU_DEVICES = 8
-# Half of the tests' time is LLVM's, at work on programs that then run for milliseconds. The tests of whole commands as
-# users run them (test_quickstart.py) leave these flags out.
+# LLVM's passes take a quarter to a third of the time of tests whose programs then run for milliseconds. The tests of
+# whole commands (test_quickstart.py, robustness/commands.py) leave these flags out, as users do.
 FLAGS = (
     f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}",
     "--xla_backend_optimization_level=0",

@@ -64,7 +64,7 @@ def split_cpu(sizes: config.Mesh) -> None:
     """Lets jax see the CPU as the devices of the mesh, where every size is given; accelerators are not touched.
 
     A device for each core does two to three times the work of one device, whose threads share every small product.
-    More devices than cores are none, nor are those of several processes. Must come before anything runs on a device.
+    Left as it is where there are fewer cores, or several processes. Must come before anything runs on a device.
     """
     devices = sizes.data * sizes.fsdp * sizes.tensor
     given = min(sizes.data, sizes.fsdp, sizes.tensor) > 0 and 1 < devices <= (os.cpu_count() or 1)
