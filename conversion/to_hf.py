@@ -14,6 +14,7 @@ import jax
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.digest import Digest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -49,11 +50,12 @@ def write(out: Path, source: store.Source, shard_size: int) -> None:
       UserError: what was read is not what was saved; `out` is as it was.
     """
     tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
+    buffers = Buffers(4)  # two pieces: one is written while the next one is read
     huggingface.write_folder(
         out,
         source.assets,
         source.published(),
-        lambda name: source.published_pieces(tensors[name], digest),
+        lambda name: source.published_pieces(tensors[name], buffers, digest),
         shard_size,
         check=lambda: source.check(digest),
     )

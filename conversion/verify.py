@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import huggingface, names, store
+from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import to_json
 
@@ -33,19 +34,16 @@ def main(argv: list[str]) -> dict:
     folder = store.locate(flags.source, "--source", weights=True)
     if store.is_checkpoint(folder):
         raise UserError(f"--source={flags.source}: a converted checkpoint; expected a published one (safetensors)")
-    folder = store.locate(flags.source, "--source", weights=True)
-    if store.is_checkpoint(folder):
-        raise UserError(f"--source={flags.source}: a converted checkpoint; expected a published one (safetensors)")
     source, checkpoint = huggingface.open_folder(Path(folder)), store.open_source(flags.checkpoint, flag="--checkpoint")
     theirs, ours = names.published_tensors(source.config), names.published_tensors(checkpoint.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
-    different = 0
+    buffers, different = Buffers(2), 0
     for name in tqdm(every, desc="comparing", unit="tensor", disable=None, leave=False):
         difference = "not in the source"
         if name in theirs:
             difference = "not in the checkpoint"
         if name in theirs and name in ours:
-            difference = difference_between(source, checkpoint, name)
+            difference = difference_between(source, checkpoint, name, buffers)
         if difference:
             different += 1
             print(f"{name}: {difference}", file=sys.stderr)
@@ -58,7 +56,9 @@ def main(argv: list[str]) -> dict:
     return summary
 
 
-def difference_between(source: huggingface.HuggingFaceFolder, checkpoint: store.Source, name: str) -> str:
+def difference_between(
+    source: huggingface.HuggingFaceFolder, checkpoint: store.Source, name: str, buffers: Buffers
+) -> str:
     """How the tensor `name` differs, in words; empty if shape, dtype and all bits are equal."""
     theirs, ours = names.published_tensors(source.config)[name], names.published_tensors(checkpoint.config)[name]
     if theirs.shape != ours.shape:
@@ -67,7 +67,7 @@ def difference_between(source: huggingface.HuggingFaceFolder, checkpoint: store.
     if source.dtypes[name] != dtype:
         return f"{source.dtypes[name]} in the source, {dtype} in the checkpoint"
     bits, count, start = np.dtype(f"uint{8 * dtype.itemsize}"), 0, 0
-    for piece in checkpoint.published_pieces(ours):
+    for piece in checkpoint.published_pieces(ours, buffers):
         stop = start + len(piece)
         expected = source.read(name, (slice(start, stop), *map(slice, theirs.shape[1:])))
         count += np.count_nonzero(expected.view(bits) != piece.view(bits))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from elbo_kto_jax.checkpoint import names
+from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import ahead, writing
 from elbo_kto_jax.model.config import ModelConfig
@@ -59,26 +60,35 @@ class HuggingFaceFolder:
       config: the architecture, from config.json.
       files: published tensor name -> safetensors file that holds it.
       dtypes: published tensor name -> stored dtype.
+      offsets: published tensor name -> where its bytes start in the file.
     """
 
     path: Path
     config: ModelConfig
     files: Mapping[str, Path]
     dtypes: Mapping[str, np.dtype]
+    offsets: Mapping[str, int]
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of the published tensor `name`, in its stored dtype."""
-        with _open(self.files[name]) as file:
-            return file.get_slice(name)[index]
+        """The slice `index` of the published tensor `name`, in its stored dtype: a view of the file."""
+        shape = names.published_tensors(self.config)[name].shape
+        try:
+            return np.memmap(self.files[name], self.dtypes[name], "r", self.offsets[name], shape)[index]
+        except (ValueError, OSError) as error:
+            raise _damaged(self.files[name], error) from error
 
-    def read_leaf(self, leaf: names.Leaf, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The slice `index` of a leaf of our tree, filled layer by layer into one new array of type `dtype`.
+    def read_leaf(
+        self, leaf: names.Leaf, index: tuple[slice, ...], dtype: np.dtype, buffers: Buffers | None = None
+    ) -> np.ndarray:
+        """The slice `index` of a leaf of our tree, filled layer by layer into one array of type `dtype`.
+
+        `buffers` has the array; None: it is a new one.
 
         Raises:
           UserError: a value is too large for `dtype`.
         """
         index = tuple(slice(*axis.indices(size)) for axis, size in zip(index, leaf.shape, strict=True))
-        out = np.empty([axis.stop - axis.start for axis in index], dtype)
+        out = (np if buffers is None else buffers).empty(tuple(axis.stop - axis.start for axis in index), dtype)
         within_layer = index[1:] if leaf.stacked else index
         published_index = within_layer[::-1] if leaf.transposed else within_layer
         rows = zip(leaf.tensors[index[0]], out, strict=True) if leaf.stacked else [(leaf.tensors[0], out)]
@@ -158,7 +168,7 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
     """
     config = parse_config(read_assets(folder), str(folder / CONFIG_FILE))
     expected = names.published_tensors(config)
-    files, shapes, dtypes = {}, {}, {}
+    files, shapes, dtypes, offsets = {}, {}, {}, {}
     for shard, listed in _shards(folder).items():
         with _open(shard) as file:
             found = set(file.keys())
@@ -177,6 +187,7 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
                     )
                 files[name], shapes[name] = shard, tuple(header.get_shape())
                 dtypes[name] = DTYPES[header.get_dtype()]
+        offsets |= _data_offsets(shard)
     for name, tensor in expected.items():
         if name not in files:
             raise UserError(f"{folder}: tensor {name} is missing; its config.json asks for {config.n_layers} layers")
@@ -185,7 +196,7 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
                 f"{files[name]}: tensor {name}: expected shape {tensor.shape} by {folder / CONFIG_FILE}, "
                 f"got {shapes[name]}"
             )
-    return HuggingFaceFolder(folder, config, files, dtypes)
+    return HuggingFaceFolder(folder, config, files, dtypes, offsets)
 
 
 def load_params(
@@ -311,9 +322,22 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file}: damaged or incomplete safetensors file ({error}); download or copy it again"
-        ) from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: damaged or incomplete safetensors file ({error}); download or copy it again")
+
+
+def _data_offsets(file: Path) -> dict[str, int]:
+    """Where the bytes of each tensor start in a safetensors file that has been opened, and so checked, before.
+
+    The library tells neither this nor lets one read into memory that is there already.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from elbo_kto_jax.checkpoint import huggingface, names
+from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import ahead, check_writable, writing
@@ -88,7 +89,7 @@ class Source:
     Attributes:
       config, assets, path: as in `Model` (there: `source`).
       leaves: shape and dtype of every parameter by its path.
-      read: (path of a leaf, index into it) -> that piece.
+      read: (path of a leaf, index into it, Buffers or None) -> that piece, in memory of the former or new memory.
       digest: of the bits that were saved, where that is known.
     """
 
@@ -96,7 +97,7 @@ class Source:
     assets: Mapping[str, bytes]
     path: str
     leaves: Mapping[names.TreePath, jax.ShapeDtypeStruct]
-    read: Callable[[names.TreePath, names.Index], np.ndarray]
+    read: Callable[[names.TreePath, names.Index, Buffers | None], np.ndarray]
     digest: str | None = None
 
     @classmethod
@@ -104,7 +105,7 @@ class Source:
         """The model in memory."""
         params = {path: names.get(model.params, path) for path in names.parameter_leaves(model.config)}
         leaves = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in params.items()}
-        read = lambda path, index: np.asarray(params[path][index])  # noqa: E731
+        read = lambda path, index, buffers: np.asarray(params[path][index])  # noqa: E731
         return cls(model.config, model.assets, model.source, leaves, read)
 
     @property
@@ -116,16 +117,21 @@ class Source:
         tensors = names.published_tensors(self.config)
         return {name: jax.ShapeDtypeStruct(t.shape, self.leaves[t.path].dtype) for name, t in tensors.items()}
 
-    def published_pieces(self, tensor: names.PublishedTensor, digest: Digest | None = None) -> Iterator[np.ndarray]:
-        """A published tensor, names.ROWS of its rows at a time; what is read is added to `digest`."""
+    def published_pieces(
+        self, tensor: names.PublishedTensor, buffers: Buffers, digest: Digest | None = None
+    ) -> Iterator[np.ndarray]:
+        """A published tensor, names.ROWS of its rows at a time; what is read is added to `digest`.
+
+        Each piece takes one or two of `buffers`.
+        """
         leaf = names.parameter_leaves(self.config)[tensor.path]
         for index in names.pieces(leaf, tensor.layer or 0):
-            piece = self.read(tensor.path, index)
+            piece = self.read(tensor.path, index, buffers)
             if digest is not None:
                 digest.add(tensor.path, tuple(axis.start for axis in index), piece)
             piece = piece[0] if leaf.stacked else piece
             if leaf.transposed:
-                rows = np.empty(piece.shape[::-1], piece.dtype)
+                rows = buffers.empty(piece.shape[::-1], piece.dtype)
                 names.copy(rows, piece.T)
                 piece = rows
             yield piece
@@ -338,7 +344,7 @@ def _read_leaves(
 
     def read(path: names.TreePath) -> jax.Array:
         shape = source.leaves[path].shape
-        leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index))
+        leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index, None))
         digest.add(path, (0,) * leaf.ndim, leaf)
         return leaf
 
@@ -372,8 +378,11 @@ def open_source(
             path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or huggingface.stored_dtype(published, leaf)))
             for path, leaf in leaves.items()
         }
-        read = lambda path, index: published.read_leaf(leaves[path], index, stored[path].dtype)  # noqa: E731
-        return Source(published.config, huggingface.read_assets(published.path), str(folder), stored, read)
+
+        def read_published(path: names.TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
+            return published.read_leaf(leaves[path], index, stored[path].dtype, buffers)
+
+        return Source(published.config, huggingface.read_assets(published.path), str(folder), stored, read_published)
 
     manifest = _read_manifest(folder)
     config, assets = _read_assets(folder, manifest)
@@ -384,11 +393,16 @@ def open_source(
     _check_files(tree)
     arrays = {}
 
-    def read(path: names.TreePath, index: names.Index) -> np.ndarray:
+    def read(path: names.TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
         try:
             if path not in arrays:
                 arrays[path] = _open_array(tree, path)
-            return arrays[path][index].read().result()
+            stored = arrays[path][index]
+            if buffers is None:
+                return stored.read().result()
+            out = buffers.empty(stored.shape, stored.dtype.numpy_dtype)
+            tensorstore.array(out, copy=False).write(stored.translate_to[(0,) * out.ndim]).result()
+            return out
         except ValueError as error:
             raise _unreadable(tree, error) from error
 
@@ -679,10 +693,11 @@ class _Streamed:
         return math.prod(self.shape)
 
     def write(self, array: tensorstore.TensorStore) -> None:
-        """Writes every piece; one is written while the next one is read."""
+        """Writes every piece; one is written, and added to the digest, while the next one is read."""
         leaf = names.parameter_leaves(self.source.config)[self.path]
         indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
-        for index, piece in ahead((index, self.source.read(self.path, index)) for index in indices):
+        buffers = Buffers(2)
+        for index, piece in ahead((index, self.source.read(self.path, index, buffers)) for index in indices):
             writing = array[index].write(piece, can_reference_source_data_indefinitely=True)
             self.digest.add(self.path, tuple(axis.start for axis in index), piece)
             writing.result()

@@ -5,7 +5,7 @@ others never hold more than a tile of scores, walk over the tiles with a running
 the backward pass, so that their memory is linear in the row:
 
     splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments
-    flash_attention    GPU: jax's Pallas kernel for Triton
+    cudnn_attention    GPU: cuDNN's kernel, through jax
     block_attention    CPU: visits only the tiles in which a segment meets itself, so that its time follows the segments
                        and not the row. One loop over all tiles, because a loop within a loop copies what it carries;
                        tiles whose scores stay in the cache, and no smaller, because XLA for CPUs spends most of its
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh
@@ -30,7 +29,7 @@ from elbo_kto_jax.sharding import rules
 
 log = logging.getLogger(__name__)
 BLOCK = 256  # positions of a tile's side
-_LANES = 128  # positions: the tiles of the kernels for TPUs and GPUs are multiples
+_LANES = 128  # positions: the tiles of the kernels for TPUs are multiples
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
 SAVED = "attention"  # the name of what a rematerialisation policy may keep, to do without a second forward pass
 
@@ -50,7 +49,8 @@ def attention(
     positions, `key_segment_ids` says which segment each belongs to, in any order. On a `mesh` every device attends to
     its own rows and heads alone, so that what it does follows the segments of those and of no other.
     """
-    form = form_for(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform, query.dtype)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    form = form_for(platform, query.dtype, query.shape[-1])
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
     segments = (segment_ids,)
@@ -72,10 +72,12 @@ def attention(
 
 
 @functools.cache  # one line in the log for each
-def form_for(platform: str, dtype) -> Callable[..., Array]:
-    """The form for a platform (of jax.Device) and the dtype of the activations."""
-    form = {"cpu": block_attention, "tpu": splash_attention, "gpu": flash_attention}.get(platform, plain_attention)
-    if form in (splash_attention, flash_attention) and dtype == jnp.float32:
+def form_for(platform: str, dtype, head_dim: int) -> Callable[..., Array]:
+    """The form for a platform (of jax.Device), the dtype of the activations and the size of a head."""
+    form = {"cpu": block_attention, "tpu": splash_attention, "gpu": cudnn_attention}.get(platform, plain_attention)
+    if form in (splash_attention, cudnn_attention) and dtype == jnp.float32:
+        form = plain_attention
+    if form is cudnn_attention and (head_dim % 8 or head_dim > 128):
         form = plain_attention
     log.info("attention on %s: %s, %s", platform, form.__name__, jnp.dtype(dtype).name)
     return form
@@ -130,18 +132,19 @@ def splash_attention(
     return heads_first(out)[:, :s]
 
 
-def flash_attention(
+def cudnn_attention(
     query: Float[Array, "b s h e"],
     key: Float[Array, "b s kv e"],
     value: Float[Array, "b s kv e"],
     segment_ids: Int[Array, "b s"],
-    interpret: bool = False,
+    implementation: str = "cudnn",
 ) -> Float[Array, "b s h e"]:
-    """The same in a kernel for GPUs; key-value heads are repeated, rows filled up to whole tiles."""
-    s, h, e = query.shape[1:]
-    query, key, value, segment_ids = _fill_row(_LANES, query, key, value, segment_ids)
-    key, value = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (key, value))
-    return triton.mha(query, key, value, segment_ids, sm_scale=e**-0.5, interpret=interpret)[:, :s]
+    """The same in a kernel for GPUs, which wants an even number of positions; half of Triton's time in the gradient."""
+    s = query.shape[1]
+    query, key, value, segment_ids = _fill_row(2, query, key, value, segment_ids)
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    out = jax.nn.dot_product_attention(query, key, value, mask=same, implementation=implementation)
+    return checkpoint_name(out[:, :s], SAVED)
 
 
 def _fill_row(multiple: int, query, key, value, segment_ids):

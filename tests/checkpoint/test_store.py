@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from elbo_kto_jax.checkpoint import names, store
+from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.sharding import rules
 from tests.published import DTYPES, same_bits, write_published
@@ -102,9 +103,9 @@ def test_a_model_is_saved_and_read_in_pieces(tmp_path, model, state, monkeypatch
     monkeypatch.setattr(names, "ROWS", 5)
     source, sizes = store.Source.of(model), []
 
-    def read(path, index):
-        sizes.append(source.read(path, index).shape)
-        return source.read(path, index)
+    def read(path, index, buffers):
+        sizes.append(source.read(path, index, None).shape)
+        return source.read(path, index, None)
 
     store.save_model(tmp_path / "saved", dataclasses.replace(source, read=read))
     assert {shape[0] for shape in sizes if len(shape) == 3} == {1}
@@ -114,9 +115,9 @@ def test_a_model_is_saved_and_read_in_pieces(tmp_path, model, state, monkeypatch
     checkpoints.save(1, state, model.assets)
     checkpoints.close()
     for folder, params in ((tmp_path / "saved", model.params), (tmp_path / "work", state.params)):
-        opened = store.open_source(folder)
+        opened, buffers = store.open_source(folder), Buffers(2)
         for name, tensor in names.published_tensors(opened.config).items():
-            pieces = list(opened.published_pieces(tensor))
+            pieces = [piece.copy() for piece in opened.published_pieces(tensor, buffers)]
             assert all(len(piece) <= 5 for piece in pieces)
             leaf = np.asarray(names.get(params, tensor.path))
             leaf = leaf if tensor.layer is None else leaf[tensor.layer]

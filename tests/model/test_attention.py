@@ -99,13 +99,16 @@ def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, padding):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("form", [attention.splash_attention, attention.flash_attention])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [(attention.splash_attention, {"interpret": True}), (attention.cudnn_attention, {"implementation": "xla"})],
+)
 @pytest.mark.parametrize(
     ("s", "kv", "padding"),
-    [(256, 1, 4), (130, 2, 1), (40, 1, 2)],
+    [(256, 1, 4), (130, 2, 1), (41, 1, 2)],
 )
-def test_the_kernels_are_the_plain_form(form, s, kv, padding):
-    """In values and gradients, interpreted: rows that fill their tiles and rows that do not, padding anywhere."""
+def test_the_kernels_are_the_plain_form(form, options, s, kv, padding):
+    """In values and gradients, interpreted or by XLA: rows that fill their tiles or not, padding anywhere."""
     inputs, segment_ids = random_inputs(s, h=2, kv=kv, e=8), random_segments(s, padding=padding)
     is_real = (segment_ids > 0)[..., None, None]
     weight = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32) * is_real
@@ -119,25 +122,27 @@ def test_the_kernels_are_the_plain_form(form, s, kv, padding):
         gradients, out = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
         return [np.asarray(x) for x in (out, *gradients)]
 
-    for found, expected in zip(run(form, interpret=True), run(attention.plain_attention), strict=True):
+    for found, expected in zip(run(form, **options), run(attention.plain_attention), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "form"),
+    ("platform", "dtype", "head_dim", "form"),
     [
-        ("cpu", "float32", attention.block_attention),
-        ("cpu", "bfloat16", attention.block_attention),
-        ("tpu", "float32", attention.plain_attention),
-        ("tpu", "bfloat16", attention.splash_attention),
-        ("gpu", "bfloat16", attention.flash_attention),
-        ("gpu", "float32", attention.plain_attention),
-        ("unknown", "float32", attention.plain_attention),
+        ("cpu", "float32", 128, attention.block_attention),
+        ("cpu", "bfloat16", 128, attention.block_attention),
+        ("tpu", "float32", 128, attention.plain_attention),
+        ("tpu", "bfloat16", 128, attention.splash_attention),
+        ("gpu", "bfloat16", 128, attention.cudnn_attention),
+        ("gpu", "bfloat16", 256, attention.plain_attention),
+        ("gpu", "bfloat16", 6, attention.plain_attention),
+        ("gpu", "float32", 128, attention.plain_attention),
+        ("unknown", "float32", 128, attention.plain_attention),
     ],
 )
-def test_the_platform_decides_and_the_log_says_so(platform, dtype, form, caplog):
+def test_the_platform_decides_and_the_log_says_so(platform, dtype, head_dim, form, caplog):
     attention.form_for.cache_clear()
     with caplog.at_level("INFO"):
         for _ in range(2):  # the second time it is known
-            assert attention.form_for(platform, jnp.dtype(dtype)) is form
+            assert attention.form_for(platform, jnp.dtype(dtype), head_dim) is form
     assert caplog.messages == [f"attention on {platform}: {form.__name__}, {dtype}"]
