@@ -69,20 +69,31 @@ class HuggingFaceFolder:
     dtypes: Mapping[str, np.dtype]
     offsets: Mapping[str, int]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of the published tensor `name`, in its stored dtype: a view of the file."""
-        shape = names.published_tensors(self.config)[name].shape
+    def read(self, name: str, index: tuple[slice, ...], buffers: Buffers | None = None) -> np.ndarray:
+        """The slice `index` of the published tensor `name`, in its stored dtype.
+
+        It is a view of the file or, where `index` asks for whole rows, in one of `buffers`: pages that are mapped are
+        read from a disk as they are touched, which for a transposed copy is in no good order.
+        """
+        file, dtype, shape = self.files[name], self.dtypes[name], names.published_tensors(self.config)[name].shape
         try:
-            return np.memmap(self.files[name], self.dtypes[name], "r", self.offsets[name], shape)[index]
+            view = np.memmap(file, dtype, "r", self.offsets[name], shape)[index]
+            if buffers is None or view.shape[1:] != shape[1:]:
+                return view
+            rows = buffers.empty(view.shape, dtype)
+            with file.open("rb") as opened:
+                opened.seek(self.offsets[name] + (index[0].start or 0) * rows[:1].nbytes)
+                opened.readinto(rows.view(np.uint8))
+            return rows
         except (ValueError, OSError) as error:
-            raise _damaged(self.files[name], error) from error
+            raise _damaged(file, error) from error
 
     def read_leaf(
         self, leaf: names.Leaf, index: tuple[slice, ...], dtype: np.dtype, buffers: Buffers | None = None
     ) -> np.ndarray:
         """The slice `index` of a leaf of our tree, filled layer by layer into one array of type `dtype`.
 
-        `buffers` has the array; None: it is a new one.
+        `buffers` has the array, and one more for each layer; None: it is a new one.
 
         Raises:
           UserError: a value is too large for `dtype`.
@@ -93,7 +104,7 @@ class HuggingFaceFolder:
         published_index = within_layer[::-1] if leaf.transposed else within_layer
         rows = zip(leaf.tensors[index[0]], out, strict=True) if leaf.stacked else [(leaf.tensors[0], out)]
         for name, row in rows:
-            tensor = self.read(name, published_index)
+            tensor = self.read(name, published_index, buffers)
             tensor = tensor.T if leaf.transposed else tensor
             with np.errstate(over="ignore"):  # found below, for bfloat16 too, which sets no flag
                 names.copy(row, tensor)

@@ -693,15 +693,17 @@ class _Streamed:
         return math.prod(self.shape)
 
     def write(self, array: tensorstore.TensorStore) -> None:
-        """Writes every piece; one is written, and added to the digest, while the next one is read."""
+        """Writes every piece; one is read, one is added to the digest and two are written at a time."""
         leaf = names.parameter_leaves(self.source.config)[self.path]
         indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
-        buffers = Buffers(2)
+        buffers, writing = Buffers(6), None  # three pieces, and what they are transposed from
         for index, piece in ahead((index, self.source.read(self.path, index, buffers)) for index in indices):
-            writing = array[index].write(piece, can_reference_source_data_indefinitely=True)
+            before, writing = writing, array[index].write(piece, can_reference_source_data_indefinitely=True)
             self.digest.add(self.path, tuple(axis.start for axis in index), piece)
-            writing.result()
+            if before is not None:
+                before.result()
             self.bar.update(piece.nbytes)
+        writing.result()
 
 
 def chunk_shape(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
