@@ -68,6 +68,7 @@ class Programs(NamedTuple):
     zero_grads: Callable[[Params], Params]
     place_rows: Callable[[Rows], Rows]
     place: Callable[[Any], Any]
+    pace: Callable[[Any], Any]
     objective: str
 
 
@@ -102,7 +103,7 @@ def train_step(
     elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
     grads, elbo_policy = programs.zero_grads(state.params), programs.zero_estimates()
     for rows in micro_batches:
-        grads, elbo_policy = programs.grad(policy, grads, elbo_policy, rows, elbo_cotangent)
+        grads, elbo_policy = programs.pace(programs.grad(policy, grads, elbo_policy, rows, elbo_cotangent))
     if not needs_rewards:
         _, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
     state, grad_norm, applied = programs.update(state, grads, metrics["loss"], go)
@@ -132,7 +133,7 @@ def score(programs: Programs, weights: Weights, micro_batches: Sequence[Rows]) -
     if len(micro_batches) == 1:  # the program that `train_step` runs, for the same bits
         return programs.forward(weights, estimates, micro_batches[0])[0]
     for rows in micro_batches:
-        estimates = programs.score(weights, estimates, rows)
+        estimates = programs.pace(programs.score(weights, estimates, rows))
     return estimates
 
 
@@ -260,6 +261,8 @@ def build_programs(
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
         place_rows=lambda rows: jax.tree.map(lambda x: rules.place(x, by_row), rows),
         place=lambda tree: jax.tree.map(lambda x: rules.place(x, everywhere), tree),
+        # With more than 32 programs in flight, XLA's CPU devices wait for each other for ever. Elsewhere nothing waits.
+        pace=jax.block_until_ready if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else lambda x: x,
         objective=objective.name,
     )
 
