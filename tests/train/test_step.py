@@ -1,5 +1,9 @@
 """train/step.py: golden values, exactness, and independence of how the work is split."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +17,7 @@ from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train import step
 from elbo_kto_jax.train.data import TrainingData
 from tests import tiny
+from tests.conftest import PROJECT_ROOT
 from tests.golden import LAYOUTS
 
 GOLDEN_KTO = config.Objective("elbo_kto", 0.1, 1.0, 1.0, "global_mean")
@@ -297,6 +302,35 @@ def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
     metrics, update, _ = trajectory(sizes, rows=8)
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
+
+
+MANY_MICRO_BATCHES = """
+from elbo_kto_jax import config
+from elbo_kto_jax.sharding import rules
+sizes = config.Mesh(2, 1, 1)
+rules.split_cpu(sizes)
+import numpy as np
+from elbo_kto_jax.train import step
+from tests import tiny
+from tests.train.test_step import KEEP_GRADIENT, TrainingData, setup
+estimator, length = config.Estimator(2, "uniform"), 2048
+layout = tiny.layout(4, length=length)
+data = TrainingData(tiny.examples(8, max_length=length), layout, estimator=estimator, batch_size=8, seed=0)
+programs, state = setup(
+    tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=8, draws=2, objective=tiny.KTO, sizes=sizes
+)
+rows = programs.place_rows(data.batch_of(np.arange(8)).micro_batches[0])
+print(np.asarray(step.score(programs, state.params, [rows] * 60)).shape)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is not split")
+def test_many_micro_batches_on_several_cpu_devices():
+    """Without `pace`, more than 32 programs in flight never end, and XLA aborts the process after a minute."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", MANY_MICRO_BATCHES]
+    done = subprocess.run(command, env=environment, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "(16,)", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("reference_mode", ["online", "precomputed"])
