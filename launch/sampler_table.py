@@ -8,8 +8,8 @@ fine-tuned here on the same task with longer words, by the quickstart's recipe.
     WORKDIR/table.md                  the table; tokens are those of whole responses, and forward-pass tokens all
                                       positions that went through the layers, padding included
 
-The training goes on where it was interrupted. Every setting runs a batch for its compilation before the clock, which
-is worth looking at on a machine that does nothing else.
+The training goes on where it was interrupted. Every setting answers all prompts once before the clock, for the
+compilations; the clock is worth looking at on a machine that does nothing else.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def measure(subject: Subject, limit: int) -> list[dict[str, Any]]:
         if sampler in measured:
             continue
         config = dataclasses.replace(base, sampler=sampler)
-        respond(checkpoint, records[: min(limit, sampler.batch_size)], config)  # compiles
+        respond(checkpoint, records[:limit], config)  # compiles every program that they need
         answers = respond(checkpoint, records[:limit], config)
         tokens = answers.responses.tokens.size
         right = [one.is_met_by(text) for one, text in zip(expected, answers.texts, strict=True)]
