@@ -83,7 +83,8 @@ class HuggingFaceFolder:
             rows = buffers.empty(view.shape, dtype)
             with file.open("rb") as opened:
                 opened.seek(self.offsets[name] + (index[0].start or 0) * rows[:1].nbytes)
-                opened.readinto(rows.view(np.uint8))
+                if opened.readinto(rows.view(np.uint8)) != rows.nbytes:
+                    raise ValueError(f"it ends within tensor {name}")
             return rows
         except (ValueError, OSError) as error:
             raise _damaged(file, error) from error
