@@ -5,8 +5,8 @@ others never hold more than a tile of scores, walk over the tiles with a running
 the backward pass, so that their memory is linear in the row:
 
     splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments
-    cudnn_attention    GPU: cuDNN's kernel, through jax; its mask of all pairs of positions, one for all heads, does grow
-                       with the square of the row
+    cudnn_attention    GPU: cuDNN's kernel, through jax; its mask of all pairs of positions, one for all heads, does
+                       grow with the square of the row
     block_attention    CPU: visits only the tiles in which a segment meets itself, so that its time follows the segments
                        and not the row. One loop over all tiles, because a loop within a loop copies what it carries;
                        tiles whose scores stay in the cache, and no smaller, because XLA for CPUs spends most of its
