@@ -61,8 +61,8 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Float[Array, "b s d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "b s d"]:
     """x / sqrt(mean(x^2) + eps), computed in float32 and cast back to x's dtype, then times the scale.
 
-    Its derivative is written down because the scale's, as XLA for CPUs fuses it, recomputes the norm column by column:
-    five times the time. Here it is a matrix product.
+    Its derivative is written down, with its sums as matrix products: the scale's, as XLA for CPUs fuses it, recomputes
+    the norm column by column, and sums of a product of two arrays take ten times as long as they need.
     """
     return _rms_norm_forward(x, scale, eps)[0]
 
@@ -77,7 +77,8 @@ def _rms_norm_backward(eps, residuals, d_out):
     x, scale, inverse = residuals
     normed = x.astype(jnp.float32) * inverse
     d_normed = (d_out * scale).astype(jnp.float32)
-    d_x = inverse * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    inner = jnp.einsum("bsd,bsd->bs", d_normed, normed, precision=jax.lax.Precision.HIGHEST)[..., None]
+    d_x = inverse * (d_normed - normed * (inner / x.shape[-1]))
     product = d_out.astype(jnp.float32) * normed.astype(x.dtype)
     d_scale = jnp.einsum("bs,bsd->d", jnp.ones(x.shape[:2]), product, precision=jax.lax.Precision.HIGHEST)
     return d_x.astype(x.dtype), d_scale.astype(scale.dtype)
