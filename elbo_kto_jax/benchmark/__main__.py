@@ -3,7 +3,9 @@
 The same records, weights, masks and K for both, in alternating rounds of one run, each in a process of its own. The
 peer is the authors' scheme in PyTorch (tests/peer/torch_elbo_kto.py): example by example, rows padded to --max-length,
 the graphs of K draws kept until the backward pass; and, stronger than theirs, the same at each example's own length.
-Both must give the same estimates, rewards, loss and gradient norm, or the command fails.
+Our training step is measured as configured and, where the batch is several micro-batches, with the other number of
+passes over them as well (train.one_pass_microbatches). All must give the same estimates, rewards, loss and gradient
+norm, or the command fails.
 """
 
 import contextlib
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 PEER = Path(__file__).resolve().parents[2] / "tests" / "peer" / "torch_elbo_kto.py"
 MEMORY_DRAWS = (1, 4, 8)
 _PADDED_RECORDS = 2  # that the padded peer runs a round: each costs it the same
+_VARIANTS = {"one_pass": "ours, one pass", "two_passes": "ours, two passes"}  # of a training step
 _REWARD_SPREAD = 3.0  # nats: rewards that a loss can be compared at, though policy and reference are one model
 
 
@@ -76,7 +79,8 @@ def main(argv: list[str]) -> dict:
     write_report(out / "report.html", result)
     print(as_text(result))
     log.info("report: %s", out / "report.html")
-    return {**{key: result[key] for key in ("ratio", "ours", "peer", "memory")}, "report": str(out / "report.html")}
+    keys = ("ratio", "ours", "variants", "peer", "memory")
+    return {**{key: result[key] for key in keys}, "report": str(out / "report.html")}
 
 
 def _check_peer(config: Config) -> None:
@@ -142,6 +146,7 @@ class Worker:
 def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool, peer_checkpointing: bool) -> dict:
     """Everything that the report shows; seconds are medians over the rounds, per record."""
     config, draws = setup.config, setup.config.estimator.draws
+    passes = _passes(setup, records)
     with tempfile.TemporaryDirectory() as scratch:
 
         def estimator(draws: int) -> Estimator:
@@ -171,7 +176,7 @@ def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool, peer_ch
             }
             return Worker(str(PEER), setting=setting)
 
-        steps = (rounds + 1) * (3 + 5 * with_peer) + len(MEMORY_DRAWS) * (1 + with_peer)
+        steps = (rounds + 1) * (2 + len(passes) + 5 * with_peer) + len(MEMORY_DRAWS) * (len(passes) + with_peer)
         bar = tqdm(total=steps, desc="benchmark", unit="run")
 
         def timed(worker: Worker, count: int = records, **request) -> dict:
@@ -187,7 +192,7 @@ def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool, peer_ch
             asked = {"elbo_ref": elbo_ref, "z0": z0}
             runs = {
                 "peak": (ours, {"do": "peak"}),
-                "ours.train": (ours, {"do": "train", **asked}),
+                **{f"{side}.train": (ours, {"do": "train", **asked, **how}) for side, how in passes.items()},
                 "ours.reference": (ours, {"do": "reference"}),
             }
             if with_peer:
@@ -206,16 +211,29 @@ def measure(setup: Setup, records: int, rounds: int, *, with_peer: bool, peer_ch
                         found.setdefault(name, []).append(answer)
             if with_peer:
                 _check_equal({name: runs[-1] for name, runs in found.items()})
-        memory: dict[str, dict[int, int]] = {"ours": {}, "peer": {}}
+        memory: dict[str, dict[int, int]] = {side: {} for side in (*passes, "peer")}
         for k in MEMORY_DRAWS:
-            with start_ours(k) as ours:
-                memory["ours"][k] = timed(ours, do="train", elbo_ref=elbo_ref)["peak_bytes"]
+            for side, how in passes.items():
+                with start_ours(k) as ours:
+                    memory[side][k] = timed(ours, do="train", elbo_ref=elbo_ref, **how)["peak_bytes"]
             if with_peer:
                 with start_peer(k) as peer:
                     memory["peer"][k] = timed(peer, 1, do="train", **asked)["peak_bytes"]
         bar.close()
     versions = ours.ready | (peer.ready if with_peer else {})
     return _summarise(setup, records, rounds, found, memory, versions)
+
+
+def _passes(setup: Setup, records: int) -> dict[str, dict]:
+    """Our kinds of training step, and what asks the worker for them: "ours" is as configured.
+
+    Both are asked for by name, so that each is of one kind whatever the number of draws.
+    """
+    micro_batches = len(setup.data.batch_of(np.arange(records)).micro_batches)
+    if micro_batches == 1:
+        return {"ours": {}}
+    one_pass = micro_batches <= setup.config.train.one_pass_microbatches
+    return {"ours": {"one_pass": one_pass}, "two_passes" if one_pass else "one_pass": {"one_pass": not one_pass}}
 
 
 def write_examples(file: Path, data: TrainingData, records: int) -> None:
@@ -234,16 +252,20 @@ def write_examples(file: Path, data: TrainingData, records: int) -> None:
 
 
 def _check_equal(found: dict[str, dict]) -> None:
-    """Raises RuntimeError where we and the peer at true length did not compute the same."""
-    for name, run, key, relative, absolute in (
+    """Raises RuntimeError where we, in whatever passes, and the peer at true length did not compute the same."""
+    for name, work, key, relative, absolute in (
         ("ELBO of the reference (nats)", "reference", "elbo", 1e-5, 0.0),
         ("reward (nats)", "train", "rewards", 1e-4, 1e-2),
         ("loss", "train", "loss", 1e-5, 0.0),
         ("gradient norm", "train", "grad_norm", 1e-3, 0.0),
     ):
-        a, b = found[f"ours.{run}"][key], found[f"true.{run}"][key]
-        if not np.allclose(a, b, rtol=relative, atol=absolute):
-            raise RuntimeError(f"{name}: ours {a} differs from the peer's {b}: they do not do the same work")
+        for side in ("ours", *_VARIANTS):
+            ours, peer = found.get(f"{side}.{work}"), found[f"true.{work}"]
+            if ours and not np.allclose(ours[key], peer[key], rtol=relative, atol=absolute):
+                label = side.replace("_", " ")
+                raise RuntimeError(
+                    f"{name}: {label} {ours[key]} differs from the peer's {peer[key]}: they do not do the same work"
+                )
 
 
 def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dict, versions: dict) -> dict:
@@ -266,20 +288,26 @@ def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dic
                 "fraction_of_peak": passes * flops / seconds[f"{side}.{work}"] / peak,
             }
             for work, passes in (("train", 3), ("reference", 1))
+            if f"{side}.{work}" in found
         }
 
-    def ratio(side: str, work: str) -> dict:
+    def ratio(ours: str, side: str, work: str) -> dict:
         """Of each round by itself, so that a machine whose speed drifts does not matter."""
-        each = [b / a for a, b in zip(per_record[f"ours.{work}"], per_record[f"{side}.{work}"], strict=True)]
+        each = [b / a for a, b in zip(per_record[f"{ours}.{work}"], per_record[f"{side}.{work}"], strict=True)]
         return {"median": float(np.median(each)), "low": min(each), "high": max(each)}
 
-    with_peer = "true.train" in found
-    sides = ("padded", "true") if with_peer else ()
-    ratios = {side: {work: ratio(side, work) for work in ("train", "reference")} for side in sides}
+    peers = [side for side in ("padded", "true") if f"{side}.train" in found]
+    variants = [side for side in _VARIANTS if f"{side}.train" in found]
+    ratios = {variant: {"train": ratio("ours", variant, "train")} for variant in variants}
+    ratios |= {side: {work: ratio("ours", side, work) for work in ("train", "reference")} for side in peers}
     return {
-        "ratio": ratios["padded"]["train"]["median"] if with_peer else None,
+        "ratio": ratios["padded"]["train"]["median"] if peers else None,
         "ours": figures("ours"),
-        "peer": {side: figures(side) for side in sides},
+        "variants": {
+            variant: {**figures(variant), "ratios": {side: {"train": ratio(variant, side, "train")} for side in peers}}
+            for variant in variants
+        },
+        "peer": {side: figures(side) for side in peers},
         "ratios": ratios,
         "memory": {side: {f"K={k}": size for k, size in sizes.items()} for side, sizes in memory.items() if sizes},
         "setting": {
@@ -290,6 +318,7 @@ def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dic
             "max_length": setup.config.data.max_length,
             "mean_tokens": tokens / draws,
             "microbatch_tokens": setup.config.train.microbatch_tokens,
+            "one_pass_microbatches": setup.config.train.one_pass_microbatches,
             "remat": setup.config.model.remat,
             "matrix_peak_flops": peak,
             "peer_matrix_peak_flops": peer_peak[0] if peer_peak else None,
@@ -300,48 +329,65 @@ def _summarise(setup: Setup, records: int, rounds: int, found: dict, memory: dic
     }
 
 
-_SIDES = {"ours": "ours", "padded": "peer, padded", "true": "peer, true length"}
 _WORK = {"train": "training step", "reference": "reference pass"}
 
 
+def _labels(result: dict) -> dict[str, str]:
+    """What the sides are called; our step as configured by its passes, where the other kind stands beside it."""
+    other = {"two_passes": "one_pass", "one_pass": "two_passes"}
+    ours = [_VARIANTS[other[variant]] for variant in result["variants"]] or ["ours"]
+    return {"ours": ours[0], **_VARIANTS, "padded": "peer, padded", "true": "peer, true length", "peer": "peer, padded"}
+
+
+def _figures(result: dict, work: str) -> dict[str, tuple[str, dict]]:
+    """Side -> its label and figures, of all that did the work."""
+    sides = {"ours": result["ours"], **result["variants"], **result["peer"]}
+    labels = _labels(result) | ({} if work == "train" else {"ours": "ours"})
+    return {side: (labels[side], found[work]) for side, found in sides.items() if work in found}
+
+
+def _header(result: dict) -> tuple[str, ...]:
+    faster = (f"{_VARIANTS[side]}, is faster by" for side in result["variants"])
+    return "", "s/example", "real tokens/s", "useful GFLOP/s", "of matrix peak", "ours is faster by", *faster
+
+
 def _rows(result: dict) -> list[tuple[str, ...]]:
-    rows = []
-    for work, name in _WORK.items():
-        for side, label in _SIDES.items():
-            found = result["ours"] if side == "ours" else result["peer"].get(side)
-            if found is None:
-                continue
-            ratio = result["ratios"].get(side, {}).get(work)
-            rows.append(
-                (
-                    f"{name}, {label}",
-                    f"{found[work]['seconds_per_example']:.3f}",
-                    f"{found[work]['tokens_per_second']:,.0f}",
-                    f"{found[work]['flops'] / 1e9:.0f}",
-                    f"{found[work]['fraction_of_peak']:.0%}",
-                    "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-                )
-            )
-    return rows
+    ratios = [result["ratios"], *(found["ratios"] for found in result["variants"].values())]
+    return [
+        (
+            f"{_WORK[work]}, {label}",
+            f"{found['seconds_per_example']:.3f}",
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['flops'] / 1e9:.0f}",
+            f"{found['fraction_of_peak']:.0%}",
+            *(_times(ratio.get(side, {}).get(work)) for ratio in ratios),
+        )
+        for work in _WORK
+        for side, (label, found) in _figures(result, work).items()
+    ]
 
 
-_HEADER = ("", "s/example", "real tokens/s", "useful GFLOP/s", "of matrix peak", "ours is faster by")
+def _times(ratio: dict | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-_MEMORY_SIDES = {"ours": "ours", "peer": "peer, padded"}
+def _memory(result: dict) -> dict[str, dict]:
+    """Label -> bytes by number of draws."""
+    labels = _labels(result)
+    return {labels[side]: sizes for side, sizes in result["memory"].items()}
 
 
 def _memory_rows(result: dict) -> list[tuple[str, ...]]:
     return [
-        (f"peak memory, {_MEMORY_SIDES[side]}", *(f"{size / 1e6:,.0f} MB" for size in sizes.values()))
-        for side, sizes in result["memory"].items()
+        (f"peak memory, {label}", *(f"{size / 1e6:,.0f} MB" for size in sizes.values()))
+        for label, sizes in _memory(result).items()
     ]
 
 
 def as_text(result: dict) -> str:
     """The tables for a terminal."""
     lines = []
-    for table in ([_HEADER, *_rows(result)], [("", *result["memory"]["ours"]), *_memory_rows(result)]):
+    for table in ([_header(result), *_rows(result)], [("", *result["memory"]["ours"]), *_memory_rows(result)]):
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         for row in table:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -365,22 +411,17 @@ def write_report(path: Path, result: dict) -> None:
     """One self-contained page."""
     charts = []
     for work, name in _WORK.items():
-        sides = {"ours": result["ours"], **result["peer"]}
-        bars = [Bar(_SIDES[side], found[work]["seconds_per_example"]) for side, found in sides.items()]
+        bars = [Bar(label, found["seconds_per_example"]) for label, found in _figures(result, work).values()]
         chart = bar_chart(name, bars, x_label="seconds per example")
         charts.append((name.capitalize(), chart, "Medians; shorter is better."))
-    bars = [
-        Bar(f"{_MEMORY_SIDES[side]}, {k}", size / 1e6)
-        for side, sizes in result["memory"].items()
-        for k, size in sizes.items()
-    ]
+    bars = [Bar(f"{label}, {k}", size / 1e6) for label, sizes in _memory(result).items() for k, size in sizes.items()]
     chart = bar_chart("Peak memory", bars, x_label="MB of the whole process")
     charts.append(("Peak memory", chart, "Of one training step."))
     note = (
         "Useful FLOPs: real tokens and hidden positions only, three forward passes' worth for a training step. "
         "In brackets: lowest and highest ratio of the rounds."
     )
-    speed = page.table(_HEADER, _rows(result), caption=note, numeric=True)
+    speed = page.table(_header(result), _rows(result), caption=note, numeric=True)
     memory = page.table(("", *result["memory"]["ours"]), _memory_rows(result), numeric=True)
     parts = [
         page.section("Speed and memory", page.figures(charts)),

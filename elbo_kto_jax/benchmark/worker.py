@@ -6,13 +6,17 @@ JSON line; that to the first says with what we compute:
     {"do": "peak"}                             flops: FLOP/s of a large float32 matrix product
     {"do": "reference"}                        elbo: B_ref of every record, nats
     {"do": "train", "elbo_ref": [...]}         loss, rewards (nats), reference_point, grad_norm of one optimizer step
+
+"one_pass": true or false says how many passes such a step takes over its micro-batches; without it, the config does.
 """
 
 import json
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +46,11 @@ def main() -> None:
         num_examples=len(records),
         draws=draws,
         objective=config.objective,
+        one_pass_microbatches=config.train.one_pass_microbatches,
         tx=tx,
         shardings=shardings,
     )
+    passes = {None: config.train.one_pass_microbatches, True: sys.maxsize, False: 1}
     params = setup.load_params(config.model.path, "--config.model.path")
 
     def reference(batch: Batch, request: dict) -> Callable[[], dict]:
@@ -57,9 +63,10 @@ def main() -> None:
     def train(batch: Batch, request: dict) -> Callable[[], dict]:
         state = train_state.init_state(tx, jax.tree.map(jnp.copy, params), shardings)  # steps donate it
         elbo_ref = np.repeat(np.asarray(request["elbo_ref"], np.float32), draws)
+        asked = programs._replace(one_pass_microbatches=passes[request.get("one_pass")])
 
         def run() -> dict:
-            new, metrics = jax.block_until_ready(train_step(programs, state, batch, elbo_ref))
+            new, metrics = jax.block_until_ready(train_step(asked, state, batch, elbo_ref))
             del new
             rewards = np.asarray(metrics.pop("reward"))
             return {"rewards": rewards.tolist(), **{name: float(value) for name, value in metrics.items()}}
@@ -84,8 +91,11 @@ def main() -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident set that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident set that this process has had; on Linux ru_maxrss starts at that of the parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def matrix_peak() -> float:

@@ -15,6 +15,7 @@ request per line from stdin and answers with one JSON line on stdout (see `main`
 
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -211,9 +212,17 @@ def main() -> None:
             optimizer.zero_grad()
             answer = {"loss": loss, "rewards": rewards, "grad_norm": norm}
         answer["seconds"] = time.perf_counter() - began
-        answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak_bytes"] = peak_bytes()
         if request["do"] == "train":
             model.load_state_dict(initial)
+
+
+def peak_bytes() -> int:
+    """The largest resident set that this process has had; on Linux ru_maxrss starts at that of the parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 if __name__ == "__main__":
