@@ -58,6 +58,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "steps": 800 if fine_tuning else 240,
                 "global_batch_size": 64 if fine_tuning else 32,  # with the draws, 64 sequences a step
                 "microbatch_tokens": 1664,  # 13 rows, which hold them
+                "one_pass_microbatches": 1,
                 "checkpoint_every": 100,
                 "eval_every": 0,
                 "log_every": 1,

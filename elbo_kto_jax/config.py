@@ -99,6 +99,7 @@ class Train:
     steps: CountOrZero  # 0: train.epochs counts instead
     global_batch_size: Count  # examples per optimizer step
     microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
+    one_pass_microbatches: Count  # a global batch of at most so many takes one pass, which keeps them all; else two
     checkpoint_every: Count  # steps; the last step is always saved
     eval_every: CountOrZero  # steps; 0: never
     log_every: Count  # steps

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> dict:
         num_examples=setup.data.batch_size,
         draws=config.estimator.draws,
         objective=config.objective,
+        one_pass_microbatches=config.train.one_pass_microbatches,
     )
     base, _ = setup.load_base()
     if base is None:

@@ -23,6 +23,7 @@ SMALL = {
     "train.steps": 5,
     "train.global_batch_size": 4,
     "train.microbatch_tokens": 32,
+    "train.one_pass_microbatches": 1,
     "train.checkpoint_every": 2,
     "train.samples": 0,
     "sampler.gen_length": 4,

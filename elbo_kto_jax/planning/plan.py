@@ -12,9 +12,9 @@ waits. A step is the sum of its programs over its micro-batches, and
 
 with the model FLOPs of whole rows: as many forward passes' worth (model/flops.py) as the method cannot do without, 3
 for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for the estimates where they need
-a pass of their own (a batch of several micro-batches), and 1 where the reference is online; half of a row's tokens are
-scored. What rematerialisation computes again is work of the program, not of the model. Rows that a batch does not fill
-lower the tokens per second, not the mfu_bound.
+a pass of their own (a batch of more than train.one_pass_microbatches), and 1 where the reference is online; half of a
+row's tokens are scored. What rematerialisation computes again is work of the program, not of the model. Rows that a
+batch does not fill lower the tokens per second, not the mfu_bound.
 """
 
 import dataclasses
@@ -48,10 +48,12 @@ class Workload:
     micro_batches: int  # of a step
     rows_at_once: int
     tokens: float  # of text in a step
+    one_pass: bool  # a step keeps all its micro-batches for one pass over them; else it takes two
 
     @property
-    def one_pass(self) -> bool:
-        return self.micro_batches == 1
+    def waiting(self) -> int:
+        """The micro-batches that wait for their backward pass at once; 0 in two passes."""
+        return self.micro_batches if self.one_pass else 0
 
     def row_fill(self, length: int) -> float:
         """The part of a step's positions that holds text."""
@@ -80,7 +82,9 @@ def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> 
     rows = max(1, math.ceil(tokens / (length * PACKED))) if config.data.packing else segments
     at_once = max(1, config.train.microbatch_tokens // length) * shards
     steps = config.train.steps or config.train.epochs * math.ceil(examples / batch)
-    return Workload(steps, rows, math.ceil(rows / at_once), at_once, tokens)
+    micro_batches = math.ceil(rows / at_once)
+    one_pass = micro_batches <= config.train.one_pass_microbatches
+    return Workload(steps, rows, micro_batches, at_once, tokens, one_pass)
 
 
 def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -> Seconds:
@@ -116,7 +120,7 @@ def plan(config: Config, model: ModelConfig, topology: Topology, examples: int, 
     devices = topology_devices(topology)
     mesh = mesh_sizes(config, len(devices))
     work = workload(config, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-    compiled = list(compile_programs(config, model, devices, one_pass=work.one_pass, sampler=True))
+    compiled = list(compile_programs(config, model, devices, waiting=work.waiting, sampler=True))
     return result(config, model, topology, work, compiled, examples, mean_tokens)
 
 
@@ -166,6 +170,7 @@ def result(
             "dtype": config.model.dtype,
             "param_dtype": config.model.param_dtype,
             "microbatch_tokens": config.train.microbatch_tokens,
+            "one_pass_microbatches": config.train.one_pass_microbatches,
         },
         "step": {
             "seconds": step,
@@ -269,8 +274,8 @@ def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str
     return hlo.Cost(passes * forward, tuple(found))
 
 
-def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], one_pass: bool) -> float:
-    """Bytes per chip of the gradient's program and of what lies beside it."""
+def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], waiting: int) -> float:
+    """Bytes per chip of the gradient's program and of what lies beside it; for `waiting` see `Workload`."""
     item, stored = jnp.dtype(config.model.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
     shards = mesh["fsdp"] * mesh["tensor"]
     trained = parameters(model) / shards
@@ -278,7 +283,8 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], on
     if config.lora.rank:
         base = trained * (1 if config.lora.base_quantization == "int8" else item)
         trained *= adapters(model, config.lora.rank) / parameters(model)
-    state = trained * (3 * stored + (0 if one_pass else 4) + stored)  # parameters, Adam, accumulator, a new gradient
+    accumulator = 0 if waiting and config.train.one_pass_microbatches == 1 else 4
+    state = trained * (3 * stored + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
     tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length
     d, f = model.d_model, model.mlp_hidden_size / mesh["tensor"]
     attention = model.n_heads * model.head_dim / mesh["tensor"]
@@ -290,7 +296,7 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], on
     }[config.model.remat] * item
     head = model.d_model * model.embedding_size / mesh["tensor"] * (2 * item + 4)
     layer = 2 * 2 * layer_matrices(model) / mesh["tensor"] * item + tokens * (8 * d + 4 * f) * item
-    return base + state + tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
+    return base + state + max(1, waiting) * tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
 
 
 def would_fit(config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float) -> str:
@@ -299,7 +305,7 @@ def would_fit(config: Config, model: ModelConfig, topology: Topology, examples: 
     for other in larger(topology):
         mesh = mesh_sizes(dataclasses.replace(config, mesh=_flexible(config)), other.devices)
         work = workload(config, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-        if estimated_bytes(config, model, mesh, work.one_pass) < other.chip.usable_bytes:
+        if estimated_bytes(config, model, mesh, work.waiting) < other.chip.usable_bytes:
             hints.append(f"--topology={other.name}")
             break
     best = next(iter(candidates(config, model, topology, examples, mean_tokens)), None)
@@ -333,7 +339,7 @@ def candidates(
         option = with_settings(config, split, rows * length, remat, stored)
         mesh = mesh_sizes(option, devices)
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-        if estimated_bytes(option, model, mesh, work.one_pass) > topology.chip.usable_bytes:
+        if estimated_bytes(option, model, mesh, work.waiting) > topology.chip.usable_bytes:
             continue
         found.append((stored != "float32", estimated_step(option, model, topology, work, mesh), len(found), option))
     for *_, option in sorted(found, key=lambda item: item[:3]):
@@ -398,7 +404,7 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, one_pass=work.one_pass, sampler=False))
+            compiled = list(compile_programs(option, model, devices, waiting=work.waiting, sampler=False))
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})

@@ -74,11 +74,11 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, one_pass: bool, sampler: bool
+    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, waiting: int, sampler: bool
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `one_pass` says that a batch is one micro-batch (train/step.py).
+    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes (train/step.py).
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -150,12 +150,16 @@ def compile_programs(
             compile_seconds=seconds,
         )
 
-    if one_pass:
+    if waiting:
         arguments = weights, estimates, rows
         forward, found = run("forward", programs.forward, *arguments, kept=weights)
-        yield found
+        handed_out = found.outputs - found.aliased  # what a backward pass needs
+        # Beside the last of them, or all while the reference is scored; beside the first to go back, the others.
+        yield _beside(found, (waiting - 1 + online) * handed_out)
         _, pull_back = jax.tree.map(_abstract, programs.forward.eval_shape(*arguments), forward.output_shardings)
-        yield run("backward", programs.backward, pull_back, weights, rows, cotangent, kept=weights)[1]
+        total = grads if config.train.one_pass_microbatches > 1 else None
+        found = run("backward", programs.backward, pull_back, weights, total, rows, cotangent, kept=weights)[1]
+        yield _beside(found, (waiting - 1) * handed_out)
     else:
         yield run("score", programs.score, weights, estimates, rows, kept=weights)[1]
         yield run("grad", programs.grad, weights, grads, estimates, rows, cotangent, kept=weights)[1]
@@ -175,6 +179,11 @@ def _sampler(run: Callable, config: Config, model: LLaDA, params: Any, mesh: Mes
     state = decode.State(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
     options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}
     return run("sampler", decode.take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
+
+
+def _beside(program: Compiled, size: int) -> Compiled:
+    """The program with so many bytes more that lie beside it."""
+    return dataclasses.replace(program, resident=program.resident + size)
 
 
 def bytes_on_chip(tree: Any) -> int:

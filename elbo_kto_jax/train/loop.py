@@ -75,6 +75,7 @@ class _Run:
             num_examples=setup.data.batch_size,
             draws=config.estimator.draws,
             objective=config.objective,
+            one_pass_microbatches=config.train.one_pass_microbatches,
             tx=self.tx,
             shardings=self.shardings,
         )

@@ -83,6 +83,8 @@ class Setup:
             "scheme": config.estimator.scheme,
             "lora_rank": config.lora.rank,  # another program: it may round differently
             "global_batch_size": data.batch_size,
+            "microbatch_tokens": config.train.microbatch_tokens,  # these two say which program scores a row
+            "one_pass_microbatches": config.train.one_pass_microbatches,
             "platform": jax.default_backend(),
             "jax": jax.__version__,
             "format": 2,  # of the cache; parts of the first had no checksum

@@ -6,8 +6,9 @@
     UPDATE   state, gradient        -> state
 
 z0 needs every reward of the global batch before any gradient, hence two passes over the micro-batches; memory is that
-of one micro-batch, whatever the number of draws or examples. A batch that is one micro-batch takes one pass: GRAD falls
-apart into FORWARD, which scores and hands out what the backward pass needs, and BACKWARD, with LOSS between them.
+of one micro-batch, whatever the number of draws or examples. A batch of at most `train.one_pass_microbatches` takes one
+pass: GRAD falls apart into FORWARD, which scores and hands out what the backward pass needs, and BACKWARD, with LOSS
+between them; memory grows by what every micro-batch keeps, and the step does three quarters of the work.
 
 Policy and reference share SCORE (or FORWARD), its shapes and its rows, so a reward is exactly 0 while the two have the
 same parameters, in bfloat16 too. Where adapters are trained (model/lora.py), the programs take a lora.Adapted for
@@ -62,7 +63,7 @@ class Programs(NamedTuple):
     loss: Callable[..., tuple[Float32[Array, " b"], dict[str, Array]]]
     grad: Callable[..., tuple[Params, Float32[Array, " bk"]]]
     forward: Callable[[Weights, Float32[Array, " bk"], Rows], tuple[Float32[Array, " bk"], Callable]]
-    backward: Callable[[Callable, Weights, Rows, Float32[Array, " b"]], Params]
+    backward: Callable[[Callable, Weights, Params | None, Rows, Float32[Array, " b"]], Params]
     update: Callable[..., tuple[TrainState, Float32[Array, ""], Bool[Array, ""]]]
     zero_estimates: Callable[[], Float32[Array, " bk"]]
     zero_grads: Callable[[Params], Params]
@@ -70,6 +71,7 @@ class Programs(NamedTuple):
     place: Callable[[Any], Any]
     pace: Callable[[Any], Any]
     objective: str
+    one_pass_microbatches: int
 
 
 def train_step(
@@ -91,11 +93,16 @@ def train_step(
     if isinstance(reference, lora.Base):
         reference = reference.reference(state.params)
     micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
-    if len(micro_batches) == 1:
-        (rows,) = micro_batches
-        elbo_policy, pull_back = programs.forward(policy, programs.zero_estimates(), rows)
+    if len(micro_batches) <= programs.one_pass_microbatches:
+        elbo_policy, pull_backs = programs.zero_estimates(), []
+        for rows in micro_batches:
+            elbo_policy, pull_back = programs.pace(programs.forward(policy, elbo_policy, rows))
+            pull_backs.append(pull_back)
+        del pull_back  # each is to go with its backward pass
         elbo_cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch, micro_batches)
-        grads = programs.backward(pull_back, policy, rows, elbo_cotangent)
+        grads = programs.zero_grads(state.params) if programs.one_pass_microbatches > 1 else None
+        for rows in reversed(micro_batches):
+            grads = programs.pace(programs.backward(pull_backs.pop(), policy, grads, rows, elbo_cotangent))
         state, grad_norm, applied = programs.update(state, grads, metrics["loss"], go)
         return state, {**metrics, "grad_norm": grad_norm, "applied": applied}
     needs_rewards = programs.objective == "elbo_kto"
@@ -130,10 +137,10 @@ def batch_loss(
 def score(programs: Programs, weights: Weights, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
     """The ELBO estimate, in nats, of every draw in the micro-batches (placed on the devices), by Segment.index."""
     estimates = programs.zero_estimates()
-    if len(micro_batches) == 1:  # the program that `train_step` runs, for the same bits
-        return programs.forward(weights, estimates, micro_batches[0])[0]
+    one_pass = len(micro_batches) <= programs.one_pass_microbatches  # the program that `train_step` runs, for its bits
     for rows in micro_batches:
-        estimates = programs.pace(programs.score(weights, estimates, rows))
+        scored = programs.forward(weights, estimates, rows)[0] if one_pass else programs.score(weights, estimates, rows)
+        estimates = programs.pace(scored)
     return estimates
 
 
@@ -144,12 +151,14 @@ def build_programs(
     num_examples: int,
     draws: int,
     objective: config.Objective,
+    one_pass_microbatches: int = 1,
     tx: optax.GradientTransformation | None = None,
     shardings: TrainState | None = None,
 ) -> Programs:
     """The programs for global batches of at most `num_examples` examples with `draws` draws each.
 
-    `tx` and `shardings` are needed for the gradient and the update, not for scoring.
+    `one_pass_microbatches` is train.one_pass_microbatches, where training's bits are wanted. `tx` and `shardings` are
+    needed for the gradient and the update, not for scoring.
     """
     everywhere, by_row = rules.replicated(mesh), rules.row_sharding(mesh)
     whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype)
@@ -238,8 +247,9 @@ def build_programs(
         estimates, pull_back = forward(weights, estimates, rows)
         return estimates, _without(pull_back, weights)
 
-    def backward(pull_back, weights, rows, elbo_cotangent):
-        return pull(_with(pull_back, weights), rows, elbo_cotangent)
+    def backward(pull_back, weights, grads, rows, elbo_cotangent):
+        new = pull(_with(pull_back, weights), rows, elbo_cotangent)
+        return new if grads is None else jax.tree.map(jnp.add, grads, new)
 
     def update(state, grads, loss, go):
         grad_norm = optax.tree.norm(grads)
@@ -255,7 +265,7 @@ def build_programs(
         loss=jax.jit(kto_loss if objective.name == "elbo_kto" else sft_loss, out_shardings=everywhere),
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(param_shardings, everywhere)),
         forward=jax.jit(forward_alone, donate_argnums=1, out_shardings=(everywhere, None)),
-        backward=jax.jit(backward, out_shardings=param_shardings),
+        backward=jax.jit(backward, donate_argnums=2, out_shardings=param_shardings),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere)),
         zero_estimates=jax.jit(lambda: jnp.zeros(num_examples * draws, jnp.float32), out_shardings=everywhere),
         zero_grads=jax.jit(zeros_like_params, out_shardings=param_shardings),
@@ -264,6 +274,7 @@ def build_programs(
         # With more than 32 programs in flight, XLA's CPU devices wait for each other for ever. Elsewhere nothing waits.
         pace=jax.block_until_ready if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else lambda x: x,
         objective=objective.name,
+        one_pass_microbatches=one_pass_microbatches,
     )
 
 

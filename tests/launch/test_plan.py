@@ -127,6 +127,20 @@ def test_a_small_model(tmp_path):
 
 
 @needs_libtpu
+def test_one_pass_of_a_small_model(tmp_path):
+    """Beside a micro-batch lies what others hand out: three, and all four while the online reference is scored."""
+    _, found = compiled(tmp_path, **{"train.one_pass_microbatches": 4, "reference.mode": "online"})
+    assert found["step"]["micro_batches"] == 4
+    forward, backward, update = (found["programs"][name] for name in ("forward", "backward", "update"))
+    handed_out = forward["outputs"] - forward["aliased"]
+    assert handed_out > 256 * 256 * 2 * 2  # at least the inputs of two layers, bfloat16
+    always = forward["resident"] - 4 * handed_out
+    assert always == backward["resident"] - 3 * handed_out
+    assert always == pytest.approx(3 * update["resident"], rel=1e-3)  # Adam's moments, and the reference
+    assert backward["aliased"] == pytest.approx(update["resident"], rel=0.1)  # the gradient is added up in place
+
+
+@needs_libtpu
 def test_adapters_of_a_small_model(tmp_path):
     """Of the base only the forward pass and the gradient of the activations, and no gradient of its size."""
     _, found = compiled(tmp_path, **{"lora.rank": 8, "lora.alpha": 8.0, "lora.base_quantization": "int8"})

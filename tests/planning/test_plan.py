@@ -51,6 +51,16 @@ def test_workload_counts_rows_and_steps(config):
     assert plan.workload(config, shards=64, examples=100, mean_tokens=500).one_pass
 
 
+def test_one_pass_takes_as_many_micro_batches_as_the_config_says(config):
+    found = [plan.workload(one_pass(config, most), shards=8, examples=100, mean_tokens=500) for most in (1, 4, 5)]
+    assert [(work.one_pass, work.waiting) for work in found] == [(False, 0), (False, 0), (True, 5)]
+
+
+def one_pass(config: Config, most: int) -> Config:
+    """The config that takes one pass over so many micro-batches."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, one_pass_microbatches=most))
+
+
 def test_padded_rows_hold_one_segment_each(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
     assert plan.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
@@ -102,12 +112,26 @@ def test_adapters_are_counted(config):
             dataclasses.replace(options, lora=dataclasses.replace(options.lora, base_quantization=name)),
             LLADA_8B,
             mesh,
-            one_pass=False,
+            waiting=0,
         )
         for name in ("none", "int8")
     }
     assert by_dtype["none"] - by_dtype["int8"] == plan.parameters(LLADA_8B)
-    assert by_dtype["none"] < plan.estimated_bytes(config, LLADA_8B, mesh, one_pass=False) / 3
+    assert by_dtype["none"] < plan.estimated_bytes(config, LLADA_8B, mesh, waiting=0) / 3
+
+
+def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
+    """By estimate: full rematerialisation keeps a layer's input; an accumulator is needed from two micro-batches on."""
+    mesh = {"data": 1, "fsdp": 64, "tensor": 1}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+    single, several, two_passes = (
+        plan.estimated_bytes(one_pass(config, most), LLADA_8B, mesh, waiting)
+        for most, waiting in ((1, 1), (3, 3), (1, 0))
+    )
+    accumulator = 4 * plan.parameters(LLADA_8B) / 64
+    assert two_passes - single == pytest.approx(accumulator)
+    kept = 4096 * LLADA_8B.d_model * LLADA_8B.n_layers * 2  # bfloat16
+    assert several - single == pytest.approx(accumulator + 2 * kept)
 
 
 def two_pass_result(config, sizes=(1, 1, 1)):
@@ -130,6 +154,17 @@ def test_the_bound_of_a_step(config):
     # 200 steps, and the reference pass scores every row of them once
     assert found["chip_hours_bound"] == pytest.approx(200 * 64 * (10 + 2) * seconds / 3600)
     assert found["compile_seconds"] == 6.0
+
+
+def test_the_bound_of_a_step_in_one_pass(config):
+    config = one_pass(config, 2)
+    work = plan.workload(config, shards=64, examples=6400, mean_tokens=1900)
+    flops = plan.row_flops(LLADA_8B, 4096)
+    compiled = [program("forward", flops), program("backward", 3 * flops), program("update")]
+    found = plan.result(config, LLADA_8B, TOPOLOGY, work, compiled, 6400, 1900)
+    assert (found["step"]["one_pass"], found["step"]["micro_batches"]) == (True, 2)
+    assert found["step"]["seconds"] == pytest.approx(2 * 4 * flops / 197e12)
+    assert found["mfu_bound"] == pytest.approx(3 / 4)
 
 
 def test_the_largest_program_decides_whether_it_fits(config):
@@ -172,12 +207,12 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, *, one_pass, sampler):
+    def compile_programs(option, model, devices, *, waiting, sampler):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")
         seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
-        names = ("forward", "backward") if one_pass else ("score", "grad")
+        names = ("forward", "backward") if waiting else ("score", "grad")
         return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
 
     monkeypatch.setattr(plan, "topology_devices", lambda topology: [None] * topology.devices)

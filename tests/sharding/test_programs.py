@@ -69,17 +69,18 @@ def test_what_a_step_returns_lies_where_the_table_says(compiled):
         lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), compiled.params), out_shardings=shardings.params
     )()
     estimates, pull_back = programs.forward(params, programs.zero_estimates(), compiled.rows)
-    gradient = programs.backward(pull_back, params, compiled.rows, programs.place(np.ones(4, np.float32)))
+    cotangent = programs.place(np.ones(4, np.float32))
+    gradient = programs.backward(pull_back, params, None, compiled.rows, cotangent)
+    added_up = programs.backward(pull_back, params, programs.zero_grads(params), compiled.rows, cotangent)
     opt_state = jax.tree.map(
         lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s), compiled.abstract.opt_state, shardings.opt_state
     )
-    accumulated, _ = programs.grad(
-        params, programs.zero_grads(params), estimates, compiled.rows, programs.place(np.ones(4, np.float32))
-    )
+    accumulated, _ = programs.grad(params, programs.zero_grads(params), estimates, compiled.rows, cotangent)
     loss, go = programs.place(np.float32(0)), programs.place(np.True_)
     state, *_ = programs.update(train_state.TrainState(params, opt_state), gradient, loss, go)
     for tree, expected in (
         (gradient, shardings.params),
+        (added_up, shardings.params),
         (accumulated, shardings.params),
         (state.params, shardings.params),
         (state.opt_state, shardings.opt_state),

@@ -30,7 +30,13 @@ ESTIMATOR = config.Estimator(2, "uniform")
 
 
 def setup(
-    tx, *, dtype: str = "float32", quantize: bool = False, sizes: config.Mesh = ONE_DEVICE, random_b: bool = False
+    tx,
+    *,
+    dtype: str = "float32",
+    quantize: bool = False,
+    sizes: config.Mesh = ONE_DEVICE,
+    random_b: bool = False,
+    one_pass_microbatches: int = 1,
 ):
     """Programs, the state before the first step and the base, over as many devices as the mesh has."""
     model, mesh = tiny.model(dtype), rules.make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
@@ -39,7 +45,14 @@ def setup(
     tree = adapters(1, random_b=random_b)
     shardings = train_state.state_shardings(tx, tree, mesh)
     programs = step.build_programs(
-        model, mesh, num_examples=NUM, draws=2, objective=tiny.KTO, tx=tx, shardings=shardings
+        model,
+        mesh,
+        num_examples=NUM,
+        draws=2,
+        objective=tiny.KTO,
+        one_pass_microbatches=one_pass_microbatches,
+        tx=tx,
+        shardings=shardings,
     )
     base = lora.Base(jax.device_put(params, rules.param_shardings(params, mesh)), SCALE)
     state = train_state.init_state(tx, jax.tree.map(jnp.array, jax.device_put(tree, shardings.params)), shardings)
@@ -57,10 +70,12 @@ def scored(programs, weights, batch) -> np.ndarray:
 
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [4, 12])  # several micro-batches, and one
-def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows):
+@pytest.mark.parametrize(("rows", "one_pass_microbatches"), [(4, 1), (4, 3), (12, 1)])  # 3 micro-batches, and one
+def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows, one_pass_microbatches):
     """Online, and precomputed with other adapters."""
-    programs, state, base = setup(KEEP_GRADIENT, dtype=dtype, quantize=quantize)
+    programs, state, base = setup(
+        KEEP_GRADIENT, dtype=dtype, quantize=quantize, one_pass_microbatches=one_pass_microbatches
+    )
     batch = batch_of(rows)
     precomputed = scored(programs, base.reference(adapters(3, random_b=True)), batch)
     for reference in (base, precomputed):
@@ -71,9 +86,11 @@ def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows):
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("rows", [2, 12])  # several micro-batches, and one
-def test_the_gradient_is_autodiff_of_the_merged_model(quantize, rows):
-    programs, state, base = setup(KEEP_GRADIENT, quantize=quantize, random_b=True)
+@pytest.mark.parametrize(("rows", "one_pass_microbatches"), [(2, 1), (2, 9), (12, 1)])  # 3 micro-batches, and one
+def test_the_gradient_is_autodiff_of_the_merged_model(quantize, rows, one_pass_microbatches):
+    programs, state, base = setup(
+        KEEP_GRADIENT, quantize=quantize, random_b=True, one_pass_microbatches=one_pass_microbatches
+    )
     tree, examples = jax.device_get(state.params), tiny.examples(NUM)
     data = TrainingData(examples, tiny.layout(rows), estimator=ESTIMATOR, batch_size=NUM, seed=0)
 

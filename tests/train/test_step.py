@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +32,12 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
-def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE):
+def setup(model, params, tx, *, sizes=ONE_DEVICE, **options):
     """The programs, and the state before the first step, over as many devices as the mesh has."""
     devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
     mesh = rules.make_mesh(sizes, devices)
     shardings = train_state.state_shardings(tx, abstract_params(model), mesh)
-    programs = step.build_programs(
-        model, mesh, num_examples=num_examples, draws=draws, objective=objective, tx=tx, shardings=shardings
-    )
+    programs = step.build_programs(model, mesh, tx=tx, shardings=shardings, **options)
     own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
     return programs, train_state.init_state(tx, own, shardings)
 
@@ -54,11 +53,9 @@ def rewards_and_loss(programs, params, reference, batch) -> dict:
     return step.batch_loss(programs, estimates, reference, batch, micro_batches)[1]
 
 
-def gradient_and_metrics(model, params, reference, batch, *, objective, draws):
+def gradient_and_metrics(model, params, reference, batch, **options):
     """What `train_step` hands to the optimizer, and its metrics."""
-    programs, state = setup(
-        model, params, KEEP_GRADIENT, num_examples=len(batch.feedback.is_example), draws=draws, objective=objective
-    )
+    programs, state = setup(model, params, KEEP_GRADIENT, num_examples=len(batch.feedback.is_example), **options)
     state, metrics = step.train_step(programs, state, batch, reference)
     return state.opt_state, metrics
 
@@ -150,16 +147,26 @@ def test_golden_learning_rate(golden):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", [ONE_DEVICE, config.Mesh(2, 2, 2)], ids=str)
-def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "one_pass_microbatches"), [(ONE_DEVICE, 1), (ONE_DEVICE, 3), (config.Mesh(2, 2, 2), 1)], ids=str
+)
+def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes, one_pass_microbatches):
     """Online, and precomputed by another instance of the programs."""
     data = TrainingData(
         tiny.examples(6), tiny.layout(4, packed), estimator=config.Estimator(2, "uniform"), batch_size=6, seed=0
     )
     batch = data.batch(0)
+    assert 1 < len(batch.micro_batches) <= 3
     (programs, state), (other, frozen) = (
         setup(
-            tiny.model(dtype), tiny.params(0), KEEP_GRADIENT, num_examples=6, draws=2, objective=tiny.KTO, sizes=sizes
+            tiny.model(dtype),
+            tiny.params(0),
+            KEEP_GRADIENT,
+            num_examples=6,
+            draws=2,
+            objective=tiny.KTO,
+            sizes=sizes,
+            one_pass_microbatches=one_pass_microbatches,
         )
         for _ in range(2)
     )
@@ -257,11 +264,22 @@ def test_reference_point_is_the_mean_over_the_global_batch(rows, batch_size):
 # ---- how the work is split changes nothing ----
 
 
-def trajectory(sizes: config.Mesh, rows: int, *, steps: int = 3, num: int = 4, draws: int = 2):
+def trajectory(
+    sizes: config.Mesh, rows: int, *, steps: int = 3, num: int = 4, draws: int = 2, one_pass_microbatches: int = 1
+):
     """Losses, gradient norms and total update of a few AdamW steps, and the number of micro-batches."""
     start = tiny.params(0)
     tx = train_state.optimizer(config.Optimizer(1e-2, 0.0, 0.9, 0.95, 0.01, 1.0), 100)
-    programs, state = setup(tiny.model(), start, tx, num_examples=num, draws=draws, objective=tiny.KTO, sizes=sizes)
+    programs, state = setup(
+        tiny.model(),
+        start,
+        tx,
+        num_examples=num,
+        draws=draws,
+        objective=tiny.KTO,
+        sizes=sizes,
+        one_pass_microbatches=one_pass_microbatches,
+    )
     data = TrainingData(
         tiny.examples(num),
         tiny.layout(rows, False),
@@ -287,9 +305,11 @@ def whole():
     return metrics, update
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches):
-    metrics, update, counts = trajectory(ONE_DEVICE, rows=8 // micro_batches)
+@pytest.mark.parametrize(("micro_batches", "one_pass_microbatches"), [(2, 1), (4, 1), (2, 2), (4, 4)])
+def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, one_pass_microbatches):
+    """In two passes or in one."""
+    rows = 8 // micro_batches
+    metrics, update, counts = trajectory(ONE_DEVICE, rows, one_pass_microbatches=one_pass_microbatches)
     assert counts == {micro_batches}
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
@@ -302,6 +322,69 @@ def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
     metrics, update, _ = trajectory(sizes, rows=8)
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "objective"), [(ONE_DEVICE, tiny.KTO), (ONE_DEVICE, tiny.SFT), (config.Mesh(2, 2, 2), tiny.KTO)]
+)
+def test_one_pass_over_several_micro_batches_gives_what_two_give(sizes, objective):
+    estimator = config.Estimator(3, "uniform")
+    data = TrainingData(tiny.examples(5), tiny.layout(4, False), estimator=estimator, batch_size=5, seed=0)
+    batch, reference = data.batch(0), np.random.default_rng(0).normal(-50, 3, 15).astype(np.float32)
+    assert len(batch.micro_batches) == 4
+    (two_passes, expected), (one_pass, found) = (
+        gradient_and_metrics(
+            tiny.model(),
+            tiny.params(0),
+            reference if objective.name == "elbo_kto" else None,
+            batch,
+            objective=objective,
+            draws=3,
+            sizes=sizes,
+            one_pass_microbatches=most,
+        )
+        for most in (3, 4)
+    )
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    assert_same_gradient(jax.device_get(one_pass), jax.device_get(two_passes))
+
+
+def test_what_a_micro_batch_keeps_is_dropped_with_its_backward_pass():
+    estimator = config.Estimator(2, "uniform")
+    data = TrainingData(tiny.examples(4), tiny.layout(2, False), estimator=estimator, batch_size=4, seed=0)
+    programs, state = setup(
+        tiny.model(),
+        tiny.params(0),
+        KEEP_GRADIENT,
+        num_examples=4,
+        draws=2,
+        objective=tiny.KTO,
+        one_pass_microbatches=4,
+    )
+    kept, alive = [], []
+
+    def forward(*arguments):
+        estimates, pull_back = programs.forward(*arguments)
+        kept.append([weakref.ref(leaf) for leaf in jax.tree.leaves(pull_back)])
+        return estimates, pull_back
+
+    def counted(program):
+        def run(*arguments):
+            alive.append(sum(any(leaf() is not None for leaf in leaves) for leaves in kept))
+            return program(*arguments)
+
+        return run
+
+    spied = programs._replace(
+        forward=forward,
+        loss=counted(programs.loss),
+        backward=counted(programs.backward),
+        update=counted(programs.update),
+    )
+    step.train_step(spied, state, data.batch(0), np.zeros(8, np.float32))
+    assert alive == [4, 4, 3, 2, 1, 0]
 
 
 MANY_MICRO_BATCHES = """
@@ -334,21 +417,35 @@ def test_many_micro_batches_on_several_cpu_devices():
 
 
 @pytest.mark.parametrize("reference_mode", ["online", "precomputed"])
-def test_each_program_is_compiled_once(reference_mode):
+@pytest.mark.parametrize(
+    ("one_pass_microbatches", "used"),
+    [(1, {"score", "grad"}), (5, {"score", "grad", "forward", "backward"}), (6, {"forward", "backward"})],
+    ids=["two passes", "either", "one pass"],
+)
+def test_each_program_is_compiled_once(reference_mode, one_pass_microbatches, used):
     """Over steps that differ in lengths, in targets, in the number of micro-batches and in the number of examples."""
     estimator = config.Estimator(3, "complementary")
     data = TrainingData(tiny.examples(7), tiny.layout(1), estimator=estimator, batch_size=3, seed=0)
     tx = train_state.optimizer(GOLDEN_ADAMW, 10)
-    programs, state = setup(tiny.model(), tiny.params(0), tx, num_examples=3, draws=3, objective=tiny.KTO)
+    programs, state = setup(
+        tiny.model(),
+        tiny.params(0),
+        tx,
+        num_examples=3,
+        draws=3,
+        objective=tiny.KTO,
+        one_pass_microbatches=one_pass_microbatches,
+    )
     shapes = set()
     for batch in data.batches(0, 3):
         reference = state.params if reference_mode == "online" else np.zeros(9, np.float32)
         shapes.add((len(batch.micro_batches), int(batch.feedback.is_example.sum()), batch.real_tokens))
         state, _ = step.train_step(programs, state, batch, reference)
     assert len(shapes) == 3
-    assert len({count for count, *_ in shapes}) > 1
-    sizes = {name: getattr(programs, name)._cache_size() for name in ("score", "loss", "grad", "update")}
-    assert sizes == dict.fromkeys(sizes, 1)
+    assert {count for count, *_ in shapes} == {2, 5, 6}
+    names = ("score", "grad", "forward", "backward", "loss", "update")
+    sizes = {name: getattr(programs, name)._cache_size() for name in names}
+    assert sizes == {name: int(name in used | {"loss", "update"}) for name in names}
 
 
 # ---- what the draws say of the noise ----
