@@ -73,6 +73,10 @@ class Programs(NamedTuple):
     objective: str
     one_pass_microbatches: int
 
+    def takes_one_pass(self, micro_batches: Sequence[Rows]) -> bool:
+        """Whether a batch of these takes one pass, of FORWARD and BACKWARD, or two, of SCORE and GRAD."""
+        return len(micro_batches) <= self.one_pass_microbatches
+
 
 def train_step(
     programs: Programs,
@@ -93,7 +97,7 @@ def train_step(
     if isinstance(reference, lora.Base):
         reference = reference.reference(state.params)
     micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
-    if len(micro_batches) <= programs.one_pass_microbatches:
+    if programs.takes_one_pass(micro_batches):
         elbo_policy, pull_backs = programs.zero_estimates(), []
         for rows in micro_batches:
             elbo_policy, pull_back = programs.pace(programs.forward(policy, elbo_policy, rows))
@@ -137,7 +141,7 @@ def batch_loss(
 def score(programs: Programs, weights: Weights, micro_batches: Sequence[Rows]) -> Float32[Array, " bk"]:
     """The ELBO estimate, in nats, of every draw in the micro-batches (placed on the devices), by Segment.index."""
     estimates = programs.zero_estimates()
-    one_pass = len(micro_batches) <= programs.one_pass_microbatches  # the program that `train_step` runs, for its bits
+    one_pass = programs.takes_one_pass(micro_batches)  # the program that `train_step` runs, for the same bits
     for rows in micro_batches:
         scored = programs.forward(weights, estimates, rows)[0] if one_pass else programs.score(weights, estimates, rows)
         estimates = programs.pace(scored)
