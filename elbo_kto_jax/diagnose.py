@@ -20,12 +20,12 @@ from typing import get_args, get_type_hints
 import numpy as np
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.benchmark.__main__ import forward_flops
 from elbo_kto_jax.config import Config, Estimator
 from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.flops import forward_flops
 from elbo_kto_jax.report.diagnosis import write_diagnosis_report
 from elbo_kto_jax.train.setup import prepare
 

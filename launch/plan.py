@@ -15,6 +15,7 @@ import jax
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint.random_folder import SIZES
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
@@ -24,7 +25,6 @@ from elbo_kto_jax.planning.chips import Topology, parse_topology
 from elbo_kto_jax.planning.programs import DoesNotFit
 from elbo_kto_jax.report.plan import as_text, write_plan_report
 from elbo_kto_jax.text.examples import load_examples
-from launch.random_llada import SIZES
 
 log = logging.getLogger("elbo_kto_jax.plan")
 LLADA_8B = ModelConfig(  # as published (GSAI-ML/LLaDA-8B-Instruct, config.json)

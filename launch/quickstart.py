@@ -37,12 +37,12 @@ from transformers import PreTrainedTokenizerFast
 from conversion import from_hf, to_hf, verify
 from elbo_kto_jax import cli, evaluate
 from elbo_kto_jax.checkpoint import huggingface, store
+from elbo_kto_jax.checkpoint.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.train import __main__ as train
-from launch.random_llada import EOS, MASK, published_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 LETTERS, LENGTH = string.ascii_lowercase, 5  # of each word
