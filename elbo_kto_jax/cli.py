@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
-from elbo_kto_jax import processes
+from elbo_kto_jax import objectives, processes
 from elbo_kto_jax.config import Config
+from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import check_writable, to_json, trouble
 from elbo_kto_jax.sharding import rules
@@ -87,6 +88,8 @@ class Flags(argparse.ArgumentParser):
         if hasattr(flags, "workdir") and not flags.workdir:
             flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
         resolved = self._kind.from_mapping(config.to_dict())
+        objectives.build(resolved.objective)  # names that are not known are refused before anything is loaded
+        masks.check_scheme(resolved.estimator.scheme)
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         rules.split_cpu(resolved.mesh)
         if not processes.is_first():

@@ -64,17 +64,18 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    name: Literal["elbo_kto", "sft"]
+    name: str  # of a file of objectives/, which says what the name may be
     beta: NonNegative  # 1/nats
     desirable_weight: NonNegative  # lambda_D
     undesirable_weight: NonNegative  # lambda_U
     reference_point: Literal["global_mean", "zero"]  # z0
+    label_smoothing: Annotated[float, Range(0, 0.4999)]  # share of pairs that are taken for labelled the wrong way
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     draws: Count  # K, masks per example
-    scheme: Literal["uniform", "bernoulli", "stratified", "complementary", "balanced", "importance"]
+    scheme: str  # of diffusion/masks.py, which says what the name may be
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,21 +15,22 @@ import dataclasses
 import io
 import time
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 
-from elbo_kto_jax import cli
-from elbo_kto_jax.config import Config, Estimator
+from elbo_kto_jax import cli, objectives
+from elbo_kto_jax.config import Config
 from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting
+from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.objectives.protocol import ValueFunction
 from elbo_kto_jax.report.diagnosis import write_diagnosis_report
 from elbo_kto_jax.train.setup import prepare
 
-SCHEMES = get_args(get_type_hints(Estimator)["scheme"])
+SCHEMES = tuple(name for name, scheme in masks.SCHEMES.items() if scheme.unbiased)
 DRAWS = (1, 2, 4, 8, 16)
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> dict:
         if getattr(options, flag) < 2:
             raise UserError(f"--{flag}: expected at least 2, a variance needs as many; got {getattr(options, flag)}")
     settings = _settings(options)
-    if config.objective.name != "elbo_kto":
+    if not isinstance(objectives.build(config.objective), ValueFunction):
         raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
     began = time.monotonic()
     result = diagnose(config, options, settings)
@@ -120,7 +121,7 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     )
     policy = setup.load_params(options.checkpoint, "--checkpoint")
     reference = setup.load_params(reference_path, reference_flag)
-    measurement = Measurement(setup, records, settings)
+    measurement = Measurement(setup, records, settings, setup.objective.contrast)
     values = measurement.values(policy, reference, options.repeats)
     gradients = measurement.gradients(policy)
 
@@ -133,7 +134,7 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     analysis = Analysis(
         values,
         gradients,
-        objective=config.objective,
+        objective=setup.objective,
         length=examples.completion_length[records].astype(np.int64),
         is_desirable=examples.is_desirable[records],
         flops={setting: step_flops(setting) for setting in settings},

@@ -4,11 +4,10 @@ import logging
 import time
 from pathlib import Path
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, objectives
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import prepare
-from elbo_kto_jax.train.step import build_programs
 from elbo_kto_jax.train.workdir import open_workdir, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -20,19 +19,11 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--overwrite", action="store_true", help="delete what the working folder holds and start again")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
-    if config.objective.name != "elbo_kto":
+    if not objectives.build(config.objective).needs.reference:
         raise UserError(f"config.objective.name: {config.objective.name!r} has no reference to precompute")
     setup = prepare(config, skip_bad=options.skip_bad_records)
     workdir = Path(options.workdir)
     open_workdir(workdir, config, options.overwrite)
-    programs = build_programs(
-        setup.model,
-        setup.mesh,
-        num_examples=setup.data.batch_size,
-        draws=config.estimator.draws,
-        objective=config.objective,
-        one_pass_microbatches=config.train.one_pass_microbatches,
-    )
     base, _ = setup.load_base()
     if base is None:
         path = config.reference.path or config.model.path
@@ -44,7 +35,7 @@ def main(argv: list[str]) -> dict:
     with stop_on_signal() as stop_requested:
         fingerprint = setup.fingerprint(source, setup.data)
         cache = ReferenceCache(workdir / "reference", fingerprint, setup.data, setup.total_steps)
-        scored = cache.complete(programs, reference, stop_requested)
+        scored = cache.complete(setup.scorer(), reference, stop_requested)
     log.info("%d of %d steps were scored now, the others were known", scored, setup.total_steps)
     log.info("next: python -m elbo_kto_jax.train --config=%s --workdir=%s", options.config, workdir)
     return {

@@ -92,7 +92,7 @@ def test_the_worker_takes_the_passes_that_it_is_asked_for(tiny_checkpoint, tmp_p
 
     def train_step(programs, state, batch, reference):
         assert len(batch.micro_batches) > 1
-        one_pass.append(programs.takes_one_pass(batch.micro_batches))
+        one_pass.append(programs.scorer.takes_one_pass(batch.micro_batches))
         return state, {"reward": np.zeros(20)}
 
     train = {"do": "train", "elbo_ref": [0.0] * 20}

@@ -26,6 +26,7 @@ from elbo_kto_jax.checkpoint import huggingface, random_folder
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.objectives.kto import Kto
 from elbo_kto_jax.planning.fit import layers_that_fit
 from elbo_kto_jax.train.setup import prepare
 
@@ -119,8 +120,8 @@ def _check_peer(config: Config) -> None:
     for key in ("dtype", "param_dtype"):
         if getattr(config.model, key) != expected:
             raise UserError(f"config.model.{key}: the peer computes in {expected} here; set it to {expected}, {alone}")
-    if config.objective.name != "elbo_kto":
-        raise UserError(f"config.objective.name: the peer computes elbo_kto; set it to elbo_kto, {alone}")
+    if config.objective.name != Kto.name:
+        raise UserError(f"config.objective.name: the peer computes {Kto.name}; set it to that, {alone}")
     for name in ("desirable_weight", "undesirable_weight"):
         if getattr(config.objective, name) != 1.0:
             raise UserError(f"config.objective.{name}: the peer's is 1; set it to 1.0, {alone}")

@@ -27,8 +27,9 @@ from elbo_kto_jax.config import Config
 from elbo_kto_jax.model.llada import abstract_params, matmul_precision
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.train.data import Batch
 from elbo_kto_jax.train.setup import prepare
-from elbo_kto_jax.train.step import Batch, build_programs, score, train_step
+from elbo_kto_jax.train.step import build_programs, train_step
 
 _PEAK_SIZES = {"cpu": (2048, 1)}  # of a square matrix, and products at a stretch
 _LARGE = (8192, 10)  # for everything that is no CPU
@@ -43,30 +44,21 @@ def main() -> None:
     draws = config.estimator.draws
     tx = train_state.optimizer(config.optimizer, 100)
     shardings = train_state.state_shardings(tx, abstract_params(setup.model), setup.mesh)
-    programs = build_programs(
-        setup.model,
-        setup.mesh,
-        num_examples=len(records),
-        draws=draws,
-        objective=config.objective,
-        one_pass_microbatches=config.train.one_pass_microbatches,
-        tx=tx,
-        shardings=shardings,
-    )
+    scorer = setup.scorer()
+    programs = build_programs(scorer, setup.objective, draws=draws, tx=tx, shardings=shardings)
     passes = {None: config.train.one_pass_microbatches, True: sys.maxsize, False: 1}
     params = setup.load_params(config.model.path, "--config.model.path")
 
     def reference(batch: Batch, request: dict) -> Callable[[], dict]:
         def run() -> dict:
-            estimates = score(programs, params, [programs.place_rows(rows) for rows in batch.micro_batches])
-            return {"elbo": np.asarray(estimates).reshape(-1, draws).mean(axis=1).tolist()}
+            return {"elbo": np.asarray(scorer(params, batch.micro_batches)).reshape(-1, draws).mean(axis=1).tolist()}
 
         return run
 
     def train(batch: Batch, request: dict) -> Callable[[], dict]:
         state = train_state.init_state(tx, jax.tree.map(jnp.copy, params), shardings)  # steps donate it
         elbo_ref = np.repeat(np.asarray(request["elbo_ref"], np.float32), draws)
-        asked = programs._replace(one_pass_microbatches=passes[request.get("one_pass")])
+        asked = programs._replace(scorer=scorer.with_one_pass_up_to(passes[request.get("one_pass")]))
 
         def run() -> dict:
             new, metrics = jax.block_until_ready(train_step(asked, state, batch, elbo_ref))

@@ -26,8 +26,8 @@ from elbo_kto_jax import processes
 from elbo_kto_jax.config import differences
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.scoring.scorer import Scorer, Weights
 from elbo_kto_jax.train.data import TrainingData
-from elbo_kto_jax.train.step import Programs, Weights, score
 
 log = logging.getLogger(__name__)
 _SAVE_EVERY = 30.0  # seconds between parts
@@ -58,9 +58,7 @@ class ReferenceCache:
         self.elbo_ref, self.known = processes.of_first((self.elbo_ref, self.known))
         self._fingerprint = text
 
-    def complete(
-        self, programs: Programs, reference: Weights, stop_requested: Callable[[], bool] = lambda: False
-    ) -> int:
+    def complete(self, scorer: Scorer, reference: Weights, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Scores every step that is not known yet under the parameters `reference`, and returns how many those were.
 
         Raises:
@@ -77,9 +75,7 @@ class ReferenceCache:
         bar = tqdm(steps, desc="reference", unit="step")
         for step, batch in zip(bar, self.data.batches(steps.start, steps.stop), strict=True):
             if not self.known[step]:
-                pending.append(
-                    (step, score(programs, reference, [programs.place_rows(r) for r in batch.micro_batches]))
-                )
+                pending.append((step, scorer(reference, batch.micro_batches)))
             stopping = stop_requested()
             if stopping or time.monotonic() - saved_at > _SAVE_EVERY:
                 self._write(pending)

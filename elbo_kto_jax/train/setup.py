@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
+from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.objectives.protocol import Objective
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
 from elbo_kto_jax.text.examples import load_examples
@@ -36,12 +40,22 @@ class Setup:
     assets: Mapping[str, bytes]
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
+    objective: Objective
     data: TrainingData
     eval_data: TrainingData | None
 
     @property
     def total_steps(self) -> int:
         return self.config.train.steps or self.config.train.epochs * self.data.steps_per_epoch
+
+    def scorer(self) -> Scorer:
+        """What scores the batches of the run, policy and reference."""
+        return Scorer(
+            self.model,
+            self.mesh,
+            size=self.data.batch_size * self.config.estimator.draws,
+            one_pass_microbatches=self.config.train.one_pass_microbatches,
+        )
 
     def load_params(self, path: str, flag: str) -> Params:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
@@ -133,6 +147,8 @@ def prepare(
     tokenizer = store.build_tokenizer(assets, config.model.path)
     check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
     check_options(config.sampler)
+    objective = objectives.build(config.objective)
+    masks.check_scheme(config.estimator.scheme)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
@@ -157,7 +173,7 @@ def prepare(
             desirable_fraction=desirable_fraction,
             undesirable_fraction=undesirable_fraction,
             seed=config.seed,
-            needs_label=config.objective.name == "elbo_kto",
+            needs_label=objective.needs.labels,
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
@@ -174,4 +190,4 @@ def prepare(
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    return Setup(config, model, assets, tokenizer, mesh, data, eval_data)
+    return Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
