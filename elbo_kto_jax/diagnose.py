@@ -42,8 +42,12 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--out", required=True, metavar="DIR", help="where table.csv, diagnosis.json and report.html go")
     flags.add_argument("--records", type=int, default=32, help="drawn from config.data.train (default: %(default)s)")
     flags.add_argument("--repeats", type=int, default=8, help="sets of masks per record (default: %(default)s)")
-    flags.add_argument("--schemes", default=",".join(SCHEMES), help="uniform is always among them (default: all)")
-    flags.add_argument("--draws", default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)")
+    flags.add_argument(
+        "--schemes", type=str, default=",".join(SCHEMES), help="uniform is always among them (default: all)"
+    )
+    flags.add_argument(
+        "--draws", type=str, default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace earlier results")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)

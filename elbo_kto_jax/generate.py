@@ -13,10 +13,11 @@ With --html a page shows how the responses came about, step by step.
 import collections
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from elbo_kto_jax import cli, processes
+from elbo_kto_jax import cli, processes, terminal
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.report.denoising import Trace, write_denoising_report
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     for flag, path in (("--out", flags.out), ("--html", flags.html)):
         if path:
             cli.refuse_existing(path, flags.overwrite, flag)
+    if flags.out and flags.html and os.path.realpath(flags.out) == os.path.realpath(flags.html):
+        raise UserError(f"--html={flags.html}: the file of --out, too; name another")
     flag = "--checkpoint" if flags.checkpoint else "--config.model.path"
     source = flags.checkpoint or config.model.path
     if flags.prompts:
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         )
         cli.log.info("page: %s", flags.html)
     if flags.prompt and processes.is_first():
-        print("\n\n".join(answers.texts))
+        terminal.say("\n\n".join(answers.texts))
     return summary
 
 
@@ -81,7 +84,7 @@ def _parser() -> cli.Flags:
     parser.add_argument("--checkpoint", metavar="DIR", help="model (default: config.model.path)")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompts", metavar="FILE.jsonl", help="records with a `prompt`")
-    given.add_argument("--prompt", metavar="TEXT", action="append", help="one prompt; may be repeated")
+    given.add_argument("--prompt", type=str, metavar="TEXT", action="append", help="one prompt; may be repeated")
     parser.add_argument("--out", metavar="FILE.jsonl", help="where the responses go")
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the records' completions")
     parser.add_argument("--html", metavar="FILE.html", help=f"page that shows how the first {_SHOWN} came about")

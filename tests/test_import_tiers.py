@@ -13,6 +13,8 @@ TIERS = {
     "errors": 0,
     "config": 0,
     "files": 0,
+    "paths": 0,
+    "terminal": 0,
     "report": 0,
     "diffusion": 1,
     "preference": 1,

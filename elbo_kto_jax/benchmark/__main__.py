@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import huggingface
 from elbo_kto_jax.config import Config, Estimator
 from elbo_kto_jax.errors import UserError
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--out", default="runs/benchmark", help="folder for benchmark.json, report.html")
     flags.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     options, config = flags.parse(argv)
-    cli.refuse_existing(options.out, options.overwrite)
+    out = Path(options.out)
+    for file in (out / "benchmark.json", out / "report.html"):
+        cli.refuse_existing(file, options.overwrite)
     for flag in ("records", "rounds", "max_length"):
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(options, flag)}")
@@ -74,10 +76,9 @@ def main(argv: list[str]) -> dict:
         with_peer=not options.no_peer,
         peer_checkpointing=options.peer_checkpointing,
     )
-    out = Path(options.out)
     atomic_write(out / "benchmark.json", to_json(result))
     write_report(out / "report.html", result)
-    print(as_text(result))
+    terminal.say(as_text(result))
     log.info("report: %s", out / "report.html")
     keys = ("ratio", "ours", "variants", "peer", "memory")
     return {**{key: result[key] for key in keys}, "report": str(out / "report.html")}
@@ -109,13 +110,13 @@ class Worker:
     def __init__(self, *command: str, setting: dict):
         root = Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
         self.ready = self.ask(**setting)

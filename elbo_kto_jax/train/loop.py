@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import shlex
 import time
 from pathlib import Path
 
@@ -302,7 +303,7 @@ class _Run:
         count, file = self.setup.config.train.samples, self.workdir / "samples.json"
         if file.is_file():
             try:
-                self.samples = [dict(sample) for sample in json.loads(file.read_text())]
+                self.samples = [dict(sample) for sample in json.loads(file.read_bytes())]
             except (ValueError, TypeError):
                 raise UserError(f"{file}: damaged; remove it (the report will lack the answers before)") from None
         if not count or (self.samples and when in self.samples[0]):
@@ -361,9 +362,6 @@ class _Run:
         )
         if not interrupted:
             log.info("report: %s", summary["report"])
-            log.info(
-                "next: python -m conversion.to_hf --source=%s --out=%s",
-                summary["checkpoint"],
-                self.workdir / "huggingface",
-            )
+            words = [f"--source={summary['checkpoint']}", f"--out={self.workdir / 'huggingface'}"]
+            log.info("next: python -m conversion.to_hf %s", shlex.join(words))
         return summary

@@ -50,7 +50,7 @@ class ReferenceCache:
         for other in sorted(folder.glob("*/fingerprint.json")):
             if other.parent != self.path:
                 try:
-                    changes = "; ".join(differences(dict(json.loads(other.read_text())), fingerprint, "reference"))
+                    changes = "; ".join(differences(dict(json.loads(other.read_bytes())), fingerprint, "reference"))
                 except (OSError, ValueError, TypeError):
                     changes = "its description is damaged"
                 log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)

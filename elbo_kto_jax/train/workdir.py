@@ -49,7 +49,7 @@ def _open(workdir: Path, file: Path, config: Config, overwrite: bool) -> None:
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     if file.is_file():
         try:
-            old = dict(json.loads(file.read_text())["config"])
+            old = dict(json.loads(file.read_bytes())["config"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: damaged; pass --overwrite to start the run again from nothing") from None
         changes = differences(old, config.to_dict())
@@ -81,7 +81,7 @@ class MetricsLog:
             left.unlink()
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
