@@ -31,6 +31,7 @@ from elbo_kto_jax.train.setup import prepare
 
 SCHEMES = get_args(get_type_hints(Estimator)["scheme"])
 DRAWS = (1, 2, 4, 8, 16)
+_MOST_MASKS = 10_000_000  # their indices and weights are in memory, and the distinct ones among them
 
 
 def main(argv: list[str]) -> dict:
@@ -94,8 +95,8 @@ def _settings(options) -> list[Setting]:
     if not schemes <= set(SCHEMES):
         raise UserError(f"--schemes={options.schemes}: expected some of {', '.join(SCHEMES)}")
     draws = options.draws.split(",")
-    if not all(k.isdecimal() and int(k) for k in draws):
-        raise UserError(f"--draws={options.draws}: expected numbers of at least 1 with commas between them")
+    if not all(k.isdecimal() and len(k) < 10 and int(k) for k in draws):
+        raise UserError(f"--draws={options.draws}: expected numbers from 1 to 999999999 with commas between them")
     return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
 
 
@@ -115,6 +116,12 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     if len(examples) < 2:
         raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
     records = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: options.records])
+    masks = len(records) * options.repeats * sum(setting.draws for setting in settings)
+    if masks > _MOST_MASKS:
+        raise UserError(
+            f"{masks:.3g} masks ({len(records)} records, {options.repeats} repetitions, {len(settings)} settings), "
+            f"expected at most {_MOST_MASKS}; lower --draws, --repeats or --records"
+        )
     cli.log.info(
         "%d of %d examples, %d repetitions of %d settings",
         len(records),

@@ -568,6 +568,8 @@ class TrainingCheckpoints:
             raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
         if manifest.progress not in (None, progress):
             raise UserError(f"{progress_file}: damaged: it is not what was saved; {_REMEDY}")
+        if not isinstance(progress, dict) or progress.get("step", step) != step:
+            raise UserError(f"{folder}: not step {step} but a copy of another: {progress_file} says so; remove it")
         _read_assets(folder, manifest)
         for item in ("params", "opt_state"):
             if item not in manifest.trees:

@@ -73,9 +73,11 @@ class Analysis:
     def _many(self, found: Mapping[Setting, np.ndarray], without: str = "") -> Float64[np.ndarray, " n"]:
         """The mean over all draws of the schemes but `without`: the value that few draws estimate.
 
-        Bernoulli's draws, whose variance is infinite, are left out.
+        Bernoulli's draws, whose variance is infinite, are left out; NaN where that leaves none.
         """
         used = [s for s in self.settings if s.scheme not in ("bernoulli", without)]
+        if not used:
+            return np.full(len(self.length), np.nan)
         return np.average([found[s].mean(axis=1) for s in used], axis=0, weights=[s.draws for s in used])
 
     def _logit(self, reward: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -24,6 +25,9 @@ from elbo_kto_jax.files import atomic_write, check_writable, is_leftover, to_jso
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+# What commands make in a working folder, those of `sweep` included.
+_FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
+_FOLDERS = ("checkpoints", "tensorboard", "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
 def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
@@ -35,6 +39,12 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
     """
     check_writable(workdir, "--workdir")
     processes.first(lambda: _open(workdir, workdir / CONFIG, config, overwrite))
+    for name in (*_FILES, *_FOLDERS):
+        found = workdir / name
+        if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+            raise UserError(
+                f"{found}: not a {'folder' if name in _FOLDERS else 'file'}; remove it or choose another --workdir"
+            )
     if not (workdir / CONFIG).is_file():
         raise UserError(
             f"--workdir={workdir}: process 0 has made it, process {jax.process_index()} does not see it; "
