@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from elbo_kto_jax import cli, processes, terminal
@@ -26,6 +26,7 @@ from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, 
 from elbo_kto_jax.text.records import Record, read_records
 
 _SHOWN = 20  # responses on a page
+_LONGEST_CHARACTER = 8  # tokens; four bytes at most, and neighbours that share a token
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         write_denoising_report(
             flags.html,
             title=f"Responses of {source}",
-            traces=[_trace(checkpoint, answers, i) for i in range(min(len(records), _SHOWN))],
+            traces=[_trace(checkpoint, record, answers, i) for i, record in enumerate(records[:_SHOWN])],
             summary=summary,
             settings=dataclasses.asdict(config.sampler),
         )
@@ -108,17 +109,37 @@ def _records_of_flags(texts: Sequence[str], as_messages: bool) -> list[Record]:
     return records
 
 
-def _trace(checkpoint: Checkpoint, answers: Answers, i: int) -> Trace:
-    """How response i came about, up to its first stop token."""
-    decoded = checkpoint.tokenizer.decode
+def _trace(checkpoint: Checkpoint, record: Record, answers: Answers, i: int) -> Trace:
+    """How response i, that to `record`, came about, up to its first stop token."""
     responses, tokens = answers.responses, answers.responses.tokens[i]
     end = len(cut_response(tokens, checkpoint.stop_ids)) + 1
     return Trace(
-        prompt=decoded(answers.prompts[i].tolist(), skip_special_tokens=True),
-        tokens=[decoded([token]) for token in tokens[:end].tolist()],
+        prompt=record.prompt,
+        tokens=token_texts(tokens[:end].tolist(), checkpoint.tokenizer.decode),
         written_at=responses.written_at[i, :end].tolist(),
         confidence=responses.confidence[i, :end].tolist(),
     )
+
+
+def token_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str | None]:
+    """The text of each token, as in the text of them all; None: it continues a character of the token before.
+
+    Tokens hold bytes, and several can make one character: its text stands with the first of them.
+    """
+    texts: list[str | None] = []
+    start = before = 0  # of this character and of the one before, which some tokenizers need to tell a space
+    while start < len(tokens):
+        left = decode(tokens[before:start])
+        for stop in range(start + 1, min(start + _LONGEST_CHARACTER, len(tokens)) + 1):
+            text = decode(tokens[before:stop])
+            text = text[len(left) :] if text.startswith(left) else decode(tokens[start:stop])
+            if "\ufffd" not in text:
+                break
+        else:  # bytes that are no character whatever follows
+            stop, text = start + 1, decode(tokens[start : start + 1])
+        texts += [text, *[None] * (stop - start - 1)]
+        start, before = stop, start
+    return texts
 
 
 def _write(path: str, records: Sequence[Record], answers: Answers) -> None:

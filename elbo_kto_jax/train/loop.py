@@ -326,7 +326,7 @@ class _Run:
         )
         stops = [self.setup.model.config.eos_token_id] + ([] if eot is None else [eot])
         if not self.samples:
-            self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
+            self.samples = [{"prompt": prompt} for prompt in examples.prompts[: len(prompts)]]
         for sample, response in zip(self.samples, responses.tokens, strict=True):
             sample[when] = to_text(response, tokenizer, stops)
         if processes.is_first():

@@ -163,6 +163,7 @@ def prepare(
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
+            prompts=config.train.samples,
         )
         log.info("%s: %s", path, examples.report)
         return TrainingData(
