@@ -124,8 +124,8 @@ def _check_text(words: list[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
-            flag = word.partition("=")[0]
-            raise UserError(f"{flag}: not UTF-8 text: {word}; convert it (iconv), or check LC_ALL") from None
+            flag, _, value = word.partition("=")
+            raise UserError(f"{flag} is not UTF-8 text: {value}; convert it (iconv -t UTF-8)") from None
 
 
 def _checked(value: Any, kind: Any, flag: str) -> Any:
@@ -200,6 +200,9 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     Interrupted, SIGTERM or Ctrl-C: what was finished is kept, no file is half written, and the same command goes on.
     With several processes the first one prints the summary.
     """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Under another locale the same words and names would mean something else to Python than to TensorStore.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, outside of `stop_on_signal`
     terminal.protect_streams()
     handler = logging.StreamHandler(sys.stderr)

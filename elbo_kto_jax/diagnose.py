@@ -62,6 +62,8 @@ def main(argv: list[str]) -> dict:
     if config.objective.name != "elbo_kto":
         raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
     began = time.monotonic()
+    if len({setting.scheme for setting in settings} - {"bernoulli"}) < 2:
+        cli.log.warning("biases of the estimate are not measured: they need two of --schemes besides bernoulli")
     result = diagnose(config, options, settings)
     result["seconds"] = time.monotonic() - began
 
@@ -96,7 +98,9 @@ def _settings(options) -> list[Setting]:
         raise UserError(f"--schemes={options.schemes}: expected some of {', '.join(SCHEMES)}")
     draws = options.draws.split(",")
     if not all(k.isdecimal() and len(k) < 10 and int(k) for k in draws):
-        raise UserError(f"--draws={options.draws}: expected numbers from 1 to 999999999 with commas between them")
+        raise UserError(
+            f"--draws={options.draws}: expected numbers of at least 1 and less than 10^9, with commas between them"
+        )
     return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
 
 

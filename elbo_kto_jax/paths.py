@@ -41,8 +41,7 @@ def resolve(path: str, flag: str) -> str:
         same = False
     if not same:
         raise UserError(
-            f"{flag}={path}: not UTF-8, or Python reads names in another encoding (LC_ALL); "
-            "rename it or set PYTHONUTF8=1"
+            f"{flag}={path}: not UTF-8 text, or Python reads names otherwise; rename it, or set PYTHONUTF8=1"
         )
     for taken, meant in (("\\", "a slash"), ("gs:/", "a bucket")):
         if taken in f"{whole}/":

@@ -35,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from etils.epath import stat_utils
 from jax.typing import DTypeLike
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -802,13 +803,18 @@ def files_in(directory: epath.Path) -> Iterator[epath.Path]:
 class _LocalPath(type(epath.Path())):
     """A path on this machine for Orbax, whatever its name is; paths that are derived from it are of this kind, too.
 
-    epath itself takes /gs/NAME, /s3/NAME and /hf/NAME for buckets and, in `glob`, a folder's name for a pattern.
+    epath itself takes /gs/NAME, /s3/NAME and /hf/NAME for buckets and, in `glob`, a folder's name for a pattern; its
+    `stat` fails for owners without a name, which containers and network file systems have.
     """
 
     _uri_scheme = None
 
     def glob(self, pattern: str) -> Iterator["_LocalPath"]:
         return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+    def stat(self) -> stat_utils.StatResult:
+        found = os.stat(self)
+        return stat_utils.StatResult(self.is_dir(), found.st_size, int(found.st_mtime), mode=found.st_mode)
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:

@@ -145,7 +145,7 @@ def _legend() -> Html:
 def _frames(trace: Trace, *, unfolded: bool) -> Html:
     """The response after each step: what is masked, what is new, what was there."""
     steps = max(trace.written_at, default=-1) + 1
-    shown = np.unique(np.linspace(1, steps, min(steps, _FRAMES)).round().astype(int)) if steps else []
+    shown = np.unique(np.linspace(1, steps, min(steps, _FRAMES)).round().astype(int)).tolist() if steps else []
     frames, before = [], 0
     for done in shown:
         new = [i for i, step in enumerate(trace.written_at) if before <= step < done]
