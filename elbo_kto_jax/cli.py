@@ -275,8 +275,8 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out
     Raises:
       UserError: it exists and --overwrite was not given, it is a folder, or nothing can be written there.
     """
+    check_writable(path, flag)
     if Path(path).is_dir():
         raise UserError(f"{flag}={path}: a folder; name a file")
-    check_writable(path, flag)
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{flag}={path} exists already; choose another name or pass --overwrite")
