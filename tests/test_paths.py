@@ -1,4 +1,4 @@
-"""One path, one meaning: `paths.resolve`, and that every path flag of every command and every such config key uses it."""
+"""One path, one meaning: `paths.resolve`, and that every path flag and config key goes through it."""
 
 import dataclasses
 import os

@@ -449,7 +449,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"):
         if os.path.islink(left):
             os.unlink(left)
         else:
