@@ -237,8 +237,8 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
         _leave(1, "")
     if processes.is_first():
         terminal.say_json(to_json(summary))
-    if sys.stdout.failure:
-        _leave(2, f"error: stdout: {sys.stdout.failure}; what was printed is lost, files are written: make room")
+    if terminal.stdout_failure():
+        _leave(2, f"error: stdout: {terminal.stdout_failure()}; what was printed is lost, files are written: make room")
     sys.exit(0)
 
 

@@ -27,7 +27,7 @@ def resolve(path: str, flag: str) -> str:
     if not path:
         return path
     if address := _ADDRESS.match(path):
-        shown = re.sub(r"//[^/]*@", "//", path)  # without a password
+        shown = re.sub(r"//.*@", "//", path)  # without a password
         raise UserError(f"{flag}={shown}: {address[1]}:// addresses are not supported; name a path of this machine")
     path = _at_home(path, flag)
     if str(Path(path)).startswith("~"):  # ./~ is a folder here, and without the dot it would be a home folder

@@ -5,6 +5,7 @@ terminal. `say` is the only way in which the package writes text to stdout; `pro
 for other libraries write there too.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -127,9 +128,24 @@ def protect_streams() -> None:
             handler.setStream(getattr(sys, before[handler.stream]))
 
 
-def _protected(stream: io.TextIOBase | None, number: int, kind: type[_Stream]) -> _Stream:
+def stdout_failure() -> str:
+    """Why something that was printed is lost, in words; "" if nothing is."""
+    return sys.stdout.failure if isinstance(sys.stdout, _Stream) else ""
+
+
+def _protected(stream: io.TextIOBase | None, number: int, kind: type[_Stream]) -> io.TextIOBase:
+    """`stream` on the file descriptor `number` as one of `kind`; one that writes elsewhere stays what it is."""
+    encoding = "utf-8"
     if stream is not None:
-        stream.flush()
-    encoding = "utf-8" if stream is None else stream.encoding
-    raw = io.FileIO(number, "w", closefd=False)
+        encoding = stream.encoding
+        with contextlib.suppress(OSError):
+            stream.flush()
+        try:
+            elsewhere = isinstance(stream, _Stream) or stream.fileno() != number
+        except OSError:  # it is in memory
+            elsewhere = True
+        if elsewhere:
+            return stream
+    # One that was closed at the start stays so: another file may have its number by now.
+    raw = io.FileIO(os.devnull if stream is None else number, "w", closefd=stream is None)
     return kind(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=number == 2 or raw.isatty())
