@@ -133,7 +133,7 @@ def _checked(value: Any, kind: Any, flag: str) -> Any:
     if kind is None and isinstance(value, str):
         return paths.resolve(value, flag)
     if kind is int and value is not None and not 0 <= value <= _LARGEST:
-        raise UserError(f"{flag}: expected a number from 0 to {_LARGEST}, got {value:.9g}")
+        raise UserError(f"{flag}: expected a number from 0 to {_LARGEST}, got {value}")
     if kind is float and value is not None and not math.isfinite(value):
         raise UserError(f"{flag}: expected a finite number, got {value}")
     return value
