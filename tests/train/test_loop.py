@@ -96,7 +96,7 @@ def test_working_folder(whole, settings):
     assert list((workdir / "tensorboard").iterdir())
     samples = json.loads((workdir / "samples.json").read_text())
     assert [sample.keys() for sample in samples] == [{"prompt", "before", "after"}] * 2
-    assert all("Sort" in sample["prompt"] for sample in samples)
+    assert all("Sort" in sample["prompt"][0]["content"] for sample in samples)
     report = (workdir / "report.html").read_text()
     assert "<svg" in report
     assert "learning_rate" in report
