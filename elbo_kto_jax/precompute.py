@@ -1,6 +1,7 @@
 """python -m elbo_kto_jax.precompute --config=configs/FILE.py --workdir=DIR: B_ref of every draw, for `train`."""
 
 import logging
+import shlex
 import time
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> dict:
         cache = ReferenceCache(workdir / "reference", fingerprint, setup.data, setup.total_steps)
         scored = cache.complete(setup.scorer(), reference, stop_requested)
     log.info("%d of %d steps were scored now, the others were known", scored, setup.total_steps)
-    log.info("next: python -m elbo_kto_jax.train --config=%s --workdir=%s", options.config, workdir)
+    words = [word for word in argv if word != "--overwrite"]  # which would delete what was computed
+    log.info("next: python -m elbo_kto_jax.train %s", shlex.join(words))
     return {
         "examples": sum(len(setup.data.indices(step)) for step in range(setup.total_steps)),
         "draws": config.estimator.draws,

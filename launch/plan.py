@@ -9,11 +9,12 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import jax
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.random_folder import SIZES
 from elbo_kto_jax.config import Config
@@ -44,7 +45,7 @@ EXAMPLES, TOKENS = 14_000, 700
 def main(argv: list[str]) -> dict:
     flags = cli.Flags("launch.plan", "Compile a run for a TPU slice without one: does it fit, how fast can it be?")
     flags.add_config()
-    flags.add_argument("--topology", required=True, help="GENERATION:SHAPE of the slice, such as v5e:8x8")
+    flags.add_argument("--topology", type=str, required=True, help="GENERATION:SHAPE of the slice, such as v5e:8x8")
     flags.add_argument("--search", action="store_true", help="find mesh, micro-batch, remat and dtype that are fastest")
     flags.add_argument("--candidates", type=int, default=3, help="that --search compiles (default: %(default)s)")
     flags.add_argument("--examples", type=int, help=f"in the data, where it is not on disk (default: {EXAMPLES})")
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> dict:
         if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise UserError(f"--{flag}: expected at least 1, got {getattr(options, flag)}")
     out = Path(options.out or Path("runs", "plan", topology.name.replace(":", "-")))
-    cli.refuse_existing(out, options.overwrite)
+    for file in (out / "plan.json", out / "report.html"):
+        cli.refuse_existing(file, options.overwrite)
     _use_libtpu()
     model, tokenizer = _model(config)
     examples, tokens = _data(config, tokenizer, options.examples, options.tokens)
@@ -82,12 +84,12 @@ def main(argv: list[str]) -> dict:
     found["model"] = dataclasses.asdict(model)
     atomic_write(out / "plan.json", to_json(found))
     write_plan_report(out / "report.html", found)
-    print(as_text(found))
+    terminal.say(as_text(found))
     log.info("report: %s", out / "report.html")
     if tried:
         best = [attempt for attempt in tried if attempt["fits"]]
         chosen = max(best, key=lambda attempt: attempt["tokens_per_second_bound"])["flags"]
-        log.info("next: the same settings in training: %s", " ".join(chosen) or "the config as it is")
+        log.info("next: the same settings in training: %s", shlex.join(chosen) or "the config as it is")
     keys = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
     keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "topology", "mesh", "settings")
     return {key: found[key] for key in keys if key in found} | {"report": str(out / "report.html")}
@@ -111,7 +113,7 @@ def _use_libtpu() -> None:
 
 def _model(config: Config):
     """The architecture, and the tokenizer where there is one."""
-    path = Path(config.model.path).expanduser()
+    path = Path(config.model.path)
     if not path.exists():
         log.info("config.model.path=%s is not on this machine: planning for LLaDA-8B as published", config.model.path)
         return LLADA_8B, None

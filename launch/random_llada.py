@@ -19,7 +19,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
     flags, _ = parser.parse(argv)
-    out = Path(flags.out).expanduser()
+    out = Path(flags.out)
     store.check_destination(out, flags.overwrite, huggingface.is_published)
     dimensions = sizes[flags.size] | ({"n_layers": flags.layers} if flags.layers else {})
     written = random_folder.write(

@@ -14,6 +14,8 @@ TIERS = {
     "config": 0,
     "objectives": 1,
     "files": 0,
+    "paths": 0,
+    "terminal": 0,
     "report": 0,
     "diffusion": 1,
     "packing": 1,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.benchmark.measure import PEER, Plan, measure
 from elbo_kto_jax.benchmark.tables import as_text, write_report
 from elbo_kto_jax.checkpoint import huggingface, random_folder
@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> dict:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the memory of the GPU
     options, config = _flags().parse(argv)
-    cli.refuse_existing(options.out, options.overwrite)
+    out = Path(options.out)
+    for file in (out / "benchmark.json", out / "report.html"):
+        cli.refuse_existing(file, options.overwrite)
     for flag in ("records", "rounds", "max_length"):
         if getattr(options, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(options, flag)}")
@@ -63,10 +65,9 @@ def main(argv: list[str]) -> dict:
                 scratch=Path(scratch),
             )
         )
-    out = Path(options.out)
     atomic_write(out / "benchmark.json", to_json(result))
     write_report(out / "report.html", result)
-    print(as_text(result))
+    terminal.say(as_text(result))
     if result["agrees"] is False:
         log.warning("the two did not compute the same, see the last table: the ratios say nothing")
     log.info("report: %s", out / "report.html")

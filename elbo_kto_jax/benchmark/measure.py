@@ -107,13 +107,13 @@ class Worker:
 
     def __init__(self, *command: str, setting: dict):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            text=True,
+            encoding="utf-8",
             env={**os.environ, **_WHOLE_GPU, "PYTHONPATH": path},
         )
         self.ready = self.ask(**setting)

@@ -78,9 +78,11 @@ class Analysis:
     def _many(self, found: Mapping[Setting, np.ndarray], without: str = "") -> Float64[np.ndarray, " n"]:
         """The mean over all draws of the schemes but `without`: the value that few draws estimate.
 
-        Draws of infinite variance are left out.
+        Draws of infinite variance are left out; NaN where that leaves none.
         """
         used = [s for s in self.settings if SCHEMES[s.scheme].finite_variance and s.scheme != without]
+        if not used:
+            return np.full(len(self.length), np.nan)
         return np.average([found[s].mean(axis=1) for s in used], axis=0, weights=[s.draws for s in used])
 
     def _margin(self, reward: Float64[np.ndarray, "n r"], z0: float | None = None) -> Float64[np.ndarray, "u r"]:

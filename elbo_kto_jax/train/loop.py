@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import shlex
 import time
 from pathlib import Path
 
@@ -291,7 +292,7 @@ class _Run:
         count, file = self.setup.config.train.samples, self.workdir / "samples.json"
         if file.is_file():
             try:
-                self.samples = [dict(sample) for sample in json.loads(file.read_text())]
+                self.samples = [dict(sample) for sample in json.loads(file.read_bytes())]
             except (ValueError, TypeError):
                 raise UserError(f"{file}: damaged; remove it (the report will lack the answers before)") from None
         if not count or (self.samples and when in self.samples[0]):
@@ -314,7 +315,7 @@ class _Run:
         )
         stops = [self.setup.model.config.eos_token_id] + ([] if eot is None else [eot])
         if not self.samples:
-            self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
+            self.samples = [{"prompt": prompt} for prompt in examples.prompts[: len(prompts)]]
         for sample, response in zip(self.samples, responses.tokens, strict=True):
             sample[when] = to_text(response, tokenizer, stops)
         if processes.is_first():
@@ -350,9 +351,6 @@ class _Run:
         )
         if not interrupted:
             log.info("report: %s", summary["report"])
-            log.info(
-                "next: python -m conversion.to_hf --source=%s --out=%s",
-                summary["checkpoint"],
-                self.workdir / "huggingface",
-            )
+            words = [f"--source={summary['checkpoint']}", f"--out={self.workdir / 'huggingface'}"]
+            log.info("next: python -m conversion.to_hf %s", shlex.join(words))
         return summary

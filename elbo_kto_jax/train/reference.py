@@ -45,12 +45,18 @@ class ReferenceCache:
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self.data = data
-        self.elbo_ref = np.zeros((steps, data.batch_size * data.estimator.draws), np.float32)
-        self.known = np.zeros(steps, bool)
+        try:
+            self.elbo_ref = np.zeros((steps, data.batch_size * data.estimator.draws), np.float32)
+            self.known = np.zeros(steps, bool)
+        except MemoryError:
+            raise UserError(
+                f"config.train: the reference's estimates for {steps} steps do not fit in memory; train for fewer, or "
+                "set config.reference.mode=online"
+            ) from None
         for other in sorted(folder.glob("*/fingerprint.json")):
             if other.parent != self.path:
                 try:
-                    changes = "; ".join(differences(dict(json.loads(other.read_text())), fingerprint, "reference"))
+                    changes = "; ".join(differences(dict(json.loads(other.read_bytes())), fingerprint, "reference"))
                 except (OSError, ValueError, TypeError):
                     changes = "its description is damaged"
                 log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)

@@ -15,6 +15,7 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion import masks
+from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
@@ -29,6 +30,7 @@ from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 
 log = logging.getLogger(__name__)
+_MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,7 @@ def prepare(
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
+            prompts=config.train.samples,
         )
         log.info("%s: %s", path, examples.report)
         return TrainingData(
@@ -190,4 +193,11 @@ def prepare(
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    return Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
+    setup = Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
+    if setup.total_steps > _MOST_STEPS:
+        key = "steps" if config.train.steps else "epochs"
+        raise UserError(
+            f"config.train.{key}: {getattr(config.train, key)} is {setup.total_steps} steps; "
+            f"expected at most {_MOST_STEPS} steps"
+        )
+    return setup

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -24,6 +25,9 @@ from elbo_kto_jax.files import atomic_write, check_writable, is_leftover, to_jso
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+# What commands make in a working folder, those of `sweep` included.
+_FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
+_FOLDERS = ("checkpoints", "tensorboard", "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
 def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
@@ -35,6 +39,12 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool) -> None:
     """
     check_writable(workdir, "--workdir")
     processes.first(lambda: _open(workdir, workdir / CONFIG, config, overwrite))
+    for name in (*_FILES, *_FOLDERS):
+        found = workdir / name
+        if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+            raise UserError(
+                f"{found}: not a {'folder' if name in _FOLDERS else 'file'}; remove it or choose another --workdir"
+            )
     if not (workdir / CONFIG).is_file():
         raise UserError(
             f"--workdir={workdir}: process 0 has made it, process {jax.process_index()} does not see it; "
@@ -49,7 +59,7 @@ def _open(workdir: Path, file: Path, config: Config, overwrite: bool) -> None:
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     if file.is_file():
         try:
-            old = dict(json.loads(file.read_text())["config"])
+            old = dict(json.loads(file.read_bytes())["config"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{file}: damaged; pass --overwrite to start the run again from nothing") from None
         changes = differences(old, config.to_dict())
@@ -81,7 +91,7 @@ class MetricsLog:
             left.unlink()
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))

@@ -181,3 +181,14 @@ def test_flat_rows():
     }
     assert flat(row) == {"scheme": "x", "v": 1, "v_low": 0, "v_high": 2, "g.a": 3, "g.a_low": 3, "g.a_high": 3}
     assert columns([{"a": 1, "b": 2}, {"c": 3, "a": 1}]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("schemes", [("uniform",), ("uniform", "bernoulli")])
+def test_without_another_scheme_there_is_no_bias_to_measure(schemes):
+    found = analysis(schemes=schemes, repeats=20, noise={"uniform": 1.0, "bernoulli": 4.0})
+    row = by_setting(found)["uniform", 2]
+    assert np.isnan(row["elbo_bias"]["value"])
+    assert np.isfinite(row["elbo_variance"]["value"])
+    assert found.recommendation()["scheme"] == "uniform"
+    assert found.breakdown()
+    assert found.by_count()
