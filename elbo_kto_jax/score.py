@@ -16,6 +16,7 @@ from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.objectives.protocol import NOTHING
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.text.examples import Examples
@@ -52,9 +53,8 @@ def score_records(config: Config, options, params: Params | None = None) -> Iter
         data=dataclasses.replace(
             config.data, train=options.data, eval="", desirable_fraction=1.0, undesirable_fraction=1.0
         ),
-        objective=dataclasses.replace(config.objective, name="sft"),
     )
-    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--data"))
+    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--data"), needs=NOTHING)
     data, examples, draws = setup.data, setup.data.examples, config.estimator.draws
     if options.exact and examples.completion_length.max() > MAX_LENGTH:
         i = int(np.argmax(examples.completion_length))
@@ -78,8 +78,8 @@ def score_records(config: Config, options, params: Params | None = None) -> Iter
             yield _result(examples, i, float(np.sum(weight * values)), 0.0)
         return
     for start in range(0, len(examples), size):
-        batch = data.batch_of(np.arange(start, min(start + size, len(examples))))
-        for i, row in enumerate(estimates(batch.micro_batches).reshape(size, draws)[: len(examples) - start], start):
+        micro_batches = data.micro_batches(np.arange(start, min(start + size, len(examples))))
+        for i, row in enumerate(estimates(micro_batches).reshape(size, draws)[: len(examples) - start], start):
             bar.update()
             stderr = float(np.std(row, ddof=1) / np.sqrt(draws)) if draws > 1 else None
             yield _result(examples, i, float(np.mean(row)), stderr)

@@ -58,7 +58,7 @@ class Plan:
 
         Both are asked for by name, so that each is of one kind whatever the number of draws.
         """
-        micro_batches = len(self.setup.data.batch_of(np.arange(self.records)).micro_batches)
+        micro_batches = len(self.setup.data.micro_batches(np.arange(self.records)))
         if micro_batches == 1:
             return {"ours": {}}
         one_pass = micro_batches <= self.config.train.one_pass_microbatches

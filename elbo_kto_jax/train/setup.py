@@ -19,7 +19,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
-from elbo_kto_jax.objectives.protocol import Objective
+from elbo_kto_jax.objectives.protocol import Needs, Objective
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.scoring.scorer import Scorer
@@ -104,6 +104,7 @@ class Setup:
             "platform": jax.default_backend(),
             "jax": jax.__version__,
             "format": 2,  # of the cache; parts of the first had no checksum
+            **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
         }
 
 
@@ -135,11 +136,16 @@ def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
 
 
 def prepare(
-    config: Config, *, skip_bad: bool, flags: tuple[str, str] = ("--config.model.path", "--config.data.train")
+    config: Config,
+    *,
+    skip_bad: bool,
+    flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
+    needs: Needs | None = None,
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
-    `flags` are the names under which the user gave the model and the data, for messages.
+    `flags` are the names under which the user gave the model and the data, for messages. `needs` is what is asked of
+    the data; None: what the objective needs.
 
     Raises:
       UserError: anything about them that the user has to mend.
@@ -151,6 +157,13 @@ def prepare(
     check_options(config.sampler)
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)
+    needs = objective.needs if needs is None else needs
+    group = 2 if needs.pairs else 1
+    if config.train.global_batch_size % group:
+        raise UserError(
+            f"config.train.global_batch_size: {config.train.global_batch_size} completions are no whole pairs, which "
+            f"{config.objective.name} needs; choose an even number"
+        )
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
@@ -175,7 +188,7 @@ def prepare(
             desirable_fraction=desirable_fraction,
             undesirable_fraction=undesirable_fraction,
             seed=config.seed,
-            needs_label=objective.needs.labels,
+            needs_label=needs.labels,
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
@@ -189,6 +202,7 @@ def prepare(
             batch_size=config.train.global_batch_size,
             seed=config.seed,
             own=rules.own_rows(mesh, layout.rows),
+            group=group,
         )
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
