@@ -9,7 +9,7 @@ serves all cells with equal settings. A checkpoint is loaded once for all of its
 
     DIR/config.json            the grid; another one in the same folder is refused
     DIR/cells/NAME/            result.json and what `evaluate` and `score` write; a cell that has a result of the same
-                               settings and the same weights is not evaluated again
+                               settings, weights and data (by their content) is not evaluated again
     DIR/answers/, DIR/judge/   answers and verdicts that cells share
     DIR/table.csv, table.md, report.html
 """
@@ -17,29 +17,32 @@ serves all cells with equal settings. A checkpoint is loaded once for all of its
 import argparse
 import csv
 import dataclasses
-import hashlib
 import io
-import json
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, evaluate, score
-from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax import cli, evaluate, processes, score
 from elbo_kto_jax.config import SweepConfig
 from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.evaluation import kept
+from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.report.sweep import write_sweep_report
-from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.respond import Checkpoint
+from elbo_kto_jax.text.records import read_records
 from elbo_kto_jax.train.workdir import open_workdir, stop_on_signal
 
-WIN_RATE, ELBO, EXACT_ELBO = "win_rate", "elbo", "exact_elbo"
+WIN_RATE, ELBO, EXACT_ELBO = evaluate.WIN_RATE, "elbo", "exact_elbo"
 COLUMNS = ("cell", "checkpoint", "task", "sampler", "draws", "metric", "value", "low", "high", "seconds")
+
+_SHOWN = 200  # characters of a value in table.md; table.csv has them all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     left = [cell for cell in run.cells if cell.name not in done]
     cli.log.info("%d cells, %d of them done", len(run.cells), len(done))
     with stop_on_signal() as stop_requested, tqdm(total=len(run.cells), initial=len(done), desc="cells") as bar:
+        if not processes.several():  # where there are several, all must ask at the same point
+            run.stop_requested = stop_requested
         for cell in run.evaluated(left):
             done[cell.name] = run.result(cell)
             bar.update()
@@ -85,6 +90,7 @@ class _Run:
 
     def __init__(self, flags: argparse.Namespace, config: SweepConfig):
         self.flags, self.config, self.workdir = flags, config, Path(flags.workdir)
+        self.stop_requested: Callable[[], bool] = bool  # no, until there is somebody to ask
         sweep = config.sweep
         _check_axes(config)
         flags.limit = sweep.limit
@@ -98,21 +104,24 @@ class _Run:
             for key in ("baseline", "prompts"):
                 if not getattr(sweep, key):
                     raise UserError(f"config.sweep.{key}: missing; the task {WIN_RATE!r} needs it")
-            self._records, self._rows = evaluate.read_prompts(sweep.prompts, "config.sweep.prompts")
-            self._prompts_digest = _digest(Path(sweep.prompts).read_bytes())
-            self._judge = evaluate.make_judge(flags, self._records, self._rows, self.workdir / "judge")
-            self._judge_settings = self._describe_judge()
-        if {ELBO, EXACT_ELBO} & set(sweep.tasks) and not sweep.data:
-            raise UserError(f"config.sweep.data: missing; the tasks {ELBO!r} and {EXACT_ELBO!r} need it")
+            self._prompts = evaluate.read_prompts(sweep.prompts, "config.sweep.prompts")
+            self._judge = evaluate.make_judge(
+                flags, self._prompts, self.workdir / "judge", lambda: self.stop_requested()
+            )
+            self._judge_settings = evaluate.describe_judge(flags)
+        if {ELBO, EXACT_ELBO} & set(sweep.tasks):
+            if not sweep.data:
+                raise UserError(f"config.sweep.data: missing; the tasks {ELBO!r} and {EXACT_ELBO!r} need it")
+            self._data_digest = _digest_of_records(sweep.data)
         sources = [*sweep.checkpoints, *([sweep.baseline] if WIN_RATE in sweep.tasks else [])]
-        self._weights = {source: _weights(source, self._flag(source)) for source in sources}
+        self._models = {source: kept.pin(source, self._flag(source)) for source in dict.fromkeys(sources)}
         self._open: Checkpoint | None = None
         self.cells = list(self._plan())
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell, where there is a complete one of the same settings."""
-        found = _read_json(self._folder(cell) / "result.json")
-        return found if found and found.get("settings") == json.loads(to_json(cell.settings)) else None
+        found = kept.read_json(self._folder(cell) / "result.json")
+        return found if found and found.get("settings") == kept.as_json(cell.settings) else None
 
     def evaluated(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Evaluates the cells, checkpoint by checkpoint, and yields each when its result is written."""
@@ -149,28 +158,19 @@ class _Run:
     ) -> dict[str, Any]:
         settings = {**self._model_settings(source), "task": task, "sampler": overrides, "draws": draws}
         if task == WIN_RATE:
-            baseline = self._weights[self.config.sweep.baseline]
-            return {**settings, "baseline": baseline, "prompts": self._prompts_digest, "judge": self._judge_settings}
+            baseline = self._models[self.config.sweep.baseline].content
+            return {**settings, "baseline": baseline, "prompts": self._prompts.digest, "judge": self._judge_settings}
         if task in (ELBO, EXACT_ELBO):
-            data = Path(self.config.sweep.data)
-            content = _digest(data.read_bytes()) if data.is_file() else None  # a folder or hub data set: its name
-            return {**settings, "data": str(data), "content": content}
-        row = dataclasses.asdict(self._benchmarks[task].settings)
-        return {**settings, "row": row, "limit": self.config.sweep.limit}
+            return {**settings, "data": self._data_digest}
+        benchmark = self._benchmarks[task]
+        row = dataclasses.asdict(benchmark.settings)
+        return {**settings, "row": row, "content": benchmark.content, "limit": self.config.sweep.limit}
 
     def _model_settings(self, source: str) -> dict[str, Any]:
         """The weights and everything of the config that an evaluation may read; devices do not change a result."""
         other = ("sweep", "mesh", "train")
         config = {key: value for key, value in self.config.to_dict().items() if key not in other}
-        return {"checkpoint": self._weights[source], "config": config}
-
-    def _describe_judge(self) -> dict[str, Any]:
-        """What a verdict depends on."""
-        if self.flags.judge == "verifiable":
-            return {"name": "verifiable"}
-        asked = evaluate.judge_endpoint(self.flags, self.workdir / "judge")
-        template = _digest(Path(self.flags.judge_prompt).read_bytes())
-        return {"url": asked.shown_url, "model": asked.model, "temperature": asked.temperature, "template": template}
+        return {"checkpoint": self._models[source].content, "config": config}
 
     def _evaluate(self, cell: Cell) -> list[dict[str, Any]]:
         if cell.task == WIN_RATE:
@@ -197,8 +197,7 @@ class _Run:
         sweep = self.config.sweep
         comparison = evaluate.Comparison(
             (cell.checkpoint, sweep.baseline),
-            self._records,
-            self._rows,
+            self._prompts,
             self._answers(cell.checkpoint, cell.sampler),
             self._answers(sweep.baseline, cell.sampler),
         )
@@ -208,15 +207,15 @@ class _Run:
 
     def _answers(self, source: str, overrides: Mapping[str, Any]) -> list[str]:
         """The answers of a checkpoint to the prompts of the win rate; written down, since several cells need them."""
-        settings = {**self._model_settings(source), "sampler": overrides, "prompts": self._prompts_digest}
-        path = self.workdir / "answers" / f"{_digest(to_json(settings).encode())}.json"
-        found = _read_json(path)
-        if found is None:
-            config = self.config.with_sampler(overrides, "config.sweep.sampler")
-            texts = respond(self._opened(source), self._records, config).texts
-            found = {"settings": settings, "answers": texts}
-            atomic_write(path, f"{to_json(found)}\n")
-        return found["answers"]
+        config = self.config.with_sampler(overrides, "config.sweep.sampler")
+        return kept.answers(
+            self.workdir / "answers",
+            self._models[source],
+            self._prompts.records,
+            self._prompts.digest,
+            config,
+            lambda: self._opened(source),
+        )
 
     def _elbo(self, cell: Cell) -> list[dict[str, Any]]:
         checkpoint = self._opened(cell.checkpoint)
@@ -224,7 +223,7 @@ class _Run:
         model = dataclasses.replace(self.config.model, param_dtype=self.config.model.dtype)  # as they are in memory
         config = dataclasses.replace(self.config, estimator=estimator, model=model)
         options = argparse.Namespace(
-            checkpoint=cell.checkpoint, data=config.sweep.data, exact=cell.task == EXACT_ELBO, skip_bad_records=False
+            checkpoint=checkpoint.source, data=config.sweep.data, exact=cell.task == EXACT_ELBO, skip_bad_records=False
         )
         rows = list(score.score_records(config, options, checkpoint.params))
         atomic_write(self._folder(cell) / "elbo.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
@@ -235,9 +234,10 @@ class _Run:
 
     def _opened(self, source: str) -> Checkpoint:
         """The checkpoint; the one before it is dropped, so that one set of weights is in memory."""
-        if self._open is None or self._open.source != source:
+        model = self._models[source]
+        if self._open is None or self._open.source != model.folder:
             self._open = None
-            self._open = open_checkpoint(source, self.config, flag=self._flag(source))
+            self._open = model.open(self.config)
         return self._open
 
     def _flag(self, source: str) -> str:
@@ -255,7 +255,7 @@ def _check_axes(config: SweepConfig) -> None:
             raise UserError(f"config.sweep.{axis}: empty; list at least one")
         for i, value in enumerate(values):
             if value in values[:i]:
-                raise UserError(f"config.sweep.{axis}: lists {value!r} twice")
+                raise UserError(f"config.sweep.{axis}: lists {shown(value)} twice")
     for overrides in config.sweep.sampler:
         config.with_sampler(overrides, f"config.sweep.sampler: {overrides}")
 
@@ -265,7 +265,7 @@ def _cell_name(source: str, task: str, overrides: Mapping[str, Any] | None, draw
     axes = [f"K={draws}"] if draws else [f"{key}={value}" for key, value in (overrides or {}).items()]
     words = "_".join([Path(source).name, Path(task).stem, *axes])
     readable = "".join(c if c.isalnum() or c in "._=-" else "-" for c in words)[:80]
-    return f"{readable}_{_digest(to_json([source, task, overrides, draws]).encode())[:8]}"
+    return f"{readable}_{kept.digest(to_json([source, task, overrides, draws]).encode())[:8]}"
 
 
 def _metric(name: str, value: float, error: float | None) -> dict[str, Any]:
@@ -310,31 +310,27 @@ def _write_tables(run: _Run, done: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    shown = [name for name in COLUMNS if name != "cell"]
-    lines = [shown, ["---"] * len(shown)]
+    columns = [name for name in COLUMNS if name != "cell"]
+    lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        values = ((f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)) for v in map(row.get, shown))
-        lines.append([value.replace("|", "\\|") for value in values])
+        values = ((f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v)) for v in map(row.get, columns))
+        lines.append([_markdown_text(value) for value in values])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _weights(source: str, flag: str) -> dict[str, Any]:
-    """What tells the weights at `source` from others that are put there later: names, sizes and times of the files."""
-    folder = store.locate(source, flag, weights=True)
-    stats = sorted((str(f.relative_to(folder)), f.stat().length, f.stat().mtime) for f in store.files_in(folder))
-    return {"source": source, "folder": str(folder), "files": _digest(to_json(stats).encode())}
+def _markdown_text(value: str) -> str:
+    """A value as it stands in a cell, whatever it says: on one line, bounded, neither HTML nor Markdown nor a link."""
+    text = one_line(value, _SHOWN)
+    for character, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("://", "&#58;//"), ("www.", "www&#46;")):
+        text = text.replace(character, name)
+    text = re.sub(r"([\\`*\[\]|~$!])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word it is only itself
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def _digest_of_records(data: str) -> str:
+    """A digest of what a data set says now: a file, a folder or a hub data set."""
+    records = read_records(data, needs=("prompt", "completion"), flag="config.sweep.data").records
+    return kept.digest("".join(f"{to_json([r.id, r.prompt, r.completion])}\n" for r in records).encode())
 
 
 def _parser() -> cli.Flags:

@@ -104,7 +104,7 @@ def train_bigger(workdir: Path) -> str:
 
 def measure(subject: Subject, limit: int) -> list[dict[str, Any]]:
     """One row per setting that differs from those before it."""
-    records, rows = read_prompts(subject.prompts)
+    records, rows, _ = read_prompts(subject.prompts)
     expected = [Expected.from_record(row, record.where) for row, record in zip(rows, records, strict=True)][:limit]
     base = Config.from_mapping(cli.load_config_file(str(quickstart.CONFIG)).to_dict())
     checkpoint = open_checkpoint(subject.checkpoint, base, flag="--quickstart")

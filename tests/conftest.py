@@ -80,3 +80,13 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     write_untrained(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory) -> Path:
+    """The same with other weights."""
+    from launch.quickstart import write_untrained
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "other"
+    write_untrained(folder, seed=1)
+    return folder

@@ -1,16 +1,25 @@
 """The command `evaluate`, on a tiny random model against itself and with prompts that it cannot use."""
 
+import functools
+import json
 import logging
 import re
+import shutil
+import signal
 import sys
+import threading
+import time
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from elbo_kto_jax import evaluate
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.evaluation import kept
+from tests import runs
 from tests.evaluation.chat_server import serve
+from tests.robustness import commands
 from tests.runs import CONFIG, read_jsonl, write_jsonl
 
 PROMPTS = [
@@ -48,11 +57,15 @@ def test_a_model_ties_with_itself_under_identical_decoding(command, tmp_path):
     assert (summary["ties"], summary["comparisons"]) == (4, 4)
 
 
+def known_answers(texts: dict, folder, model, records, prompts, config, opened) -> list[str]:
+    """In place of `kept.answers`: the texts by the flag that names the model."""
+    return texts[model.flag]
+
+
 def test_output_files(command, tmp_path, monkeypatch):
     """With answers that are known: the verdicts of each line, their sum, and a report that shows them."""
     texts = {"--checkpoint": ["0", "1", "x"], "--baseline": ["0", "x", "2"]}
-    answers = lambda source, records, config, flag: SimpleNamespace(texts=texts[flag])  # noqa: E731
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(kept, "answers", functools.partial(known_answers, texts))
     summary = command(PROMPTS)
     rows = read_jsonl(tmp_path / "out" / "comparisons.jsonl")
     assert [set(row) for row in rows] == [{"id", "prompt", "answer_a", "answer_b", "verdict", "expected"}] * 3
@@ -82,8 +95,7 @@ def chat(command, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     texts = {"--checkpoint": ["a long answer", "short", "same"], "--baseline": ["brief", "rather long", "same"]}
-    answers = lambda source, records, config, flag: SimpleNamespace(texts=texts[flag])  # noqa: E731
-    monkeypatch.setattr(evaluate, "answer", answers)
+    monkeypatch.setattr(kept, "answers", functools.partial(known_answers, texts))
 
     def run(verdict_of, *more: str):
         def behave(prompt: str, number: int):
@@ -127,11 +139,31 @@ def test_verdicts_that_cannot_be_read_are_counted_and_never_guessed(chat, tmp_pa
 
 
 def test_a_judge_without_any_verdict(chat, tmp_path, monkeypatch):
-    answers = lambda source, records, config, flag: SimpleNamespace(texts=[flag] * len(records))  # noqa: E731
-    monkeypatch.setattr(evaluate, "answer", answers)
-    with pytest.raises(UserError, match=r"none of the 3 prompts a verdict that can be read .*comparisons\.jsonl"):
+    """Of three prompts one has equal answers, a tie that nobody judged: no win rate comes of it."""
+    with pytest.raises(UserError, match=r"none of the 2 prompts a verdict that can be read .*comparisons\.jsonl"):
         chat(lambda first, second: "hm")
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_few_verdicts_are_warned_of(chat, caplog):
+    chat(lambda first, second: "hm" if first == "short" else longer(first, second))
+    assert "1 of 2 prompts have no verdict that can be read in both orders" in caplog.text
+
+
+def test_equal_answers_are_counted_as_not_judged(chat, tmp_path, monkeypatch, caplog):
+    summary, _ = chat(longer)
+    assert summary["not_judged"] == 2
+    assert "In 2 of the 6 comparisons the two answers are equal" in (tmp_path / "out" / "report.html").read_text()
+    same = {"--checkpoint": ["a"] * 3, "--baseline": ["a"] * 3}
+    monkeypatch.setattr(kept, "answers", functools.partial(known_answers, same))
+    summary, asked = chat(longer, "--overwrite")
+    assert (asked, summary["not_judged"], summary["comparisons"]) == ([], 6, 6)
+    assert "nothing was judged" in caplog.text
+
+
+def test_reasoning_is_no_verdict(chat):
+    summary, _ = chat(lambda first, second: f"<think>[[A]] or [[B]]?</think>{longer(first, second)}")
+    assert (summary["unparsable"], summary["wins"], summary["losses"]) == (0, 2, 2)
 
 
 def test_the_key_is_written_nowhere(chat, tmp_path, caplog, capfd):
@@ -190,6 +222,15 @@ def test_tasks_without_the_extra(tmp_path, monkeypatch):
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_the_chat_judge_without_the_extra(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "elbo_kto_jax.evaluation.endpoint", raising=False)
+    with pytest.raises(UserError, match=r"--judge=chat: needs .*pip install 'elbo_kto_jax\[judge\]'") as refused:
+        command(PROMPTS, "--judge=chat", "--judge-model=m", baseline=tmp_path / "is never looked for")
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_earlier_results_stay_unless_asked(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.html").write_text("earlier")
@@ -197,6 +238,150 @@ def test_earlier_results_stay_unless_asked(command, tmp_path):
         command(PROMPTS)
     assert (tmp_path / "out" / "report.html").read_text() == "earlier"
     assert not (tmp_path / "out" / "comparisons.jsonl").exists()
+
+
+# ---- going on ----
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The ids of the prompts that a model answers, in order."""
+    ids, respond = [], kept.respond
+
+    def note(checkpoint, records, config):
+        ids.extend(record.id for record in records)
+        return respond(checkpoint, records, config)
+
+    monkeypatch.setattr(kept, "respond", note)
+    return ids
+
+
+def ends(command, monkeypatch, where, name: str, call: int, error: type[BaseException], *more: str) -> None:
+    """Runs the command, which ends in the call of this number (from 1) of `where`.`name`."""
+    calls, original = [], getattr(where, name)
+
+    def end(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            raise error("the end")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, end)
+        with pytest.raises(error):
+            command(PROMPTS, *more)
+
+
+ENDS = {  # where, the call that ends, and how many answers are missing then
+    "before the first answer": (kept, "respond", 1, 6),
+    "within a model": (kept, "respond", 2, 4),
+    "between the models": (kept, "respond", 3, 3),
+    "before the judge": (evaluate, "_comparison_rows", 1, 0),
+    "between the outputs": (evaluate, "write_winrate_report", 1, 0),
+    "after the outputs": (kept.Progress, "finish", 1, 0),
+}
+
+
+@pytest.mark.parametrize(("error", "more"), [(KeyboardInterrupt, []), (UserError, ["--overwrite"])])
+@pytest.mark.parametrize(("where", "name", "call", "left"), ENDS.values(), ids=ENDS)
+def test_the_same_command_goes_on(
+    command, whole, tmp_path, monkeypatch, answered, other_checkpoint, where, name, call, left, error, more
+):
+    """Two answers are written down at a time: what was answered before is not answered again."""
+    monkeypatch.setattr(kept, "_BATCHES", 2)
+    settings = ["--config.sampler.batch_size=1", *more]
+    command = functools.partial(command, baseline=other_checkpoint)
+    if more:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "report.html").write_text("earlier")
+    ends(command, monkeypatch, where, name, call, error, *settings)
+    answered.clear()
+    summary = command(PROMPTS, *settings)
+    assert len(answered) == left
+    names = ("comparisons_file", "report")
+    assert {key: value for key, value in summary.items() if key not in names} == whole[0]
+    assert (tmp_path / "out" / "comparisons.jsonl").read_text() == whole[1]
+    assert "earlier" not in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, other_checkpoint, tmp_path_factory):
+    """What the command gives that runs to its end: its figures and comparisons.jsonl."""
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
+    flags = [f"--checkpoint={tiny_checkpoint}", f"--baseline={other_checkpoint}", f"--prompts={prompts}"]
+    summary = evaluate.main([f"--config={CONFIG}", "--config.sampler.batch_size=1", *flags, f"--out={folder / 'out'}"])
+    del summary["report"]
+    return summary, Path(summary.pop("comparisons_file")).read_text()
+
+
+def test_what_is_finished_is_refused_and_what_is_overwritten_is_not_answered_again(command, tmp_path, answered):
+    summary = command(PROMPTS)
+    with pytest.raises(UserError, match=r"comparisons\.jsonl exists already.*--overwrite"):
+        command(PROMPTS)
+    answered.clear()
+    assert command(PROMPTS, "--overwrite") == summary
+    assert answered == []
+
+
+def test_a_judge_that_failed_may_be_another_the_next_time(chat, tmp_path):
+    """Its remedy is another model or prompt: neither needs --overwrite, and the answers are the same."""
+    with pytest.raises(UserError, match="none of the 2 prompts a verdict"):
+        chat(lambda first, second: "hm")
+    with pytest.raises(UserError, match="HTTP 401"):
+        chat(lambda first, second: {"status": 401, "body": ""}, "--judge-model=n")
+    summary, asked = chat(longer, "--judge-model=o")
+    assert (summary["wins"], len(set(asked))) == (2, 4)
+
+
+@pytest.mark.parametrize("change", ["seed", "prompts", "weights"])
+def test_another_evaluation_does_not_go_on(command, tmp_path, monkeypatch, answered, other_checkpoint, change):
+    mine = shutil.copytree(other_checkpoint, tmp_path / "mine")
+    command = functools.partial(command, baseline=mine)
+    ends(command, monkeypatch, evaluate, "write_winrate_report", 1, KeyboardInterrupt)
+    rows, more = PROMPTS, []
+    if change == "seed":
+        more = ["--config.seed=7"]
+    elif change == "prompts":
+        rows = [{**PROMPTS[0], "answer": "7"}, *PROMPTS[1:]]
+    else:
+        change_a_weight(mine)
+    with pytest.raises(UserError, match=r"comparisons\.jsonl exists already, of another evaluation \(win_rate\."):
+        command(rows, *more)
+    answered.clear()
+    command(rows, "--overwrite", *more)
+    assert len(answered) == (3 if change == "weights" else 6)
+
+
+def change_a_weight(checkpoint) -> None:
+    """Another number in a published folder, which has the same size and age as before."""
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    runs.replace_keeping_age(file, bytes(content))
+
+
+def test_a_signal_ends_the_command_while_the_judge_trickles(tiny_checkpoint, other_checkpoint, tmp_path):
+    """SIGTERM: within seconds status 75, and the same command goes on with the answers that it has."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+    over = threading.Event()
+    flags = [f"--checkpoint={tiny_checkpoint}", f"--baseline={other_checkpoint}", f"--prompts={prompts}"]
+    flags += [f"--config={CONFIG}", f"--out={tmp_path / 'out'}", "--judge=chat", "--judge-model=m"]
+    with serve(lambda prompt, number: {"wait": over}) as server:
+        variables = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY, "no_proxy": "127.0.0.1"}
+        process = commands.start(["elbo_kto_jax.evaluate", *flags], tmp_path / "log", variables)
+        while process.poll() is None and not server.requests:
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert commands.finish(process, 60) == 75, (tmp_path / "log").read_text()
+        assert time.monotonic() - began < 10  # a second or two, and the machine is busy
+        over.set()
+    log = (tmp_path / "log").read_text()
+    assert "interrupted: 0 of" in log
+    assert "Traceback" not in log
+    (first, second) = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "answers").iterdir())]
+    assert len(first["answers"]) == len(second["answers"]) == 3
 
 
 @pytest.mark.parametrize(

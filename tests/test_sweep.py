@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 
@@ -14,18 +16,10 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.sharding import rules
 from tests import runs
+from tests.evaluation.chat_server import serve
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Capitals {word}"}], "answer": word} for word in ("a", "bc", "def")]
 SAMPLERS = [{}, {"steps": 2}]
-
-
-@pytest.fixture(scope="module")
-def other_checkpoint(tmp_path_factory):
-    from launch.quickstart import write_untrained
-
-    folder = tmp_path_factory.mktemp("checkpoint") / "other"
-    write_untrained(folder, seed=1)
-    return folder
 
 
 @pytest.fixture
@@ -149,13 +143,116 @@ def test_a_result_that_is_not_whole_is_evaluated_again(command, tmp_path, monkey
 
 
 def test_other_weights_at_the_same_place_are_evaluated_again(command, tmp_path, tiny_checkpoint, monkeypatch):
+    """Of the same size and age; another age alone changes nothing."""
     mine = shutil.copytree(tiny_checkpoint, tmp_path / "mine")
     grid = {"tasks": ["exact_elbo"], "checkpoints": [str(tiny_checkpoint), str(mine)]}
     command(**grid)
-    os.utime(mine / "model.safetensors", (1, 1))
     begun = ends_in(monkeypatch, 0, RuntimeError())
+    os.utime(mine / "model.safetensors", (1, 1))
+    command(**grid)
+    assert begun == []
+    weights = bytearray((mine / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    runs.replace_keeping_age(mine / "model.safetensors", bytes(weights))
     command(**grid)
     assert [name.partition("_")[0] for name in begun] == ["mine"]
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "split"])
+def test_other_data_at_the_same_place_are_evaluated_again(command, tmp_path, tiny_checkpoint, monkeypatch, form):
+    """One answer is another, in a file of the same name, size and age."""
+    file = tmp_path / {"file": "mine.jsonl", "folder": "mine/part.jsonl", "split": "mine/test/part.jsonl"}[form]
+    runs.write_jsonl(file, runs.records(2))
+    source = {"file": file, "folder": file.parent, "split": f"{tmp_path / 'mine'}:test"}[form]
+    grid = {"tasks": ["exact_elbo", "elbo"], "draws": [], "checkpoints": [str(tiny_checkpoint)], "data": str(source)}
+    command(**grid)
+    before = runs.table(tmp_path / "run")
+    begun = ends_in(monkeypatch, 0, RuntimeError())
+    command(**grid)
+    assert begun == []
+    found = file.read_bytes()
+    runs.replace_keeping_age(file, found.replace(b'"content": "2"', b'"content": "7"', 1))
+    command(**grid)
+    assert len(begun) == 2
+    after = runs.table(tmp_path / "run")
+    assert all(a["value"] != b["value"] for a, b in zip(before, after, strict=True))
+
+
+def test_a_hub_data_set_that_changed_is_evaluated_again(command, tmp_path, tiny_checkpoint, monkeypatch):
+    """The name of a data set stays, and what a later download gives is other content."""
+    folder = tmp_path / "snapshot"
+    runs.write_jsonl(folder / "train.jsonl", runs.records(2))
+    monkeypatch.setattr("elbo_kto_jax.text.records._download", lambda *arguments: folder)
+    grid = {"tasks": ["exact_elbo"], "checkpoints": [str(tiny_checkpoint)], "data": "somebody/something"}
+    command(**grid)
+    begun = ends_in(monkeypatch, 0, RuntimeError())
+    runs.write_jsonl(folder / "train.jsonl", runs.records(3)[1:])
+    command(**grid)
+    assert len(begun) == 1
+
+
+def test_a_signal_ends_it_while_the_judge_is_awaited(command, other_checkpoint, monkeypatch):
+    """The signal comes before, while the cell's answers are made, and nobody waits for the judge after them."""
+    over = threading.Event()
+    grid = {"tasks": ["win_rate"], "sampler": [{}], "checkpoints": [str(other_checkpoint)]}
+    judge = ["--judge=chat", "--judge-model=m", "--judge-timeout=600"]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    answers, sent = sweep._Run._answers, []
+
+    def signalled(self, *cell):
+        if not sent:  # a second one would act at once, as everywhere
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return answers(self, *cell)
+
+    with serve(lambda prompt, number: {"wait": over}) as server, monkeypatch.context() as patch:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        patch.setattr(sweep._Run, "_answers", signalled)
+        began = time.monotonic()
+        with pytest.raises(Interrupted, match="replies of the judge are kept; the same command goes on"):
+            command(*judge, **grid)
+        assert time.monotonic() - began < 60
+        over.set()
+    with serve(lambda prompt, number: "[[tie]]") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert command(*judge, **grid)["done"] == 1
+
+
+def test_the_table_is_text_whatever_the_names_are(command, tmp_path, tiny_checkpoint):
+    """Neither HTML, Markdown, links nor line breaks of a name are those of table.md; a long one is cut."""
+    name = "<img src=x onerror=alert(1)>|[a](javascript:b)`c`\n# d *e* _f_ https: & g_h"
+    mine, long = tmp_path / name, tmp_path.joinpath(*["long" * 50] * 10)
+    for copy in (mine, long):
+        shutil.copytree(tiny_checkpoint, copy)
+    command(tasks=["exact_elbo"], checkpoints=[str(mine), str(long)])
+    text = (tmp_path / "run" / "table.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) == 4
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {10}
+    assert max(map(len, lines)) < 500
+    assert "<" not in text
+    assert (
+        "&lt;img src=x onerror=alert(1)&gt;\\|\\[a\\](javascript:b)\\`c\\` # d \\*e\\* \\_f\\_ https: &amp; g_h" in text
+    )
+    assert runs.table(tmp_path / "run")[0]["checkpoint"] == str(mine)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("acc_norm,none", "acc_norm,none"),
+        ('{"steps": 2}', '{"steps": 2}'),
+        ("http://evil.example", "http&#58;//evil.example"),
+        ("www.evil.example", "www&#46;evil.example"),
+        ("a\\|b", "a\\\\\\|b"),
+        ("![x](y)", "\\!\\[x\\](y)"),
+        ("&lt;", "&amp;lt;"),
+        ("a\r\n| --- |\u2028b\x1b[31m", "a \\| --- \\| b\ufffd\\[31m"),
+        ("x" * 100_000, "x" * 199 + "…"),
+    ],
+)
+def test_markdown_text(value, text):
+    assert sweep._markdown_text(value) == text
 
 
 def test_another_grid_is_refused_with_the_difference(command, tmp_path):

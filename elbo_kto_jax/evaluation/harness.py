@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from elbo_kto_jax.config import Config, Task
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.files import atomic_write
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
@@ -32,6 +35,8 @@ from elbo_kto_jax.scoring.likelihood import log_likelihoods
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
 from elbo_kto_jax.train.setup import layout_of
+
+log = logging.getLogger(__name__)
 
 # A task that has no row in the table: what its own file says, and the masks of METHOD 7.
 _UNLISTED = Task(num_fewshot=-1, chat_template=True, sampler={}, draws=128, executes_code=False)
@@ -45,6 +50,7 @@ class Benchmark(NamedTuple):
     loaded: list[Any]  # lm_eval's Task and Group objects
     generates: bool  # whether it has answers written
     compares: bool  # whether it has likelihoods of answers estimated
+    content: str  # digest of what it asks: its documents, and how they become questions and are rated
 
 
 def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code: bool, flag: str) -> list[Benchmark]:
@@ -70,14 +76,14 @@ def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code:
         if not _is_file(name) and name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean {close[0]}?" if close else "`lm_eval ls tasks` lists them"
-            raise UserError(f"{flag}: lm-evaluation-harness has no task {name!r}; {hint}")
+            raise UserError(f"{flag}: lm-evaluation-harness has no task {shown(name)}; {hint}")
     benchmarks = []
     for name, row in zip(names, rows, strict=True):
         try:
             found = manager.load([name])
         except Exception as error:  # whatever its file or the data set's host raises
             raise UserError(
-                f"{flag}: task {name} cannot be loaded ({_first_line(error)});\n"
+                f"{flag}: task {shown(name)} cannot be loaded ({_first_line(error)});\n"
                 "its data set is fetched from the Hugging Face Hub once, and kept in HF_HOME"
             ) from error
         _check_code(
@@ -87,8 +93,23 @@ def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code:
         tops = {**found["groups"], **found["tasks"]}
         loaded = [top for top_name, top in tops.items() if top_name not in inside]
         kinds = {task.OUTPUT_TYPE == "generate_until" for task in found["tasks"].values()}
-        benchmarks.append(Benchmark(Path(name).stem, row, loaded, True in kinds, False in kinds))
+        content = _content(found["tasks"], row.num_fewshot)
+        benchmarks.append(Benchmark(Path(name).stem, row, loaded, True in kinds, False in kinds, content))
     return benchmarks
+
+
+def _content(tasks: dict[str, Any], num_fewshot: int) -> str:
+    """A digest of tasks: a name or a data set's revision would not show that a file or the hub's data changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, task in sorted(tasks.items()):
+        described = json.dumps(task.dump_config(), sort_keys=True, default=str)
+        digest.update(f"{name} {re.sub(' at 0x[0-9a-f]+', '', described)}\n".encode(errors="surrogatepass"))
+        shots = task.config.num_fewshot or 0 if num_fewshot < 0 else num_fewshot
+        for documents in (task.eval_docs, task.fewshot_docs() if shots else []):
+            for document in documents or []:
+                line = json.dumps(document, sort_keys=True, default=str)
+                digest.update(f"{line}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def run(
@@ -141,6 +162,11 @@ def run(
     return _metrics(results, benchmark.name)
 
 
+def read_metrics(out: Path, name: str) -> dict[str, float]:
+    """What `run` returned for the task `name`, from the JSON file that it wrote."""
+    return _metrics(json.loads(out.read_text(encoding="utf-8")), name)
+
+
 def describe(settings: Task) -> str:
     """How a task is run, for people."""
     shots = "its own number of examples" if settings.num_fewshot < 0 else f"{settings.num_fewshot} examples"
@@ -169,7 +195,14 @@ class DiffusionLM(LM):
             copies[context] += 1  # a task that asks several times gets several random answers
             name = f"{_hash(context)}#{copies[context]}"
             records.append(Record(name, context, None, None, _where(request)))
-        texts = respond(self._checkpoint, records, self._config).texts
+        longest = self._checkpoint.model.config.max_sequence_length - self._config.sampler.gen_length
+        if longest < 1:
+            raise UserError(
+                f"{_where(requests[0])}: sampler.gen_length {self._config.sampler.gen_length} leaves no room for the "
+                f"question in the {self._checkpoint.model.config.max_sequence_length} tokens that the model takes;\n"
+                "lower it in the task's row of --task-table, or in config.sampler where that row does not set it"
+            )
+        texts = respond(self._checkpoint, records, self._config, cut_prompts=True).texts
         return [cut_at(text, _stops(request)) for text, request in zip(texts, requests, strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -179,14 +212,8 @@ class DiffusionLM(LM):
         decoding would give the answer is reported as False throughout: it takes a decoding of its own for each answer,
         and no metric of the published evaluations reads it.
         """
-        encoded = [self._encode_pair(*request.args) for request in requests]
         layout = self._layout()
-        for (context, answer), request in zip(encoded, requests, strict=True):
-            if len(context) + len(answer) > layout.length:
-                raise UserError(
-                    f"{_where(request)}: {len(context) + len(answer)} tokens, but the model takes {layout.length}; "
-                    "ask for fewer examples (num_fewshot in the table of tasks)"
-                )
+        encoded = self._cut([self._encode_pair(*request.args) for request in requests], requests, layout.length)
         with tqdm(total=len(requests), desc="likelihood", unit="answer") as bar:
             values = log_likelihoods(
                 self._checkpoint.model,
@@ -232,6 +259,29 @@ class DiffusionLM(LM):
         (whole,) = chat.tokenise(self._checkpoint.tokenizer, [stripped + answer])
         (prefix,) = chat.tokenise(self._checkpoint.tokenizer, [stripped])
         return whole[: len(prefix)], whole[len(prefix) :]
+
+    def _cut(
+        self, pairs: list[tuple[list[int], list[int]]], requests: list[Instance], longest: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """The pairs of (context, answer), contexts that leave too little room cut from the left, as the harness does.
+
+        Raises:
+          UserError: an answer alone is longer than the model takes.
+        """
+        for (_, answer), request in zip(pairs, requests, strict=True):
+            if len(answer) > longest:
+                raise UserError(
+                    f"{_where(request)}: an answer of {len(answer)} tokens, but the model takes {longest}; "
+                    "leave the task out"
+                )
+        excess = [len(context) + len(answer) - longest for context, answer in pairs]
+        if max(excess, default=0) > 0:
+            log.warning(
+                "task %s: %d of %d contexts are longer than the model takes, %d tokens with the answer: cut from the "
+                "left, by up to %d tokens; fewer examples (num_fewshot in --task-table) make them shorter",
+                *(requests[0].task_name, sum(tokens > 0 for tokens in excess), len(pairs), longest, max(excess)),
+            )
+        return [(context[max(0, tokens) :], answer) for (context, answer), tokens in zip(pairs, excess, strict=True)]
 
     def _layout(self) -> Layout:
         """Packed rows as long as the model takes them, whatever the config's data has."""
@@ -282,4 +332,4 @@ def _hash(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return one_line(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 200)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.evaluation.messages import shown
 
 Verdict = Literal["A", "B", "tie", "unparsable"]
 Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict, ...]]]
@@ -41,18 +42,20 @@ class Expected:
         answers = [answer] if isinstance(answer, str) else answer
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(
-                f"{where}: field `answer`: expected a string or a list of strings, none of them empty, got {answer!r}; "
-                "the verifiable judge compares answers with it"
+                f"{where}: field `answer`: expected a string or a list of strings, none of them empty, "
+                f"got {shown(answer)}; the verifiable judge compares answers with it"
             )
         if match not in _MATCHES:
-            raise UserError(f"{where}: field `match`: expected one of {', '.join(_MATCHES)}, got {match!r}")
+            raise UserError(f"{where}: field `match`: expected one of {', '.join(_MATCHES)}, got {shown(match)}")
         if match == "regex":
             for pattern in answers:
                 try:
                     with warnings.catch_warnings(action="ignore"):
                         re.compile(pattern)
                 except (re.error, RecursionError, OverflowError) as error:
-                    raise UserError(f"{where}: field `answer`: {pattern!r} is no regular expression: {error}") from None
+                    raise UserError(
+                        f"{where}: field `answer`: {shown(pattern)} is no regular expression: {shown(str(error))}"
+                    ) from None
         return cls(tuple(answers), match)
 
     def is_met_by(self, answer: str) -> bool:
@@ -96,7 +99,7 @@ def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], temp
 
     Args:
       prompts: the texts that were answered.
-      ask: replies to a list of texts (endpoint.py).
+      ask: replies to a list of texts (endpoint.py); "" where there is none.
       template: what to ask, see `check_template`; the reply's verdict is [[A]], [[B]] or [[tie]].
 
     Raises:
@@ -140,9 +143,34 @@ def _fill(template: str, **fields: str) -> str:
     return re.sub(r"\{(prompt|answer_a|answer_b)\}", lambda match: fields[match[1]], template)
 
 
+# What sets reasoning off where a server leaves it in the text: tags, the marks of Mistral and Kimi, gpt-oss's channels.
+_THINK = r"(?:think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad)"
+_OPEN = rf"<\s*{_THINK}\b[^<>]*>|\[THINK\]|◁think▷|<\|channel\|>analysis(?:<\|message\|>)?"
+_CLOSE = rf"<\s*/\s*{_THINK}\s*>|\[/THINK\]|◁/think▷|<\|channel\|>final(?:<\|message\|>)?"
+_REASONING = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
+# The brackets may be escaped or the letter emphasised: Markdown and LaTeX.
+_STATED = re.compile(r"\\?\[\\?\[[\s*_`]*(A|B|tie)[\s*_`]*\\?\]\\?\]", re.IGNORECASE)
+
+
+def without_reasoning(reply: str) -> str:
+    """What a reply says beside its reasoning.
+
+    Reasoning stands between two marks, after one that nothing closes (the reply was cut off), or before one that
+    nothing opened (some templates write the opening mark into the prompt).
+    """
+    said, start, opened = [], 0, None
+    for mark in _REASONING.finditer(reply):
+        if mark["open"]:
+            opened = mark.start() if opened is None else opened
+            continue
+        said = [] if opened is None else [*said, reply[start:opened]]
+        start, opened = mark.end(), None
+    return "".join([*said, reply[start:opened]])
+
+
 def read_verdict(reply: str) -> Verdict:
-    """The verdict that a reply states; none where it states none, or several that differ."""
-    stated = {verdict.upper() for verdict in re.findall(r"\[\[\s*(A|B|tie)\s*\]\]", reply, flags=re.IGNORECASE)}
+    """The verdict that a reply states beside its reasoning; none where it states none, or several that differ."""
+    stated = {verdict.upper() for verdict in _STATED.findall(without_reasoning(reply))}
     if len(stated) != 1:
         return "unparsable"
     (verdict,) = stated

@@ -26,7 +26,8 @@ def write_winrate_report(
         title: heading of the page.
         summary: `adjusted_win_rate` and `ci95` (pair) of A against B as fractions of 1, and the counts `wins`, `ties`,
             `losses`, `comparisons`. Missing or NaN numbers are shown as such. `unparsable` comparisons, and the prompts
-            that are `left_out` on their account, are reported where there are any.
+            that are `left_out` on their account, and ties of equal answers, which were `not_judged`, are reported where
+            there are any.
         examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B", "tie" or "unparsable", and
             optionally "expected", the verdict that is known to be right, and "first", the answer the judge saw first.
         names: of A and of B.
@@ -46,13 +47,20 @@ def write_winrate_report(
 
 
 def _notices(summary: Mapping) -> list[Html]:
-    if not number(summary.get("unparsable")) > 0:
-        return []
-    text = (
-        f"{format_number(summary['unparsable'])} replies of the judge state no verdict. The "
-        f"{format_number(summary.get('left_out'))} prompts concerned are left out of all figures."
-    )
-    return [page.notice("Unparsable verdicts.", text)]
+    notices = []
+    if number(summary.get("unparsable")) > 0:
+        text = (
+            f"{format_number(summary['unparsable'])} replies of the judge state no verdict. The "
+            f"{format_number(summary.get('left_out'))} prompts concerned are left out of all figures."
+        )
+        notices.append(page.notice("Unparsable verdicts.", text))
+    if number(summary.get("not_judged")) > 0:
+        text = (
+            f"In {format_number(summary['not_judged'])} of the {format_number(summary.get('comparisons'))} comparisons "
+            "the two answers are equal: these are ties, about which the judge was not asked."
+        )
+        notices.append(page.notice("Equal answers.", text))
+    return notices
 
 
 def _interval(summary: Mapping) -> tuple[float, float]:

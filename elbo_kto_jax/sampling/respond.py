@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
+
+log = logging.getLogger(__name__)
 
 
 class Answers(NamedTuple):
@@ -93,6 +96,7 @@ def respond(
     config: Config,
     *,
     infill: bool = False,
+    cut_prompts: bool = False,
     watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
 ) -> Answers:
     """Answers the prompts of `records` with the options `config.sampler`.
@@ -104,6 +108,7 @@ def respond(
       records: prompts, and for `infill` completions.
       config: its `sampler` and `seed`.
       infill: fill the mask tokens of the records' completions instead of writing new ones.
+      cut_prompts: cut prompts that leave no room for the response from the left, with a word about it.
       watch: see `decode.generate`; with it there is no progress bar.
 
     Raises:
@@ -115,7 +120,9 @@ def respond(
     if config.sampler.confidence_eos_eot_inf:
         chat.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
     longest = model_config.max_sequence_length - config.sampler.gen_length
-    prompts = [_encode(tokenizer, record, longest) for record in records]
+    prompts = [_encode(tokenizer, record, None if cut_prompts else longest) for record in records]
+    if cut_prompts:
+        prompts = _cut(prompts, longest)
     templates = None
     if infill:
         mask_id, most = model_config.mask_token_id, config.sampler.gen_length
@@ -142,7 +149,19 @@ def respond(
     return Answers(prompts, responses, texts, seconds)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int) -> Int32[np.ndarray, "_"]:
+def _cut(prompts: Sequence[Int32[np.ndarray, "_"]], longest: int) -> list[Int32[np.ndarray, "_"]]:
+    """The last `longest` tokens of each prompt."""
+    excess = [len(prompt) - longest for prompt in prompts]
+    if max(excess, default=0) > 0:
+        log.warning(
+            "%d of %d prompts have more than the %d tokens that leave room for the response: cut from the left, by up "
+            "to %d tokens",
+            *(sum(tokens > 0 for tokens in excess), len(prompts), longest, max(excess)),
+        )
+    return [prompt[max(0, tokens) :] for prompt, tokens in zip(prompts, excess, strict=True)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int | None) -> Int32[np.ndarray, "_"]:
     """The tokens of a record's prompt.
 
     Raises:
@@ -152,7 +171,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int) ->
         tokens = chat.encode_prompt(tokenizer, record.prompt)
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from error
-    if len(tokens) > longest:
+    if longest is not None and len(tokens) > longest:
         raise UserError(
             f"{record.where}: field `prompt`: {len(tokens)} tokens, but at most {longest} leave room for the response; "
             "shorten it or lower config.sampler.gen_length"

@@ -195,7 +195,7 @@ def test_an_open_message_goes_on(tiny_checkpoint):
     ("tasks", "message"),
     [
         ("humaneval_instruct", r"--config\.tasks: task humaneval_instruct executes .*--confirm-run-unsafe-code"),
-        ("nowhere.yaml", r"task nowhere\.yaml cannot be loaded"),
+        ("nowhere.yaml", r"task 'nowhere\.yaml' cannot be loaded"),
     ],
 )
 def test_tasks_that_cannot_be_run(tiny_checkpoint, tmp_path, tasks, message):
@@ -213,15 +213,76 @@ def test_a_file_that_executes_code_is_refused_too(tiny_checkpoint, tmp_path, tas
     command(tiny_checkpoint, tmp_path, path, "--confirm-run-unsafe-code", "--limit=1")
 
 
+def test_contexts_that_do_not_fit_are_cut_from_the_left(tiny_checkpoint, caplog):
+    """As the harness does: the last tokens stay, and a word says so."""
+    settings = config()
+    checkpoint = open_checkpoint(str(tiny_checkpoint), settings, flag="")
+    model = harness.DiffusionLM(checkpoint, settings, 4)
+    longest = checkpoint.model.config.max_sequence_length
+    answer = "b" * 20
+    context = "c" * 7 + "a" * (longest - len(checkpoint.tokenizer(answer, add_special_tokens=False)["input_ids"]))
+    cut, fits = model.loglikelihood([request(context, answer), request(context[7:], answer)])
+    assert "task task: 1 of 2 contexts are longer than the model takes" in caplog.text
+    assert cut[0] == pytest.approx(fits[0], rel=1e-5)
+    caplog.clear()
+    context = "c" * 7 + "a" * (longest - settings.sampler.gen_length)
+    prompts = [Record(name, context[start:], None, None, "") for start, name in ((0, "same"), (7, "same"))]
+    texts = [respond(checkpoint, [prompt], settings, cut_prompts=True).texts for prompt in prompts]
+    assert texts[0] == texts[1]
+    assert len(model.generate_until([request(context, {})])) == 1
+    assert "1 of 1 prompts have more than" in caplog.text
+    assert "cut from the left, by up to 7 tokens" in caplog.text
+
+
 def test_answers_that_do_not_fit(tiny_checkpoint):
     settings = config()
     model = harness.DiffusionLM(open_checkpoint(str(tiny_checkpoint), settings, flag=""), settings, 1)
-    with pytest.raises(UserError, match=r"task task, document 7: \d+ tokens, but the model takes 128"):
-        model.loglikelihood([request("a" * 120, "b" * 20)])
-    with pytest.raises(UserError, match="document 7: field `prompt`"):
-        model.generate_until([request("a" * 200, {})])
+    with pytest.raises(UserError, match=r"task task, document 7: an answer of \d+ tokens, but the model takes 128"):
+        model.loglikelihood([request("a", "b" * 200)])
+    settings = config(**{"sampler.gen_length": 128, "sampler.steps": 128, "sampler.block_length": 128})
+    whole = harness.DiffusionLM(model._checkpoint, settings, 1)
+    with pytest.raises(UserError, match=r"document 7: sampler\.gen_length 128 leaves no room.*\n.*--task-table"):
+        whole.generate_until([request("a", {})])
     with pytest.raises(UserError, match="loglikelihood_rolling"):
         model.loglikelihood_rolling([request("a", "b")])
+
+
+def test_tasks_go_on(tiny_checkpoint, tmp_path, task, monkeypatch):
+    """Ended in the second task: the same command runs that one only, and gives the metrics of both."""
+    tasks = ",".join([task("local_write", WRITE), task("local_choose", CHOOSE)])
+    ran, run = [], harness.run
+
+    def ends(benchmark, *arguments, **options):
+        ran.append(benchmark.name)
+        if ran == ["local_write", "local_choose"]:
+            raise KeyboardInterrupt
+        return run(benchmark, *arguments, **options)
+
+    monkeypatch.setattr(harness, "run", ends)
+    with pytest.raises(KeyboardInterrupt):
+        command(tiny_checkpoint, tmp_path, tasks)
+    summary = command(tiny_checkpoint, tmp_path, tasks)
+    assert ran == ["local_write", "local_choose", "local_choose"]
+    assert set(summary["tasks"]) == {"local_write", "local_choose"}
+    with pytest.raises(UserError, match=r"local_write\.json exists already"):
+        command(tiny_checkpoint, tmp_path, tasks)
+
+
+def test_the_content_of_a_task_is_that_of_its_file_and_documents(tmp_path, task):
+    """The same in every process, and another where a document or the question's form is, whatever the names."""
+
+    def content(text=WRITE, **fields) -> str:
+        path = task("local_write", text, **fields)
+        return harness.load_benchmarks([path], {}, allow_code=False, flag="--config.tasks")[0].content
+
+    first = content()
+    assert content() == first
+    assert content(stop="####") != first
+    assert content(WRITE.replace("Capitals", "In capitals")) != first
+    changed = [{**DOCS[0], "a": "XYZ"}, *DOCS[1:]]
+    path = task("local_write", WRITE)
+    runs.write_jsonl(tmp_path / "docs.jsonl", changed)
+    assert harness.load_benchmarks([path], {}, allow_code=False, flag="--config.tasks")[0].content != first
 
 
 def test_metrics_are_those_of_a_group_or_of_each_task_of_a_tag():

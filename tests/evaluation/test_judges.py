@@ -54,6 +54,9 @@ def test_each_prompt_has_its_own_answer():
         ({"answer": "(" * 5000 + ")" * 5000, "match": "regex"}, "answer", "no regular expression"),
         ({"answer": "[" * 5000, "match": "regex"}, "answer", "no regular expression"),
         ({"answer": "a{99999999999999999999}", "match": "regex"}, "answer", "no regular expression"),
+        ({"answer": "(" * 100_000, "match": "regex"}, "answer", "'((("),
+        ({"answer": ["x" * 100_000, ""]}, "answer", "xxx"),
+        ({"answer": "1", "match": "y" * 100_000}, "match", "yyy"),
     ],
 )
 def test_a_bad_record_is_named_with_its_line_and_field(record, field, shown):
@@ -62,6 +65,7 @@ def test_a_bad_record_is_named_with_its_line_and_field(record, field, shown):
     message = str(refused.value)
     assert message.startswith(f"prompts.jsonl:7: field `{field}`: ")
     assert shown in message
+    assert len(message) < 500
 
 
 # ---- a chat model as the judge ----
@@ -114,6 +118,21 @@ def test_what_cannot_be_read_is_no_verdict():
         ("A", "unparsable"),
         ("[A]", "unparsable"),
         ("[[C]]", "unparsable"),
+        ("**Verdict:** **[[A]]**", "A"),
+        ("[[**B**]]", "B"),
+        (r"Verdict: \[\[A\]\]", "A"),
+        (r"$\boxed{[[A]]}$", "A"),
+        ("<think>\nMaybe [[B]]? No.\n</think>\n\n[[A]]", "A"),
+        ("Maybe [[B]]? No.\n</think>\n\n[[A]]", "A"),
+        ("[[A]] <think> or [[B]]", "A"),
+        ("<think>[[A]], I think", "unparsable"),
+        ("<think>[[A]]</think>", "unparsable"),
+        ("<Thinking effort=low>[[B]]</THINKING >[[A]]", "A"),
+        ("<think>a <think>b</think> [[B]]</think>[[A]]", "A"),
+        ("[[A]]\n<reasoning>[[A]] beats [[B]]</reasoning>", "A"),
+        ("[THINK][[B]][/THINK][[tie]]", "tie"),
+        ("◁think▷[[B]]◁/think▷[[A]]", "A"),
+        ("<|channel|>analysis<|message|>[[B]]<|end|><|start|>assistant<|channel|>final<|message|>[[A]]", "A"),
         ("", "unparsable"),
     ],
 )

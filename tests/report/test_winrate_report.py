@@ -57,6 +57,11 @@ def test_structure(tmp_path):
     assert "3 values of words more in the answer of A, from 0 to 2.00; median 1.00." in lengths
 
 
+def test_equal_answers_are_reported(tmp_path):
+    assert "the two answers are equal" not in _report(tmp_path)
+    assert "In 16 of the 500 comparisons the two answers are equal" in _report(tmp_path, {**SUMMARY, "not_judged": 16})
+
+
 @pytest.mark.parametrize(
     "summary",
     [

@@ -5,6 +5,8 @@ output (stdout and stderr together) is held against the row of CASES that has it
 output that returns whether the case does what its script says. A case without a row is an error.
 """
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +27,39 @@ def statuses(output: str) -> list[int]:
     return [int(part.split()[0]) for part in output.split("rc=")[1:]]
 
 
+def judged(output: str, **figures: int) -> bool:
+    """Whether the last evaluation came to its end, with these figures in its summary."""
+    summary = next((json.loads(line) for line in reversed(output.splitlines()) if line.startswith("{")), {})
+    return statuses(output)[-1:] == [0] and all(summary.get(key) == value for key, value in figures.items())
+
+
+def refused(output: str, *words: str) -> bool:
+    """Whether the command ended with status 2 and a message that has these words."""
+    return statuses(output) == [2] and all(word in output for word in words)
+
+
+def judge_empty_cached(output: str) -> bool:
+    return statuses(output) == [2, 0] and "{'posts': 44, '429': 0}" in output and judged(output, unparsable=0)
+
+
+def lm_eval_long(output: str) -> bool:
+    if importlib.util.find_spec("lm_eval") is None:  # the extra `eval` is not installed
+        return refused(output, "elbo_kto_jax[eval]")
+    return statuses(output) == [0] and "1 of 2 prompts" in output and "cut from the left" in output
+
+
 CASES: dict[str, Callable[[str], bool]] = {
     "brackets": lambda out: statuses(out) == [0, 0, 0, 0],
     "denoising_page": lambda out: "0 broken characters; True emoji there" in out,
+    "judge_busy": lambda output: judged(output, comparisons=60, unparsable=0),
+    "judge_empty_cached": judge_empty_cached,
+    "judge_no_verdict": lambda output: refused(output, "none of the 22 prompts a verdict"),
+    "judge_one_refusal": lambda output: judged(output, comparisons=58, unparsable=2, left_out=1),
+    "judge_rate_limit": lambda output: judged(output, comparisons=60, unparsable=0),
+    "judge_temperature": lambda output: refused(output, "--judge-temperature"),
+    "judge_think": lambda output: judged(output, comparisons=60, not_judged=16, unparsable=0),
+    "judge_url_without_v1": lambda output: refused(output, "/chat/completions", "usually ends in /v1"),
+    "lm_eval_long": lm_eval_long,
     "prompt_latin1": lambda out: statuses(out) == [2] and "--prompt is not UTF-8 text" in out,
     "tilde": lambda out: statuses(out) == [0, 0] and "home/run/config.json" in out and "going on from" not in out,
 }
