@@ -79,7 +79,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         files = {"comparisons_file": str(out / COMPARISONS), "report": str(out / REPORT)}
         summary |= {**result_of(_read_rows(out / COMPARISONS)), **files}
     metrics = {}
-    checkpoint = models[0].open(config) if benchmarks else None
+    checkpoint = models[0].load(config) if benchmarks else None
     for benchmark in benchmarks:
         file, name = task_file(out, benchmark.name), _part_name(benchmark)
         if name not in progress.done:

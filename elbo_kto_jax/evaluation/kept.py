@@ -61,7 +61,7 @@ class Pinned:
     content: str
     flag: str
 
-    def open(self, config: Config) -> Checkpoint:
+    def load(self, config: Config) -> Checkpoint:
         """See `open_checkpoint`."""
         return open_checkpoint(self.folder, config, flag=self.flag)
 
