@@ -4,6 +4,7 @@ With --exact every mask of a completion is enumerated instead of drawn (completi
 """
 
 import dataclasses
+import datetime
 import logging
 from collections.abc import Iterator
 
@@ -43,8 +44,13 @@ def main(argv: list[str]) -> dict:
     return {"records": len(rows), "mean_elbo": float(np.mean([row["elbo"] for row in rows])), "out": options.out}
 
 
-def score_records(config: Config, options, params: Params | None = None) -> Iterator[dict]:
-    """One result per record, in the order of the records; `params`: those of options.checkpoint, if they are loaded."""
+def score_records(
+    config: Config, options, params: Params | None = None, moment: datetime.datetime | None = None
+) -> Iterator[dict]:
+    """One result per record, in the order of the records.
+
+    `params`: those of options.checkpoint, if they are loaded; `moment`: see `prepare`.
+    """
     # Labels and subsets belong to training; every record is scored.
     config = dataclasses.replace(
         config,
@@ -54,7 +60,7 @@ def score_records(config: Config, options, params: Params | None = None) -> Iter
         ),
         objective=dataclasses.replace(config.objective, name="sft"),
     )
-    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--data"))
+    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--data"), moment=moment)
     data, examples, draws = setup.data, setup.data.examples, config.estimator.draws
     if options.exact and examples.completion_length.max() > MAX_LENGTH:
         i = int(np.argmax(examples.completion_length))

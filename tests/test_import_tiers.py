@@ -17,6 +17,7 @@ TIERS = {
     "diffusion": 1,
     "preference": 1,
     "packing": 1,
+    "lock": 1,
     "processes": 1,
     "model": 2,
     "text": 2,

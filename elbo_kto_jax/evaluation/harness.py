@@ -216,6 +216,7 @@ class DiffusionLM(LM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **chat.template_options(self._checkpoint.tokenizer),
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

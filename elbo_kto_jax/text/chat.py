@@ -15,11 +15,16 @@ Special tokens written out in a message or a completion ("<|eot_id|>") are ordin
 user can end a turn or mask a token; only what the template writes becomes a control token. A plain-string prompt went
 through a template elsewhere, if any: its special tokens are meant. The first way reads them all as the authors' code
 does: they become those tokens.
+
+A template may ask for the time (`strftime_now`). A working folder fixes what it is told (`make_repeatable`), so that a
+run that is interrupted goes on with the same texts; elsewhere it is told the present.
 """
 
 import dataclasses
+import datetime
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -30,6 +35,7 @@ from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text.records import Message, Record
 
 EOT_TOKEN = "<|eot_id|>"
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")  # what Jinja has of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +79,30 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfi
         raise UserError(
             f"{where}: wrong tokenizer: the model's mask_token_id {mask_id} is {token!r} there, not its mask token"
         )
+
+
+def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetime, where: str) -> None:
+    """Makes `tokenizer`, read from `where`, render a conversation in the same way on every day.
+
+    A template that asks for the time is told `moment` from now on.
+
+    Raises:
+      UserError: the chat template draws random numbers.
+    """
+    tokenizer.moment = moment
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if drawing := _RANDOM.search(template):
+            raise UserError(
+                f"{where}: the tokenizer's chat template uses `{drawing[0]}`, which gives another text at every start; "
+                "a run that is interrupted could not go on: write a template without it"
+            )
+
+
+def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `apply_chat_template` has to be told so that it does as `make_repeatable` says."""
+    moment = getattr(tokenizer, "moment", None)
+    return {} if moment is None else {"strftime_now": moment.strftime}
 
 
 def find_eot_id(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
@@ -231,7 +261,9 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
             "model, or plain strings for prompt and completion"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **template_options(tokenizer)
+        )
     except Exception as error:  # the template came with the checkpoint and may raise anything, e.g. TypeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {reason}") from error

@@ -31,6 +31,7 @@ class Examples:
       ids: the records' ids.
       id_words: two words of the BLAKE2b hash of each id, which the mask sampler folds into its key.
       report: what was read, left out and why, in lines for the log; not part of the digest.
+      files: where they were read; not part of the digest.
     """
 
     tokens: Int32[np.ndarray, "total"]
@@ -41,6 +42,7 @@ class Examples:
     ids: list[str]
     id_words: UInt32[np.ndarray, "num 2"]
     report: str
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -135,7 +137,7 @@ def load_examples(
     if needs_label and len(set(is_desirable[kept].tolist())) == 1:
         notes.append("all examples have the same label, so there are no good and bad answers to tell apart")
     report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    return _pack(rows, is_desirable[kept], report)
+    return dataclasses.replace(_pack(rows, is_desirable[kept], report), files=tuple(source.files))
 
 
 def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:

@@ -1,6 +1,7 @@
 """From a config to everything that a run over a data set needs, cheapest checks first."""
 
 import dataclasses
+import datetime
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
@@ -19,7 +19,7 @@ from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
+from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id, make_repeatable
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
@@ -68,11 +68,11 @@ class Setup:
         abstract = train_state.abstract_trained(self.model, self.config.lora)
         return lora.init_adapters(abstract, rules.param_shardings(abstract, self.mesh), self.config.seed)
 
-    def fingerprint(self, reference: Params, data: TrainingData) -> dict:
-        """Everything that the reference's estimates on `data` depend on."""
+    def fingerprint(self, reference: str, data: TrainingData) -> dict:
+        """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
         config, layout = self.config, data.layout
         return {
-            "model": params_digest(reference),
+            "model": reference,
             "dtype": config.model.dtype,
             "tokenizer": tokenizer_digest(self.assets),
             "data": data.examples.digest(),
@@ -119,11 +119,16 @@ def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
 
 
 def prepare(
-    config: Config, *, skip_bad: bool, flags: tuple[str, str] = ("--config.model.path", "--config.data.train")
+    config: Config,
+    *,
+    skip_bad: bool,
+    flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
+    moment: datetime.datetime | None = None,
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
-    `flags` are the names under which the user gave the model and the data, for messages.
+    `flags` are the names under which the user gave the model and the data, for messages. With a `moment` the chat
+    template gives the same text at every start, and takes that for the present.
 
     Raises:
       UserError: anything about them that the user has to mend.
@@ -132,6 +137,8 @@ def prepare(
     model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
     check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
+    if moment is not None:
+        make_repeatable(tokenizer, moment, f"{model_flag}={config.model.path}")
     check_options(config.sampler)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
