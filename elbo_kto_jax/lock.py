@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elbo_kto_jax import processes
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import writing
+from elbo_kto_jax.files import check_writable, writing
 
 log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"  # in a folder that stays
@@ -34,7 +34,11 @@ def inside(folder: str | os.PathLike, flag: str) -> Iterator[None]:
     Raises:
       UserError: another command holds it, who says the message; or it cannot be taken.
     """
-    with _hold(Path(folder) / LOCK_FILE, f"{flag}={folder}"):
+    folder = Path(folder)
+    check_writable(folder, flag)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}={folder}: a file, not a folder; choose another name")
+    with _hold(folder / LOCK_FILE, f"{flag}={folder}"):
         yield
 
 
@@ -42,6 +46,7 @@ def inside(folder: str | os.PathLike, flag: str) -> Iterator[None]:
 def beside(path: str | os.PathLike, flag: str) -> Iterator[None]:
     """The same for a file or folder that appears when it is whole: the lock stands beside it."""
     path = Path(path).expanduser().absolute()
+    check_writable(path, flag)
     with _hold(path.with_name(f".{path.name}{LOCK_FILE}"), f"{flag}={path}"):
         yield
 

@@ -20,15 +20,19 @@ A template may ask for the time (`strftime_now`). A working folder fixes what it
 run that is interrupted goes on with the same texts; elsewhere it is told the present.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import re
-from collections.abc import Sequence
-from typing import Any
+import threading
+import types
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import transformers
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
@@ -36,6 +40,8 @@ from elbo_kto_jax.text.records import Message, Record
 
 EOT_TOKEN = "<|eot_id|>"
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")  # what Jinja has of it
+_CLOCK = "strftime_now"
+_clock_lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +93,43 @@ def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetim
     A template that asks for the time is told `moment` from now on.
 
     Raises:
-      UserError: the chat template draws random numbers.
+      UserError: the chat template draws random numbers, or its clock cannot be set.
     """
-    tokenizer.moment = moment
-    templates = tokenizer.chat_template or ""
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        if drawing := _RANDOM.search(template):
+    found = tokenizer.chat_template or ""
+    templates = "\n".join(found.values() if isinstance(found, dict) else [found])
+    if drawing := _RANDOM.search(templates):
+        raise UserError(
+            f"{where}: the tokenizer's chat template uses `{drawing[0]}`, which gives another text at every start; "
+            "a run that is interrupted could not go on: write a template without it"
+        )
+    if _CLOCK in templates:
+        tokenizer.moment = moment
+        probe = f"{{{{ {_CLOCK}('%Y-%m-%dT%H:%M:%S') }}}}"
+        with template_clock(tokenizer):
+            message = {"role": "user", "content": ""}
+            told = tokenizer.apply_chat_template([message], chat_template=probe, tokenize=False)
+        if told != moment.isoformat():
             raise UserError(
-                f"{where}: the tokenizer's chat template uses `{drawing[0]}`, which gives another text at every start; "
-                "a run that is interrupted could not go on: write a template without it"
+                f"{where}: the tokenizer's chat template reads the clock (`{_CLOCK}`), which cannot be set under "
+                f"transformers {transformers.__version__}: write the date into the template"
             )
 
 
-def template_options(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `apply_chat_template` has to be told so that it does as `make_repeatable` says."""
+@contextlib.contextmanager
+def template_clock(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within it, a template of `tokenizer` is told the moment that `make_repeatable` fixed, if any."""
     moment = getattr(tokenizer, "moment", None)
-    return {} if moment is None else {"strftime_now": moment.strftime}
+    if moment is None:
+        yield
+        return
+    # Templates get their functions from transformers alone, and this one reads the module's `datetime`.
+    with _clock_lock:
+        before = chat_template_utils.datetime
+        chat_template_utils.datetime = types.SimpleNamespace(now=lambda: moment)
+        try:
+            yield
+        finally:
+            chat_template_utils.datetime = before
 
 
 def find_eot_id(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
@@ -261,9 +288,8 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
             "model, or plain strings for prompt and completion"
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **template_options(tokenizer)
-        )
+        with template_clock(tokenizer):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template came with the checkpoint and may raise anything, e.g. TypeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {reason}") from error

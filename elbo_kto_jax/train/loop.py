@@ -86,8 +86,6 @@ class _Run:
             shardings=self.shardings,
         )
         self.base, self.adaptation = setup.load_base()
-        if self.adaptation is not None:
-            self.weights.check(inputs.MODEL, self.adaptation.base_digest)
         self.noise_scale = jax.jit(
             functools.partial(
                 train_state.gradient_noise_scale, options=config.optimizer, batch_size=setup.data.batch_size
@@ -111,6 +109,8 @@ class _Run:
             self.progress = restored.progress
             self.skipped = self.progress.pop("skipped", 0)
             log.info("going on from step %d", start)
+        if self.adaptation is not None:
+            self.weights.check(inputs.MODEL, self.adaptation.base_digest)
         log.info(
             "%s on %s: %d steps of %d examples, %d draws each; %d rows of %d tokens at once",
             config.objective.name,

@@ -29,7 +29,7 @@ import elbo_kto_jax
 from elbo_kto_jax import lock, processes
 from elbo_kto_jax.config import Config, differences
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, check_writable, is_leftover, to_json, writing
+from elbo_kto_jax.files import atomic_write, is_leftover, to_json, writing
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -47,7 +47,6 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool, command: str) -
       UserError: another command is at work in it; or it holds a run of a different config (the differences are shown),
         or something else; or the processes of this job have different folders of that name.
     """
-    check_writable(workdir, "--workdir")
     processes.first(lambda: _refuse_foreign(workdir))
     with lock.inside(workdir, "--workdir"):
         found: list[dict | None] = [None]
@@ -177,7 +176,13 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
             f"--workdir={workdir} holds a run of another config ({_shown(changes)});\n"
             "choose another --workdir, or pass --overwrite to delete that run"
         )
-    return found
+    return found if _has_results(workdir) else None
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether anything but the description of a run stands in its folder: until then its inputs may change."""
+    files = (path for path in workdir.rglob("*") if not path.is_dir())
+    return any(not is_leftover(file) and file.name not in (CONFIG, lock.LOCK_FILE) for file in files)
 
 
 def _check_record(found: dict) -> None:
