@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,12 +101,18 @@ def _take(file: Path, place: str) -> int:
 
 
 def _open(file: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    reason = "not a regular file"
     try:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-    except OSError as error:  # a link, a device
-        raise UserError(f"{file}: cannot be used as a lock ({error.strerror}); remove it") from None
+            opened = os.open(file, flags, 0o666)
+        if stat.S_ISREG(os.fstat(opened).st_mode):
+            return opened
+        os.close(opened)
+    except OSError as error:  # a link
+        reason = error.strerror
+    raise UserError(f"{file}: cannot be used as a lock ({reason}); remove it")
 
 
 def _read_holder(opened: int) -> dict:

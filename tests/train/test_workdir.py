@@ -315,7 +315,7 @@ class Tomorrow(datetime.datetime):
 
     @classmethod
     def now(cls, tz=None):
-        return datetime.datetime.now(tz) + datetime.timedelta(days=1, seconds=7)
+        return super().now(tz) + datetime.timedelta(days=1, seconds=7)
 
 
 def test_a_template_that_reads_the_clock_is_told_when_the_run_began(folder, stop_at, monkeypatch):
@@ -323,7 +323,7 @@ def test_a_template_that_reads_the_clock_is_told_when_the_run_began(folder, stop
     argv = stopped(folder, stop_at)
     digests = json.loads((folder / "run" / "config.json").read_text())["inputs"]["config.data.train"]
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    monkeypatch.setattr("elbo_kto_jax.train.workdir.datetime.datetime", Tomorrow)
+    monkeypatch.setattr(workdir, "datetime", types.SimpleNamespace(datetime=Tomorrow))
     assert train.main(argv)["steps"] == STEPS
     other = flags(folder, f"--workdir={folder / 'new'}")
     train.main(other)
