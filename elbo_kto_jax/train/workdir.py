@@ -117,7 +117,7 @@ class Workdir:
                 f"put back what it began with, choose another --workdir, or {remedy}"
             )
         for key, now in inputs.items():
-            self.inputs[key] = {**now, **self.inputs.get(key, {})}
+            self.inputs[key] = {**self.inputs.get(key, {}), **now}
         self._record["inputs"] = self.inputs
         processes.first(self._write)
         others = processes.json_of_first(self.inputs)

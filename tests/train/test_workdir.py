@@ -27,7 +27,11 @@ STEPS = 3
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """SIGTERM in the n-th call of a function of a module."""
+    return stopper(monkeypatch)
+
+
+def stopper(monkeypatch):
+    """What lets a SIGTERM come in the n-th call of a function of a module."""
 
     def arrange(number: int, module=loop, name: str = "train_step") -> None:
         calls, real = [], getattr(module, name)
@@ -43,14 +47,40 @@ def stop_at(monkeypatch):
     return arrange
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Everything that a run reads, to be changed: a model, another one, and records."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of one size."""
+    folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("model", "other")):
-        write_untrained(tmp_path / name, seed)
-    runs.write_jsonl(tmp_path / "train.jsonl", runs.records(6))
-    runs.write_jsonl(tmp_path / "eval.jsonl", runs.records(4, first=6))
-    return tmp_path
+        write_untrained(folder / name, seed)
+    return folder
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    """Everything that a run reads, to be changed: a model, another one, and records."""
+    return fill(models, tmp_path)
+
+
+def fill(models: Path, folder: Path) -> Path:
+    shutil.copytree(models, folder, dirs_exist_ok=True)
+    runs.write_jsonl(folder / "train.jsonl", runs.records(6))
+    runs.write_jsonl(folder / "eval.jsonl", runs.records(4, first=6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(models, tmp_path_factory):
+    """A folder with a run that was stopped, a copy of it, and the command line."""
+    folder = fill(models, tmp_path_factory.mktemp("once"))
+    with pytest.MonkeyPatch.context() as patch:
+        argv = stopped(folder, stopper(patch), **{"data.eval": folder / "eval.jsonl"})
+    return folder, shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "of"), argv
+
+
+def put_back(folder: Path, before: Path) -> None:
+    shutil.rmtree(folder / "model")
+    shutil.copytree(before, folder, dirs_exist_ok=True)
 
 
 def flags(folder: Path, *more: str, **settings) -> list[str]:
@@ -147,20 +177,27 @@ def change_architecture(folder: Path) -> None:
         (change_architecture, "config.model.path: config.json"),
     ],
 )
-def test_a_restart_with_other_inputs_is_refused_and_named(
-    folder, stop_at, monkeypatch, tmp_path_factory, change, named
-):
-    argv = stopped(folder, stop_at, **{"data.eval": folder / "eval.jsonl"})
-    before = shutil.copytree(folder, tmp_path_factory.mktemp("before") / "copy")
+def test_a_restart_with_other_inputs_is_refused_and_named(once, monkeypatch, change, named):
+    folder, before, argv = once
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("a step was taken"))
     change(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("a step was taken"))
+    try:
         message = refusal(argv)
-    assert named in message
-    assert str(folder / "run") in message
-    assert (folder / "run" / "metrics.jsonl").read_bytes() == (before / "run" / "metrics.jsonl").read_bytes()
-    shutil.rmtree(folder / "model")  # put back
-    shutil.copytree(before, folder, dirs_exist_ok=True)
+        assert named in message
+        assert str(folder / "run") in message
+        for file in ("metrics.jsonl", "config.json"):
+            assert (folder / "run" / file).read_bytes() == (before / "run" / file).read_bytes()
+    finally:
+        put_back(folder, before)
+
+
+def test_it_goes_on_once_everything_is_put_back(once):
+    folder, before, argv = once
+    for change in (flip, replace_weights, replace_template):
+        change(folder)
+    message = refusal(argv)
+    assert "(config.data.train: labels, texts; config.data.eval: texts; config.model.path: chat template, " in message
+    put_back(folder, before)
     assert train.main(argv)["steps"] == STEPS
 
 
@@ -277,17 +314,17 @@ def test_a_folder_of_an_earlier_version_goes_on_with_a_warning(folder, stop_at, 
     assert "config.data.train: labels" in refusal(argv)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"moment": 5}, {"moment": "noon"}, {"inputs": [1]}, {"inputs": {"a": 1}}, {"versions": "x"}, {"files": 1}],
-)
+@pytest.mark.parametrize("change", [{"moment": "noon"}, {"inputs": {"a": 1}}, {"versions": "x"}], ids=str)
 def test_a_damaged_record_is_refused_and_can_be_overwritten(folder, stop_at, change):
     argv = stopped(folder, stop_at, "--overwrite")
     file = folder / "run" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     message = refusal(argv[:-1])
     assert f"{file}: damaged" in message
-    assert train.main(argv)["steps"] == STEPS
+    stop_at(1)
+    with pytest.raises(Interrupted):
+        train.main(argv)
+    assert json.loads(file.read_text())["unfinished"] == "train"
 
 
 def test_another_version_is_told(folder, stop_at, caplog):
