@@ -61,13 +61,20 @@ def _hold(file: Path, place: str) -> Iterator[None]:
         yield
     finally:
         for opened in taken:
-            with contextlib.suppress(OSError):
-                file.unlink()  # while it is held: who opened it before sees that it is gone
-            _held.discard(opened)
-            os.close(opened)
-            for folder in missing:
-                with contextlib.suppress(OSError):  # it is not empty: the command got to its work
-                    folder.rmdir()
+            _release(file, opened, missing)
+
+
+def _release(file: Path, opened: int, made: list[Path]) -> None:
+    """Gives a lock back; removes its file and those of the folders `made` for it in which nothing was written."""
+    try:
+        with contextlib.suppress(OSError):
+            file.unlink()  # while it is held: who opened it before sees that it is gone
+    finally:
+        _held.discard(opened)
+        os.close(opened)
+    for folder in made:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def _take(file: Path, place: str) -> int:

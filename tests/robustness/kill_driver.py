@@ -408,10 +408,8 @@ def main(argv: list[str]) -> int:
         rest = options.kills - sum(count.kills for count in driver.counts.values())
         share = round(rest * weight[name] / sum(weight[later] for later in names[i:]))
         driver.attack(name, share, () if options.no_signals else (signal.SIGTERM, signal.SIGINT))
-    total = {
-        key: sum(getattr(c, key) for c in driver.counts.values())
-        for key in ("kills", "in_writes", "signals", "refusals", "trials")
-    }
+    counted = ("kills", "in_writes", "signals", "refusals", "trials")
+    total = {name: sum(getattr(count, name) for count in driver.counts.values()) for name in counted}
     failures = [failure for count in driver.counts.values() for failure in count.failures]
     if not failures:
         shutil.rmtree(folder, ignore_errors=True)
