@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
                 "desirable_weight": 1.0,  # [paper] lambda_D
                 "undesirable_weight": 1.0,  # [paper] lambda_U
                 "reference_point": "global_mean",  # [paper]
+                "label_smoothing": 0.0,  # of objectives on pairs
             },
             "estimator": {
                 "draws": 8,  # [paper] 1, 2, 4 and 8 studied

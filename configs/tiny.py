@@ -38,6 +38,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 # Half of the answers are bad and lose tens of nats. The batch's mean follows them down, good answers
                 # then saturate, and nothing holds them: from there rounding decides whether they are lost as well.
                 "reference_point": "zero",
+                "label_smoothing": 0.0,  # of objectives on pairs
             },
             "estimator": {
                 "draws": 1 if fine_tuning else 2,  # fine-tuning averages over examples anyway; rewards need less noise

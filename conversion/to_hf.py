@@ -1,11 +1,10 @@
 """python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors.
 
 Pieces of tensors go from file to file, so that memory does not grow with the model. DIR appears when it is whole: an
-interrupted conversion leaves a folder .DIR.partial without a config.json, and the same command starts again.
+interrupted conversion leaves a folder .DIR.*.partial without a config.json, and the same command starts again.
 """
 
 import argparse
-import os
 import re
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ def main(argv: list[str]) -> dict:
 
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
-    out = Path(os.path.expanduser(flags.out))
+    out = Path(flags.out)
     with lock.beside(out, "--out"):
         store.check_destination(out, flags.overwrite, huggingface.is_published)
         source = store.open_source(flags.source, flag="--source")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import huggingface, names, store
 from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.errors import UserError
@@ -46,10 +46,10 @@ def main(argv: list[str]) -> dict:
             difference = difference_between(source, checkpoint, name, buffers)
         if difference:
             different += 1
-            print(f"{name}: {difference}", file=sys.stderr)
+            print(terminal.message(f"{name}: {difference}"), file=sys.stderr)
     summary = {"tensors": len(every), "equal": not different, "different": different}
     if different:
-        print(to_json(summary))
+        terminal.say_json(to_json(summary))
         raise UserError(
             f"{different} of {len(every)} tensors of {flags.checkpoint} differ from {flags.source}; convert it again"
         )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.config import Config, Sampler
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.report.denoising import MASK
@@ -71,8 +71,12 @@ class Conversation:
         """The model's answer to a message, which is shown and kept for the messages that follow.
 
         Raises:
-          UserError: the message alone is too long for the model, or the weights are not usable.
+          UserError: the message is not text or alone too long for the model, or the weights are not usable.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"this message is not UTF-8 text: {text}") from None
         messages = self._that_fit([*self._messages, {"role": "user", "content": text}])
         record = Record(f"turn {self._turns}", messages, None, None, "this message")
         canvas = _Canvas(self._out) if self._out.isatty() else None
@@ -84,7 +88,7 @@ class Conversation:
         (answered,) = answers.texts
         if canvas:
             canvas.erase()
-        print(answered, file=self._out, flush=True)
+        print(terminal.printable(answered), file=self._out, flush=True)
         self._messages = [*messages, {"role": "assistant", "content": answered}]
         self._turns += 1
         self._tokens += int((answers.responses.written_at >= 0).sum())
@@ -119,10 +123,11 @@ class Conversation:
         tokens = cut_response(tokens, self._checkpoint.stop_ids)
         (masked,) = np.nonzero(tokens == mask_id)
         runs = np.split(tokens, np.unique([*masked, *(masked + 1)])) if len(masked) else [tokens]
-        return "".join(
+        text = "".join(
             MASK if len(run) == 1 and run[0] == mask_id else decode(run.tolist(), skip_special_tokens=True)
             for run in runs
         )
+        return text.replace("\ufffd", MASK)  # a character of which some tokens are still masked
 
 
 class _Canvas:

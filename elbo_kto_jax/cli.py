@@ -5,8 +5,11 @@
 
 import argparse
 import ast
+import contextlib
+import functools
 import importlib.util
 import logging
+import math
 import os
 import re
 import signal
@@ -19,17 +22,23 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
-from elbo_kto_jax import processes
+from elbo_kto_jax import objectives, paths, processes, terminal
 from elbo_kto_jax.config import Config
+from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import check_writable, to_json, trouble
 from elbo_kto_jax.sharding import rules
 
 log = logging.getLogger("elbo_kto_jax")
+_LARGEST = 2**31 - 1  # of counts and seeds on the command line
 
 
 class Flags(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit with status 2, and which knows `--config` if asked to."""
+    """An argument parser whose errors are one line and exit with status 2, and which knows `--config` if asked to.
+
+    A flag that is added without a type names a file or folder, so that no command can forget `paths.resolve`; one that
+    holds other text has `type=str`. Those of type int are counts and seeds, from 0; those of type float are finite.
+    """
 
     def __init__(self, command: str, description: str):
         super().__init__(prog=f"python -m {command}", description=description, allow_abbrev=False)
@@ -37,7 +46,7 @@ class Flags(argparse.ArgumentParser):
         self._kind = Config
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{_printable(message)}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
     def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
         """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
@@ -55,9 +64,24 @@ class Flags(argparse.ArgumentParser):
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
         several = self.add_argument_group("several processes", "found by themselves on TPU slices, GKE and SLURM")
-        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--coordinator", type=str, metavar="HOST:PORT", help="where process 0 listens")
         several.add_argument("--num-processes", type=int, metavar="N", help="of this job")
         several.add_argument("--process-id", type=int, metavar="I", help="of this process, 0 to N-1")
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:
+        """The flags, checked and with their paths resolved.
+
+        Raises:
+          UserError: an unknown flag, or a value that does not fit.
+        """
+        _check_text(args)
+        flags = super().parse_args(args)
+        for action in self._actions:
+            if action.option_strings and action.nargs != 0 and action.choices is None:
+                given = getattr(flags, action.dest)
+                checked = functools.partial(_checked, kind=action.type, flag=action.option_strings[0])
+                setattr(flags, action.dest, list(map(checked, given)) if isinstance(given, list) else checked(given))
+        return flags
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, Config | None]:
         """The flags and, where `add_config` was called, the resolved config; then also joins the job's processes.
@@ -65,6 +89,7 @@ class Flags(argparse.ArgumentParser):
         Raises:
           UserError: an unknown flag or config key, or a value that does not fit.
         """
+        _check_text(argv)
         overrides, rest = {}, []
         words = iter(argv)
         for word in words:
@@ -87,6 +112,8 @@ class Flags(argparse.ArgumentParser):
         if hasattr(flags, "workdir") and not flags.workdir:
             flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
         resolved = self._kind.from_mapping(config.to_dict())
+        objectives.build(resolved.objective)  # names that are not known are refused before anything is loaded
+        masks.check_scheme(resolved.estimator.scheme)
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         rules.split_cpu(resolved.mesh)
         if not processes.is_first():
@@ -94,10 +121,25 @@ class Flags(argparse.ArgumentParser):
         return flags, resolved
 
 
-def _printable(message: str) -> str:
-    """The message without line breaks and control characters, and not longer than a few lines of a terminal."""
-    message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    return message if len(message) <= 500 else f"{message[:500]}..."
+def _check_text(words: list[str]) -> None:
+    """Raises UserError where a word of the command line has bytes that are not text in the locale's encoding."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            flag, _, value = word.partition("=")
+            raise UserError(f"{flag} is not UTF-8 text: {value}; convert it (iconv -t UTF-8)") from None
+
+
+def _checked(value: Any, kind: Any, flag: str) -> Any:
+    """The value of a flag of type `kind`, see `Flags`."""
+    if kind is None and isinstance(value, str):
+        return paths.resolve(value, flag)
+    if kind is int and value is not None and not 0 <= value <= _LARGEST:
+        raise UserError(f"{flag}: expected a number from 0 to {_LARGEST}, got {value}")
+    if kind is float and value is not None and not math.isfinite(value):
+        raise UserError(f"{flag}: expected a finite number, got {value}")
+    return value
 
 
 def load_config_file(spec: str, flag: str = "--config") -> ml_collections.ConfigDict:
@@ -106,10 +148,10 @@ def load_config_file(spec: str, flag: str = "--config") -> ml_collections.Config
     Raises:
       UserError: the file is missing, is not Python, fails, or has no get_config.
     """
-    name, _, argument = spec.partition(":")
+    name, _, argument = (spec, "", "") if os.path.isfile(spec) else spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        raise UserError(_printable(f"{flag}={spec}: there is no file {name}"))
+        raise UserError(f"{flag}={spec}: there is no file {name}")
     loader = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if loader is None:
         raise UserError(f"{flag}={spec}: expected a Python file (*.py)")
@@ -161,47 +203,68 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     Interrupted, SIGTERM or Ctrl-C: what was finished is kept, no file is half written, and the same command goes on.
     With several processes the first one prints the summary.
     """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        # Under another locale the same words and names would mean something else to Python than to TensorStore.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, outside of `stop_on_signal`
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    terminal.protect_streams()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(terminal.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
     # Orbax logs what it raises, with tracebacks, and leaves coroutines and failed tasks behind when a disk is full.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: log.debug("ignored: %s", unraisable.exc_value)
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elbo_kto_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))  # a program is compiled once per machine
+        jax.config.update("jax_compilation_cache_dir", _cache_folder())  # a program is compiled once per machine
     try:
         summary = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _leave(2)
+        _leave(2, f"error: {error}")
     except OSError as error:
         if not trouble(error):
             raise
-        print(f"error: {trouble(error)}; mend that and run the same command again", file=sys.stderr)
-        _leave(2)
+        _leave(2, f"error: {trouble(error)}; mend that and run the same command again")
     except Interrupted as stop:
         if stop.args and isinstance(stop.args[-1], dict) and processes.is_first():
-            print(to_json(stop.args[-1]))
-        print(f"interrupted: {stop.args[0] if stop.args else ''}", file=sys.stderr)
+            terminal.say_json(to_json(stop.args[-1]))
+        print(terminal.message(f"interrupted: {stop.args[0] if stop.args else ''}"), file=sys.stderr)
         sys.exit(75)
     except KeyboardInterrupt:
-        print("interrupted: the same command starts again", file=sys.stderr)
-        _leave(75)
+        _leave(75, "interrupted: the same command starts again")
     except Exception:
         if not processes.several():
             raise
         traceback.print_exc()
-        _leave(1)
+        _leave(1, "")
     if processes.is_first():
-        print(to_json(summary), flush=True)
+        terminal.say_json(to_json(summary))
+    if terminal.stdout_failure():
+        _leave(2, f"error: stdout: {terminal.stdout_failure()}; what was printed is lost, files are written: make room")
     sys.exit(0)
 
 
-def _leave(status: int) -> NoReturn:
-    """Exits; of several processes at once, for the others may wait for this one and must notice that it is gone."""
+def _cache_folder() -> str | None:
+    """Where compiled programs are kept: below XDG_CACHE_HOME or ~/.cache; None where there is no such place."""
+    base, home = os.environ.get("XDG_CACHE_HOME", ""), paths.home_folder()
+    if not os.path.isabs(base):
+        base = home and os.path.join(home, ".cache")
+    folder = base and os.path.join(base, "elbo_kto_jax", "compiled")
+    with contextlib.suppress(OSError):
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+            return folder
+    return None
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    """Exits with a message on stderr.
+
+    Of several processes one leaves at once, for the others may wait for it and must notice that it is gone.
+    """
+    if message:
+        print(terminal.message(message), file=sys.stderr)
     if processes.several():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -210,7 +273,13 @@ def _leave(status: int) -> NoReturn:
 
 
 def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out") -> None:
-    """Raises UserError where `path` exists and --overwrite was not given, or where nothing can be written."""
+    """Checks that the file `path` can be written.
+
+    Raises:
+      UserError: it exists and --overwrite was not given, it is a folder, or nothing can be written there.
+    """
     check_writable(path, flag)
-    if os.path.exists(path) and not overwrite:
+    if Path(path).is_dir():
+        raise UserError(f"{flag}={path}: a folder; name a file")
+    if os.path.lexists(path) and not overwrite:
         raise UserError(f"{flag}={path} exists already; choose another name or pass --overwrite")

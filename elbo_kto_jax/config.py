@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from elbo_kto_jax import paths
 from elbo_kto_jax.errors import UserError
 
 _LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
@@ -41,11 +42,12 @@ Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Dtype = Literal["float32", "bfloat16"]
+Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: str  # Hugging Face folder, hub id or converted checkpoint
+    path: Location  # Hugging Face folder, hub id or converted checkpoint
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters and of Adam's moments
     remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, model/llada.py
@@ -53,8 +55,8 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    train: str  # JSONL or Parquet file, folder of such, or hub data set id
-    eval: str  # the same, held out; "" for none
+    train: Location  # JSONL or Parquet file, folder of such, or hub data set id
+    eval: Location  # the same, held out; "" for none
     max_length: Count  # tokens; longer examples are cut, and packed rows have this length
     packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
     append_eot: bool  # append the end-of-turn token to each completion
@@ -64,23 +66,24 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    name: Literal["elbo_kto", "sft"]
+    name: str  # of a file of objectives/, which says what the name may be
     beta: NonNegative  # 1/nats
     desirable_weight: NonNegative  # lambda_D
     undesirable_weight: NonNegative  # lambda_U
     reference_point: Literal["global_mean", "zero"]  # z0
+    label_smoothing: Annotated[float, Range(0, 0.4999)]  # share of pairs that are taken for labelled the wrong way
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     draws: Count  # K, masks per example
-    scheme: Literal["uniform", "bernoulli", "stratified", "complementary", "balanced", "importance"]
+    scheme: str  # of diffusion/masks.py, which says what the name may be
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     mode: Literal["precomputed", "online"]
-    path: str  # "": model.path
+    path: Location  # "": model.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Config:
     mesh: Mesh
     lora: Lora
     sampler: Sampler
-    tasks: str  # lm-evaluation-harness tasks that `evaluate` runs, comma-separated; "": none
+    tasks: Annotated[str, paths.resolve_all]  # lm-evaluation-harness tasks for `evaluate`, with commas; "": none
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
@@ -205,13 +208,13 @@ class Task:
 class Sweep:
     """A grid of evaluations; a list is an axis of it."""
 
-    checkpoints: list[str]
-    tasks: list[str]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
+    checkpoints: list[Location]
+    tasks: list[Location]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
     sampler: list[dict]  # keys of config.sampler that each setting replaces; {} is config.sampler itself
     draws: list[Count]  # K: masks per example or answer, where a likelihood is estimated
-    baseline: str  # win_rate: the checkpoint to compare with
-    prompts: str  # win_rate: JSONL records, as for `evaluate --prompts`
-    data: str  # elbo: records, as for `score --data`
+    baseline: Location  # win_rate: the checkpoint to compare with
+    prompts: Location  # win_rate: JSONL records, as for `evaluate --prompts`
+    data: Location  # elbo: records, as for `score --data`
     limit: CountOrZero  # examples per task; 0: all
 
 
@@ -260,7 +263,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is list:
         (kind,) = typing.get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path}: expected a list, got {value!r}")
+            raise UserError(f"{path}: expected a list, got {_show(value)}")
         return [_value(kind, item, f"{path}[{i}]") for i, item in enumerate(value)]
     allowed = None
     if typing.get_origin(hint) is Annotated:
@@ -269,10 +272,20 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         value = float(value) if abs(value) < 2**1023 else float("inf")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}: expected {hint.__name__}, got {_show(value)}")
+    if hint is str:
+        _check_text(value, path)
+        return value if allowed is None else allowed(value, path)
     if allowed is not None and value not in allowed:  # also refuses NaN
         bound = f"at most {allowed.high}" if value > allowed.high >= _LARGEST else allowed
         raise UserError(f"{path}: expected a number {bound}, got {_show(value)}")
     return value
+
+
+def _check_text(value: str, path: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: not UTF-8 text: {value}") from None
 
 
 def _show(value: Any) -> str:

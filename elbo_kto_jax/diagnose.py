@@ -15,22 +15,24 @@ import dataclasses
 import io
 import time
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 
-from elbo_kto_jax import cli
-from elbo_kto_jax.benchmark.__main__ import forward_flops
-from elbo_kto_jax.config import Config, Estimator
+from elbo_kto_jax import cli, objectives
+from elbo_kto_jax.config import Config
 from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting
+from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.objectives.protocol import ValueFunction
 from elbo_kto_jax.report.diagnosis import write_diagnosis_report
 from elbo_kto_jax.train.setup import prepare
 
-SCHEMES = get_args(get_type_hints(Estimator)["scheme"])
+SCHEMES = tuple(name for name, scheme in masks.SCHEMES.items() if scheme.unbiased)
 DRAWS = (1, 2, 4, 8, 16)
+_MOST_MASKS = 10_000_000  # their indices and weights are in memory, and the distinct ones among them
 
 
 def main(argv: list[str]) -> dict:
@@ -42,8 +44,12 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--out", required=True, metavar="DIR", help="where table.csv, diagnosis.json and report.html go")
     flags.add_argument("--records", type=int, default=32, help="drawn from config.data.train (default: %(default)s)")
     flags.add_argument("--repeats", type=int, default=8, help="sets of masks per record (default: %(default)s)")
-    flags.add_argument("--schemes", default=",".join(SCHEMES), help="uniform is always among them (default: all)")
-    flags.add_argument("--draws", default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)")
+    flags.add_argument(
+        "--schemes", type=str, default=",".join(SCHEMES), help="uniform is always among them (default: all)"
+    )
+    flags.add_argument(
+        "--draws", type=str, default=",".join(map(str, DRAWS)), help="values of K (default: %(default)s)"
+    )
     flags.add_argument("--overwrite", action="store_true", help="replace earlier results")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
@@ -54,9 +60,11 @@ def main(argv: list[str]) -> dict:
         if getattr(options, flag) < 2:
             raise UserError(f"--{flag}: expected at least 2, a variance needs as many; got {getattr(options, flag)}")
     settings = _settings(options)
-    if config.objective.name != "elbo_kto":
+    if not isinstance(objectives.build(config.objective), ValueFunction):
         raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
     began = time.monotonic()
+    if len({setting.scheme for setting in settings} - {"bernoulli"}) < 2:
+        cli.log.warning("biases of the estimate are not measured: they need two of --schemes besides bernoulli")
     result = diagnose(config, options, settings)
     result["seconds"] = time.monotonic() - began
 
@@ -90,8 +98,10 @@ def _settings(options) -> list[Setting]:
     if not schemes <= set(SCHEMES):
         raise UserError(f"--schemes={options.schemes}: expected some of {', '.join(SCHEMES)}")
     draws = options.draws.split(",")
-    if not all(k.isdecimal() and int(k) for k in draws):
-        raise UserError(f"--draws={options.draws}: expected numbers of at least 1 with commas between them")
+    if not all(k.isdecimal() and len(k) < 10 and int(k) for k in draws):
+        raise UserError(
+            f"--draws={options.draws}: expected numbers of at least 1 and less than 10^9, with commas between them"
+        )
     return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
 
 
@@ -111,6 +121,12 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     if len(examples) < 2:
         raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
     records = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: options.records])
+    masks = len(records) * options.repeats * sum(setting.draws for setting in settings)
+    if masks > _MOST_MASKS:
+        raise UserError(
+            f"{masks:.3g} masks ({len(records)} records, {options.repeats} repetitions, {len(settings)} settings), "
+            f"expected at most {_MOST_MASKS}; lower --draws, --repeats or --records"
+        )
     cli.log.info(
         "%d of %d examples, %d repetitions of %d settings",
         len(records),
@@ -120,7 +136,7 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     )
     policy = setup.load_params(options.checkpoint, "--checkpoint")
     reference = setup.load_params(reference_path, reference_flag)
-    measurement = Measurement(setup, records, settings)
+    measurement = Measurement(setup, records, settings, setup.objective.contrast)
     values = measurement.values(policy, reference, options.repeats)
     gradients = measurement.gradients(policy)
 
@@ -133,7 +149,7 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     analysis = Analysis(
         values,
         gradients,
-        objective=config.objective,
+        objective=setup.objective,
         length=examples.completion_length[records].astype(np.int64),
         is_desirable=examples.is_desirable[records],
         flops={setting: step_flops(setting) for setting in settings},

@@ -1,8 +1,16 @@
 """The two ways in which a command ends early on purpose; whatever else is raised is a bug or the machine's fault."""
 
+from elbo_kto_jax import terminal
+
 
 class UserError(Exception):
-    """The user's input is wrong: exit status 2 and this message, one or two lines that say what, where, what to do."""
+    """The user's input is wrong: exit status 2 and this message, one or two lines that say what, where, what to do.
+
+    Values in it may come from anywhere: control characters are spelt out, and long lines lose their middle.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(terminal.message(message))
 
 
 class Interrupted(Exception):

@@ -216,7 +216,9 @@ def judge_endpoint(flags: argparse.Namespace, cache: Path) -> endpoint.Endpoint:
 def add_judge_flags(parser: cli.Flags) -> None:
     """--judge and what belongs to it."""
     parser.add_argument("--judge", choices=("verifiable", "chat"), default="verifiable", help="default: %(default)s")
-    parser.add_argument("--judge-model", default="", help="judge chat: the model's name (default: JUDGE_MODEL)")
+    parser.add_argument(
+        "--judge-model", type=str, default="", help="judge chat: the model's name (default: JUDGE_MODEL)"
+    )
     parser.add_argument("--judge-prompt", default=str(_JUDGE_PROMPT), metavar="FILE", help="judge chat: what to ask")
     number = lambda kind, low: lambda text: _number(kind, low, text)  # noqa: E731
     parser.add_argument("--judge-temperature", type=number(float, 0), default=0.0, help="default: %(default)s")

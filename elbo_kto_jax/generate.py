@@ -13,10 +13,11 @@ With --html a page shows how the responses came about, step by step.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from elbo_kto_jax import cli, processes
+from elbo_kto_jax import cli, processes, terminal
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.report.denoising import Trace, write_denoising_report
@@ -25,6 +26,7 @@ from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, 
 from elbo_kto_jax.text.records import Record, read_records
 
 _SHOWN = 20  # responses on a page
+_LONGEST_CHARACTER = 8  # tokens; four bytes at most, and neighbours that share a token
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     for flag, path in (("--out", flags.out), ("--html", flags.html)):
         if path:
             cli.refuse_existing(path, flags.overwrite, flag)
+    if flags.out and flags.html and os.path.realpath(flags.out) == os.path.realpath(flags.html):
+        raise UserError(f"--html={flags.html}: the file of --out, too; name another")
     flag = "--checkpoint" if flags.checkpoint else "--config.model.path"
     source = flags.checkpoint or config.model.path
     if flags.prompts:
@@ -65,13 +69,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         write_denoising_report(
             flags.html,
             title=f"Responses of {source}",
-            traces=[_trace(checkpoint, answers, i) for i in range(min(len(records), _SHOWN))],
+            traces=[_trace(checkpoint, record, answers, i) for i, record in enumerate(records[:_SHOWN])],
             summary=summary,
             settings=dataclasses.asdict(config.sampler),
         )
         cli.log.info("page: %s", flags.html)
     if flags.prompt and processes.is_first():
-        print("\n\n".join(answers.texts))
+        terminal.say("\n\n".join(answers.texts))
     return summary
 
 
@@ -81,7 +85,7 @@ def _parser() -> cli.Flags:
     parser.add_argument("--checkpoint", metavar="DIR", help="model (default: config.model.path)")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompts", metavar="FILE.jsonl", help="records with a `prompt`")
-    given.add_argument("--prompt", metavar="TEXT", action="append", help="one prompt; may be repeated")
+    given.add_argument("--prompt", type=str, metavar="TEXT", action="append", help="one prompt; may be repeated")
     parser.add_argument("--out", metavar="FILE.jsonl", help="where the responses go")
     parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the records' completions")
     parser.add_argument("--html", metavar="FILE.html", help=f"page that shows how the first {_SHOWN} came about")
@@ -105,17 +109,37 @@ def _records_of_flags(texts: Sequence[str], as_messages: bool) -> list[Record]:
     return records
 
 
-def _trace(checkpoint: Checkpoint, answers: Answers, i: int) -> Trace:
-    """How response i came about, up to its first stop token."""
-    decoded = checkpoint.tokenizer.decode
+def _trace(checkpoint: Checkpoint, record: Record, answers: Answers, i: int) -> Trace:
+    """How response i, that to `record`, came about, up to its first stop token."""
     responses, tokens = answers.responses, answers.responses.tokens[i]
     end = len(cut_response(tokens, checkpoint.stop_ids)) + 1
     return Trace(
-        prompt=decoded(answers.prompts[i].tolist(), skip_special_tokens=True),
-        tokens=[decoded([token]) for token in tokens[:end].tolist()],
+        prompt=record.prompt,
+        tokens=token_texts(tokens[:end].tolist(), checkpoint.tokenizer.decode),
         written_at=responses.written_at[i, :end].tolist(),
         confidence=responses.confidence[i, :end].tolist(),
     )
+
+
+def token_texts(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str | None]:
+    """The text of each token, as in the text of them all; None: it continues a character of the token before.
+
+    Tokens hold bytes, and several can make one character: its text stands with the first of them.
+    """
+    texts: list[str | None] = []
+    start = before = 0  # of this character and of the one before, which some tokenizers need to tell a space
+    while start < len(tokens):
+        left = decode(tokens[before:start])
+        for stop in range(start + 1, min(start + _LONGEST_CHARACTER, len(tokens)) + 1):
+            text = decode(tokens[before:stop])
+            text = text[len(left) :] if text.startswith(left) else decode(tokens[start:stop])
+            if "\ufffd" not in text:
+                break
+        else:  # bytes that are no character whatever follows
+            stop, text = start + 1, decode(tokens[start : start + 1])
+        texts += [text, *[None] * (stop - start - 1)]
+        start, before = stop, start
+    return texts
 
 
 def _write(path: str, records: Sequence[Record], answers: Answers) -> None:

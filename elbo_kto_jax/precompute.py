@@ -1,16 +1,16 @@
 """python -m elbo_kto_jax.precompute --config=configs/FILE.py --workdir=DIR: B_ref of every draw, for `train`."""
 
 import logging
+import shlex
 import time
 from pathlib import Path
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, objectives
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train import inputs
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
-from elbo_kto_jax.train.step import build_programs
 from elbo_kto_jax.train.workdir import Workdir, open_workdir, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
-    if config.objective.name != "elbo_kto":
+    if not objectives.build(config.objective).needs.reference:
         raise UserError(f"config.objective.name: {config.objective.name!r} has no reference to precompute")
     workdir = Path(options.workdir)
     with open_workdir(workdir, config, options.overwrite, "precompute") as folder:
@@ -30,20 +30,13 @@ def main(argv: list[str]) -> dict:
         folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
         summary = _precompute(setup, folder)
         folder.finish()
-    log.info("next: python -m elbo_kto_jax.train --config=%s --workdir=%s", options.config, workdir)
+    words = [word for word in argv if word != "--overwrite"]  # which would delete what was computed
+    log.info("next: python -m elbo_kto_jax.train %s", shlex.join(words))
     return summary
 
 
 def _precompute(setup: Setup, folder: Workdir) -> dict:
     config = setup.config
-    programs = build_programs(
-        setup.model,
-        setup.mesh,
-        num_examples=setup.data.batch_size,
-        draws=config.estimator.draws,
-        objective=config.objective,
-        one_pass_microbatches=config.train.one_pass_microbatches,
-    )
     weights, (base, adaptation) = inputs.Weights(setup, folder), setup.load_base()
     if base is None:
         key = inputs.reference_key(config)
@@ -54,10 +47,9 @@ def _precompute(setup: Setup, folder: Workdir) -> dict:
         reference, digest = base.reference(setup.init_adapters()), params_digest(base.params)
     began = time.monotonic()
     with stop_on_signal() as stop_requested:
-        cache = ReferenceCache(
-            folder.path / "reference", setup.fingerprint(digest, setup.data), setup.data, setup.total_steps
-        )
-        scored = cache.complete(programs, reference, stop_requested)
+        fingerprint = setup.fingerprint(digest, setup.data)
+        cache = ReferenceCache(folder.path / "reference", fingerprint, setup.data, setup.total_steps)
+        scored = cache.complete(setup.scorer(), reference, stop_requested)
     log.info("%d of %d steps were scored now, the others were known", scored, setup.total_steps)
     return {
         "examples": sum(len(setup.data.indices(step)) for step in range(setup.total_steps)),

@@ -18,10 +18,10 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.packing import Segment, pack
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.data import segment_of
 from elbo_kto_jax.train.setup import prepare
-from elbo_kto_jax.train.step import build_programs, score
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +69,11 @@ def score_records(
             f"tokens, at most {MAX_LENGTH} can be enumerated; drop it, or leave --exact out"
         )
     size = 2**MAX_LENGTH if options.exact else data.batch_size
-    programs = build_programs(
-        setup.model,
-        setup.mesh,
-        num_examples=size,
-        draws=1 if options.exact else draws,
-        objective=config.objective,
-    )
+    scorer = Scorer(setup.model, setup.mesh, size=size if options.exact else size * draws)
     params = setup.load_params(options.checkpoint, "--checkpoint") if params is None else params
 
     def estimates(micro_batches) -> np.ndarray:
-        return np.asarray(score(programs, params, [programs.place_rows(rows) for rows in micro_batches]), np.float64)
+        return np.asarray(scorer(params, micro_batches), np.float64)
 
     bar = tqdm(total=len(examples), desc="score", unit="record")
     if options.exact:

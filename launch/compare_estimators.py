@@ -32,9 +32,11 @@ from launch import quickstart
 def main(argv: list[str]) -> dict[str, Any]:
     flags = cli.Flags("launch.compare_estimators", "Win rates of the quickstart by mask scheme and number of draws.")
     flags.add_argument("--workdir", default="runs/estimators", help="working folder (default: %(default)s)")
-    flags.add_argument("--seeds", default="0,1,2,3,4", help="of data, model and masks (default: %(default)s)")
-    flags.add_argument("--schemes", default="uniform,balanced", help="estimator.scheme (default: %(default)s)")
-    flags.add_argument("--draws", default="1,2,4,8", help="estimator.draws (default: %(default)s)")
+    flags.add_argument("--seeds", type=str, default="0,1,2,3,4", help="of data, model and masks (default: %(default)s)")
+    flags.add_argument(
+        "--schemes", type=str, default="uniform,balanced", help="estimator.scheme (default: %(default)s)"
+    )
+    flags.add_argument("--draws", type=str, default="1,2,4,8", help="estimator.draws (default: %(default)s)")
     options, _ = flags.parse(argv)
     workdir = Path(options.workdir)
     seeds, draws = _numbers(options.seeds, "--seeds"), _numbers(options.draws, "--draws")
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     cli.log.info("%d of %d cells have to be run", len(missing), len(cells))
     for seed, scheme, k in tqdm(missing, desc="cells", unit="cell"):
         run_cell(workdir, seed, scheme, k)
-    results = {cell: json.loads(_result_file(workdir, *cell).read_text()) for cell in cells}
+    results = {cell: json.loads(_result_file(workdir, *cell).read_bytes()) for cell in cells}
     rows = table(results, seeds, schemes, draws)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

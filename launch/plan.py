@@ -9,12 +9,14 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import jax
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint.random_folder import SIZES
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
@@ -24,7 +26,6 @@ from elbo_kto_jax.planning.chips import Topology, parse_topology
 from elbo_kto_jax.planning.programs import DoesNotFit
 from elbo_kto_jax.report.plan import as_text, write_plan_report
 from elbo_kto_jax.text.examples import load_examples
-from launch.random_llada import SIZES
 
 log = logging.getLogger("elbo_kto_jax.plan")
 LLADA_8B = ModelConfig(  # as published (GSAI-ML/LLaDA-8B-Instruct, config.json)
@@ -44,7 +45,7 @@ EXAMPLES, TOKENS = 14_000, 700
 def main(argv: list[str]) -> dict:
     flags = cli.Flags("launch.plan", "Compile a run for a TPU slice without one: does it fit, how fast can it be?")
     flags.add_config()
-    flags.add_argument("--topology", required=True, help="GENERATION:SHAPE of the slice, such as v5e:8x8")
+    flags.add_argument("--topology", type=str, required=True, help="GENERATION:SHAPE of the slice, such as v5e:8x8")
     flags.add_argument("--search", action="store_true", help="find mesh, micro-batch, remat and dtype that are fastest")
     flags.add_argument("--candidates", type=int, default=3, help="that --search compiles (default: %(default)s)")
     flags.add_argument("--examples", type=int, help=f"in the data, where it is not on disk (default: {EXAMPLES})")
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> dict:
         if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise UserError(f"--{flag}: expected at least 1, got {getattr(options, flag)}")
     out = Path(options.out or Path("runs", "plan", topology.name.replace(":", "-")))
-    cli.refuse_existing(out, options.overwrite)
+    for file in (out / "plan.json", out / "report.html"):
+        cli.refuse_existing(file, options.overwrite)
     _use_libtpu()
     model, tokenizer = _model(config)
     examples, tokens = _data(config, tokenizer, options.examples, options.tokens)
@@ -82,12 +84,12 @@ def main(argv: list[str]) -> dict:
     found["model"] = dataclasses.asdict(model)
     atomic_write(out / "plan.json", to_json(found))
     write_plan_report(out / "report.html", found)
-    print(as_text(found))
+    terminal.say(as_text(found))
     log.info("report: %s", out / "report.html")
     if tried:
         best = [attempt for attempt in tried if attempt["fits"]]
         chosen = max(best, key=lambda attempt: attempt["tokens_per_second_bound"])["flags"]
-        log.info("next: the same settings in training: %s", " ".join(chosen) or "the config as it is")
+        log.info("next: the same settings in training: %s", shlex.join(chosen) or "the config as it is")
     keys = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
     keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "topology", "mesh", "settings")
     return {key: found[key] for key in keys if key in found} | {"report": str(out / "report.html")}
@@ -111,7 +113,7 @@ def _use_libtpu() -> None:
 
 def _model(config: Config):
     """The architecture, and the tokenizer where there is one."""
-    path = Path(config.model.path).expanduser()
+    path = Path(config.model.path)
     if not path.exists():
         log.info("config.model.path=%s is not on this machine: planning for LLaDA-8B as published", config.model.path)
         return LLADA_8B, None

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import string
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,14 +36,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import cli, evaluate
+from elbo_kto_jax import cli, evaluate, terminal
 from elbo_kto_jax.checkpoint import huggingface, store
+from elbo_kto_jax.checkpoint.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, init_params
 from elbo_kto_jax.train import __main__ as train
-from launch.random_llada import EOS, MASK, published_config
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 LETTERS, LENGTH = string.ascii_lowercase, 5  # of each word
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "report": result["report"],
     }
-    print(_closing_words(summary, aligned))
+    terminal.say(_closing_words(summary, aligned))
     return summary
 
 
@@ -139,17 +140,17 @@ def _open(workdir: Path, flags: Any) -> None:
     Raises:
       UserError: it is something else.
     """
-    file, made = workdir / "quickstart.json", {"seed": flags.seed}
+    file, made = workdir / "quickstart.json", to_json({"seed": flags.seed})
     if flags.overwrite and file.is_file():
         shutil.rmtree(workdir)
     if workdir.exists() and not file.is_file() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir={workdir} exists and is not the folder of a quickstart; choose another")
-    if file.is_file() and json.loads(file.read_text()) != made:
+    if file.is_file() and (found := file.read_bytes().decode("utf-8", "replace")) != made:
         raise UserError(
-            f"--workdir={workdir} holds a quickstart with other settings ({file.read_text().strip()});\n"
+            f"--workdir={workdir} holds a quickstart with other settings ({found});\n"
             "choose another --workdir, or pass --overwrite to delete it"
         )
-    atomic_write(file, to_json(made))
+    atomic_write(file, made)
 
 
 def _stage(number: int, what: str) -> None:
@@ -224,10 +225,9 @@ def write_untrained(folder: Path, seed: int, **dimensions: int) -> None:
     tokenizer = build_tokenizer()
     config = {**_model_config(tokenizer), **dimensions}
     assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
-    scratch = folder.with_name(f".{folder.name}.tokenizer")
-    tokenizer.save_pretrained(scratch)
-    assets |= {file.name: file.read_bytes() for file in scratch.iterdir()}
-    shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        assets |= {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
     model_config = ModelConfig.from_hf(config, str(folder))
     params = init_params(LLaDA(model_config), jax.random.key(seed))
     model = store.Model(model_config, params, assets, str(folder))
@@ -276,7 +276,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def _accuracies(comparisons: Path) -> dict[str, float]:
     """The share of right answers of both models."""
-    rows = [json.loads(line) for line in comparisons.read_text().splitlines()]
+    rows = [json.loads(line) for line in comparisons.read_bytes().splitlines()]
     right = lambda key: float(np.mean([row[key].strip() == row["expected"] for row in rows]))  # noqa: E731
     return {"aligned_accuracy": right("answer_a"), "base_accuracy": right("answer_b")}
 
@@ -290,8 +290,8 @@ def _closing_words(summary: dict[str, Any], aligned: dict[str, Any]) -> str:
             f"adjusted win rate of the aligned model: {summary['adjusted_win_rate']:.1%} "
             f"(95% interval {low:.1%} to {high:.1%}, {summary['comparisons']} comparisons, ties counted as half)",
             f"reports: {summary['report']} (answers side by side), {aligned['report']} (training curves)",
-            f"next: {_python()} -m elbo_kto_jax.generate --config={CONFIG} --checkpoint={aligned['checkpoint']} "
-            '--prompt="Capitals mntzk"',
+            f"next: {_python()} -m elbo_kto_jax.generate "
+            + shlex.join([f"--config={CONFIG}", f"--checkpoint={aligned['checkpoint']}", "--prompt=Capitals mntzk"]),
         ]
     )
 

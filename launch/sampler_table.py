@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import huggingface
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.evaluate import read_prompts
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     rows = [row for subject in subjects for row in measure(subject, flags.limit)]
     table = "".join(f"| {' | '.join(map(str, row))} |\n" for row in _cells(rows))
     atomic_write(workdir / "table.md", table)
-    print(table)
+    terminal.say(table)
     return {"rows": rows, "table": str(workdir / "table.md")}
 
 

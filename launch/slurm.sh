@@ -21,7 +21,10 @@ while (($#)); do
   case $1 in
     --nodes=?*) nodes=${1#*=} ;;
     --gpus-per-node=?*) gpus_per_node=${1#*=} ;;
-    --python=?*) python=$(realpath --no-symlinks "${1#*=}") ;;
+    --python=?*)
+      python=${1#*=} # the shell does not expand ~ behind =
+      python=$(realpath --no-symlinks "${python/#\~\//$HOME/}")
+      ;;
     --dry-run) dry_run=1 ;;
     --) shift && break ;;
     --*=*) sbatch_options+=("$1") ;;

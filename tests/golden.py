@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from elbo_kto_jax.checkpoint import names, store
 from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.packing import Layout, Segment, pack
-from elbo_kto_jax.train.step import Batch, Feedback
+from elbo_kto_jax.train.step import Batch
 
 LAYOUTS = {"padded": False, "unpadded": True}  # the goldens' two modes -> Layout.packed
 

@@ -159,3 +159,20 @@ def test_a_model_without_a_template_is_refused(tiny_checkpoint, checkpoint, monk
     monkeypatch.setattr(chat, "open_checkpoint", lambda *_, **__: checkpoint)
     with pytest.raises(UserError, match="no chat template"):
         chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(tiny_checkpoint, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9\nshort\n"))
+    assert chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])["turns"] == 1
+    assert "not UTF-8" in caplog.text
+
+
+def test_control_characters_of_an_answer_are_spelt_out(checkpoint, config, monkeypatch):
+    hostile = "\x1b[2J\x9bred\r\u202e"
+    answers = Answers(
+        [], SimpleNamespace(written_at=np.zeros((1, 3), int), forward_passes=1, forward_tokens=1), [hostile], 1
+    )
+    monkeypatch.setattr(chat, "respond", lambda *_, **__: answers)
+    out = io.StringIO()
+    assert chat.Conversation(checkpoint, config, out).answer("hi") == hostile
+    assert out.getvalue() == "\\x1b[2J\\x9bred\\r\\u202e\n"

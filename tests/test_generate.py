@@ -8,7 +8,8 @@ import pytest
 from elbo_kto_jax import generate
 from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.sampling.decode import to_text
+from elbo_kto_jax.sampling.decode import Responses, to_text
+from elbo_kto_jax.sampling.respond import Answers
 from elbo_kto_jax.text.chat import encode_prompt, find_eot_id
 from tests.conftest import PROJECT_ROOT
 
@@ -130,3 +131,51 @@ def test_wrong_input_is_named(command, tmp_path, flags, records, message):
     with pytest.raises(UserError, match=message):
         command(*flags, records=records)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["Well done 👍 爱", "a👍🏽b\n", "é" * 3, "plain", ""])
+def test_the_texts_of_tokens_are_whole_characters(tokenizer, text):
+    tokens = encode_prompt(tokenizer, text) if text else []
+    texts = generate.token_texts(tokens, tokenizer.decode)
+    assert len(texts) == len(tokens)
+    assert "".join(one or "" for one in texts) == text
+    assert all("\ufffd" not in (one or "") for one in texts)
+    assert not texts or texts[0] is not None
+
+
+def test_tokens_that_make_no_character_stand_alone(tokenizer):
+    part, *rest = encode_prompt(tokenizer, "👍")
+    assert rest
+    texts = generate.token_texts([part, *encode_prompt(tokenizer, "a👍"), part], tokenizer.decode)
+    assert texts == ["\ufffd", "a", "👍", *[None] * len(rest), "\ufffd"]
+
+
+def test_the_page_shows_messages_and_whole_characters(command, tokenizer, tmp_path):
+    system = [{"role": "system", "content": "Be <brief>."}, *MESSAGES]
+    page, completion = tmp_path / "page.html", "👍<|mdm_mask|>"
+    flags = [f"--config.sampler.{key}=8" for key in ("gen_length", "steps", "block_length")]
+    command(f"--html={page}", "--infill", *flags, records=[{"prompt": system, "completion": completion}])
+    text = page.read_text(encoding="utf-8")
+    assert '<div class="role">system</div><div class="text" dir="auto">Be &lt;brief&gt;.</div>' in text
+    assert '<div class="role">user</div>' in text
+    assert "👍" in text
+
+
+def test_two_outputs_are_two_files(command, tmp_path):
+    with pytest.raises(UserError, match=r"--html=.*the file of --out, too"):
+        command(f"--html={tmp_path}/./out.jsonl", records=RECORDS)
+
+
+def test_what_a_model_writes_is_printed_without_its_control_characters(command, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "respond", lambda *_, **__: FAKE)
+    _, lines = command("--prompt=a")
+    assert lines[0]["response"] == "\x1b[2Jhi"
+    assert capsys.readouterr().out == "\\x1b[2Jhi\n"
+
+
+FAKE = Answers(
+    [np.zeros(1, np.int32)],
+    Responses(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32), 1, 1),
+    ["\x1b[2Jhi"],
+    1.0,
+)

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conversion import from_hf
-from elbo_kto_jax import generate, precompute, score
+from elbo_kto_jax import cli, generate, precompute, score
+from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train import __main__ as train
 from tests import runs
@@ -73,6 +74,8 @@ WRONG_SETTINGS = [  # setting, and what the message must name
     ({"data.desirable_fraction": 1.5}, "config.data.desirable_fraction", "1.5"),
     ({"train.epochs": 1}, "epochs", "steps"),
     ({"train.steps": 0}, "epochs", "steps"),
+    ({"train.steps": 0, "train.epochs": 10**9}, "config.train.epochs", "1000000000 steps"),
+    ({"train.steps": 2**31 - 1}, "config.train.steps", "at most"),
     ({"mesh.data": -1, "mesh.fsdp": -1}, "config.mesh", "-1"),
     ({"mesh.data": 3}, "config.mesh", "3", "8 devices"),
     ({"mesh.data": 1, "mesh.tensor": 8}, "config.mesh.tensor", "n_heads"),
@@ -300,6 +303,29 @@ def test_working_folders(tiny_checkpoint, data, tmp_path, main, content):
     if content != "damaged":  # --overwrite deletes runs, nothing else
         assert_names(refusal(main, [*argv, "--overwrite"]), workdir)
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_file"), [("tensorboard", True), ("checkpoints", True), ("reference", True), ("report.html", False)]
+)
+def test_things_of_another_kind_in_a_working_folder(tiny_checkpoint, data, tmp_path, name, is_file):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    argv = runs.flags({"model.path": tiny_checkpoint, "data.train": data}, f"--workdir={workdir}")
+    resolved = train_flags(argv)
+    (workdir / "config.json").write_text(json.dumps({"config": resolved.to_dict()}))
+    if is_file:
+        (workdir / name).write_text("precious")
+    else:
+        (workdir / name).mkdir()
+    assert_names(refusal(train.main, argv), workdir / name, "not a folder" if is_file else "not a file")
+    assert (workdir / name).exists()
+
+
+def train_flags(argv: list[str]) -> Config:
+    flags = cli.Flags("train", "")
+    flags.add_config(workdir=True)
+    return flags.parse(argv)[1]
 
 
 def test_sft_has_nothing_to_precompute(tmp_path):

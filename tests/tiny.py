@@ -16,8 +16,9 @@ from tests.published import CONFIG
 
 MODEL = ModelConfig.from_hf(CONFIG, "tests")  # n_kv_heads < n_heads; every dimension divides over 8 devices
 LENGTH = 32  # tokens of a row
-KTO = config.Objective("elbo_kto", 0.1, 1.33, 0.75, "global_mean")
-SFT = config.Objective("sft", 0.1, 1.0, 1.0, "global_mean")
+KTO = config.Objective("elbo_kto", 0.1, 1.33, 0.75, "global_mean", 0.0)
+DPO = config.Objective("elbo_dpo", 0.3, 1.0, 1.0, "zero", 0.0)
+SFT = config.Objective("sft", 0.1, 1.0, 1.0, "global_mean", 0.0)
 
 
 def model(dtype: str = "float32", remat: str = "none") -> LLaDA:

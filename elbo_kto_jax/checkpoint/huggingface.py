@@ -7,9 +7,11 @@ in memory unless it is small.
 
 import dataclasses
 import functools
+import glob
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -249,8 +251,9 @@ def write_folder(
       tensors, read, shard_size: see `write_shards`.
       check: called when everything has been read; what it raises undoes the folder.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)  # not what a link points to
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
             partial.mkdir(parents=True)

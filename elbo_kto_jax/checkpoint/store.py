@@ -19,11 +19,13 @@ manifest has a digest of its bits (checked after it was read), checksums of the 
 import collections
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,6 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from etils.epath import stat_utils
 from jax.typing import DTypeLike
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -273,7 +276,7 @@ def load_base(
     if is_checkpoint(folder) and _read_manifest(folder).lora is not None:
         raise UserError(
             f"{flag}={path}: holds adapters, and a whole model is needed; merge them into their base first:\n"
-            f"python -m conversion.to_hf --source={path} --out=FOLDER"
+            f"python -m conversion.to_hf {shlex.quote(f'--source={path}')} --out=FOLDER"
         )
     source = open_source(path, flag=flag)
     digest, params = Digest(source.leaves), {}
@@ -487,8 +490,11 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-        left.rmtree()
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"):
+        if os.path.islink(left):
+            os.unlink(left)
+        else:
+            left.rmtree()
 
 
 def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Callable[[epath.Path], bool]) -> None:
@@ -503,8 +509,7 @@ def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Calla
       UserError: naming `path` and what to do.
     """
     folder = _absolute(path)
-    if "://" not in str(folder):
-        check_writable(folder, "--out")
+    check_writable(folder, "--out")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
@@ -544,7 +549,7 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
         raise UserError(f"{flag}={path}: a file; expected the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(path)):
         raise UserError(f"{flag}={path}: no such folder; expected a Hugging Face folder, a hub id or a checkpoint")
-    return epath.Path(huggingface.download(str(path), flag, weights))
+    return _absolute(huggingface.download(str(path), flag, weights))
 
 
 class TrainingCheckpoints:
@@ -596,7 +601,7 @@ class TrainingCheckpoints:
         folder = self._manager.directory / str(step)
         progress_file = folder / "progress" / "metadata"
         try:
-            progress = json.loads(progress_file.read_text())
+            progress = json.loads(progress_file.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{progress_file}: missing or damaged; {_REMEDY}") from error
         manifest, trees = _read_manifest(folder), {}
@@ -605,6 +610,8 @@ class TrainingCheckpoints:
             raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
         if manifest.progress not in (None, progress):
             raise UserError(f"{progress_file}: damaged: it is not what was saved; {_REMEDY}")
+        if not isinstance(progress, dict) or progress.get("step", step) != step:
+            raise UserError(f"{folder}: not step {step} but a copy of another: {progress_file} says so; remove it")
         _read_assets(folder, manifest)
         for item in ("params", "opt_state"):
             if item not in manifest.trees:
@@ -696,7 +703,7 @@ class _ListsSizes(ocp.CheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         sizes = {str(file.relative_to(directory)): file.stat().length for file in files_in(directory)}
-        (directory / SIZES_FILE).write_text(json.dumps(sizes))
+        (directory / SIZES_FILE).write_bytes(json.dumps(sizes).encode())
 
 
 class _TreeHandler(_ListsSizes, ocp.StandardCheckpointHandler):
@@ -764,7 +771,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                 {
                     "driver": "zarr",
                     # Where Orbax has each process write; it merges these folders when it is done.
-                    "kvstore": _kvstore(epath.Path(info.parent_dir) / "ocdbt.process_0", info.name),
+                    "kvstore": _kvstore(_absolute(info.parent_dir) / "ocdbt.process_0", info.name),
                     "metadata": {"compressor": None, "chunks": chunk_shape(axes, value.shape)},
                     "store_data_equal_to_fill_value": True,
                 },
@@ -836,21 +843,32 @@ def files_in(directory: epath.Path) -> Iterator[epath.Path]:
             yield child
 
 
+class _LocalPath(type(epath.Path())):
+    """A path on this machine for Orbax, whatever its name is; paths that are derived from it are of this kind, too.
+
+    epath itself takes /gs/NAME, /s3/NAME and /hf/NAME for buckets and, in `glob`, a folder's name for a pattern; its
+    `stat` fails for owners without a name, which containers and network file systems have.
+    """
+
+    _uri_scheme = None
+
+    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
+        return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+    def stat(self) -> stat_utils.StatResult:
+        found = os.stat(self)
+        return stat_utils.StatResult(self.is_dir(), found.st_size, int(found.st_mtime), mode=found.st_mode)
+
+
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    """`path` in the form that Orbax wants; gs:// and the like stay as they are."""
-    try:
-        path = epath.Path(os.path.expanduser(path))
-    except KeyError:  # a URI of a kind that epath does not know
-        raise UserError(
-            f"{path}: no place that can be read; expected a folder, gs://BUCKET/FOLDER or a hub id"
-        ) from None
-    return path if "://" in str(path) else path.absolute()
+    """`path` in the form that Orbax wants."""
+    return _LocalPath(os.path.abspath(path))
 
 
 def _read_manifest(folder: epath.Path) -> _Manifest:
     file = folder / "assets" / MANIFEST_FILE
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_bytes())
         found = {key: manifest[key] for key in _FORMAT}
         if found != _FORMAT:
             raise UserError(f"{file}: expected {_FORMAT}, got {found}; convert the model again with this version")
@@ -926,7 +944,7 @@ def _check_files(tree: epath.Path) -> None:
     """Checks that the files of a stored tree are there, whole and indexed, without reading values."""
     sizes_file = tree / SIZES_FILE
     try:
-        sizes = dict(json.loads(sizes_file.read_text()))
+        sizes = dict(json.loads(sizes_file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{sizes_file}: missing or damaged; {_REMEDY}") from error
     for name, size in sizes.items():
@@ -943,8 +961,11 @@ def _check_files(tree: epath.Path) -> None:
 
 def _kvstore(tree: epath.Path, array: str = "") -> dict:
     """TensorStore's name for the files of a stored tree, or of an array in it."""
-    base = f"{tree}/" if "://" in str(tree) else {"driver": "file", "path": f"{tree}/"}
-    return {"driver": "ocdbt", "base": base, **({"path": f"{array}/"} if array else {})}
+    return {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{tree}/"},
+        **({"path": f"{array}/"} if array else {}),
+    }
 
 
 def _open_array(tree: epath.Path, path: names.TreePath) -> tensorstore.TensorStore:

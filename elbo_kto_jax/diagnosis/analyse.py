@@ -1,11 +1,13 @@
 """From repeated draws to variances, biases and costs with intervals, and to a recommendation (docs/estimators.md).
 
-Every figure is a mean over records, or a ratio of two, with a 95% bootstrap interval over the records: their masks are
-independent of each other, so a record stands for itself and for its masks. A figure is {"value", "low", "high"}.
+Every figure is a mean over records, or a ratio of two, with a 95% bootstrap interval over the units of the objective
+(a record, or a pair of them): their masks are independent of each other, so a unit stands for itself and for its masks.
+A figure is {"value", "low", "high"}.
 
-Figures of a batch are those of `batch_size` records. Its gradient is the mean of gamma_b = b c_b grad B_hat(b), so its
-variance is the mean over records of Var(gamma_b), over the batch size. The one thing that couples the records, the
-noise of the reference point, is left out there (it is of the order of 1 / batch size); the loss has it to first order.
+Figures of a batch are those of `batch_size` records, hence of so many units. Its gradient is the mean over units of
+gamma = v'(h) beta grad (contrast . B_hat), so its variance is the mean over units of Var(gamma), over their number. The
+one thing that couples units, the noise of a reference point, is left out there (it is of the order of 1 / batch size);
+the loss has it to first order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +15,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from elbo_kto_jax import config
 from elbo_kto_jax.diagnosis.measure import Gradients, Setting, Values
+from elbo_kto_jax.diffusion.masks import SCHEMES
+from elbo_kto_jax.objectives.protocol import ValueFunction
 
 _RESAMPLES = 2000
 _COUNT_BINS = 6  # of l / L
@@ -24,9 +27,10 @@ Figure = dict[str, float]
 
 
 class Bootstrap:
-    """Percentile intervals for means and ratios of means over n records; the same resamples for all of them."""
+    """Percentile intervals for means and ratios of means over n units; the same resamples for all of them."""
 
     def __init__(self, n: int):
+        self.units = n
         self._times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float64)
 
     def mean(self, x: Float64[np.ndarray, " n"], where: Bool[np.ndarray, " n"] | None = None) -> Figure:
@@ -52,7 +56,7 @@ class Analysis:
         values: Values,
         gradients: Gradients,
         *,
-        objective: config.Objective,
+        objective: ValueFunction,
         length: Int64[np.ndarray, " n"],
         is_desirable: Bool[np.ndarray, " n"],
         flops: Mapping[Setting, Float64[np.ndarray, " n"]],
@@ -61,40 +65,49 @@ class Analysis:
         """`length` are the records' completion tokens, `flops` those of a training step's two passes over their draws,
         forward and backward."""
         self.values, self.gradients, self.objective = values, gradients, objective
-        self.length, self.is_desirable, self.flops, self.batch_size = length, is_desirable, flops, batch_size
-        self.bootstrap = Bootstrap(len(length))
+        self.length, self.is_desirable, self.flops = length, is_desirable, flops
+        self.size = len(objective.contrast)  # records of a unit
+        self.batch_units = batch_size / self.size
+        self.bootstrap = Bootstrap(len(length) // self.size)
         self.settings = list(values.policy)
         self.reward = {s: values.policy[s] - values.reference[s] for s in self.settings}
         self.many_reward = self._many(self.reward)
-        self.is_relative = objective.reference_point == "global_mean"
-        self.many_logit = self._logit(self.many_reward)
+        self.many_margin = self._margin(self.many_reward[:, None])[:, 0]
         self.gradient_variance = {s: self._gradient_moments(s)[0] for s in self.settings}
 
     def _many(self, found: Mapping[Setting, np.ndarray], without: str = "") -> Float64[np.ndarray, " n"]:
         """The mean over all draws of the schemes but `without`: the value that few draws estimate.
 
-        Bernoulli's draws, whose variance is infinite, are left out.
+        Draws of infinite variance are left out; NaN where that leaves none.
         """
-        used = [s for s in self.settings if s.scheme not in ("bernoulli", without)]
+        used = [s for s in self.settings if SCHEMES[s.scheme].finite_variance and s.scheme != without]
+        if not used:
+            return np.full(len(self.length), np.nan)
         return np.average([found[s].mean(axis=1) for s in used], axis=0, weights=[s.draws for s in used])
 
-    def _logit(self, reward: np.ndarray) -> np.ndarray:
-        """s of rewards [n] or [n r], METHOD 2; the records are the batch."""
-        return self.objective.beta * (reward - (reward.mean(axis=0) if self.is_relative else 0.0))
+    def _margin(self, reward: Float64[np.ndarray, "n r"], z0: float | None = None) -> Float64[np.ndarray, "u r"]:
+        """h of each unit; the records are the batch, from which the reference point is taken unless it is given."""
+        contrasted = np.einsum("ucr,c->ur", reward.reshape(-1, self.size, reward.shape[1]), self.objective.contrast)
+        if self.objective.coupled:
+            contrasted = contrasted - (reward.mean(axis=0) if z0 is None else z0)
+        return self.objective.options.beta * contrasted
 
-    def _value(self, logit: np.ndarray, order: int) -> np.ndarray:
-        """The loss of each record as a function of s [n] or [n r], or its derivative of the given order (0, 1, 2)."""
-        shape = (-1, *[1] * (logit.ndim - 1))
-        sign = np.where(self.is_desirable, 1.0, -1.0).reshape(shape)
-        weight = np.where(self.is_desirable, self.objective.desirable_weight, self.objective.undesirable_weight)
-        p = 0.5 * (1 + np.tanh(-sign * logit / 2))  # sigmoid(-s) where desirable
-        derivative = (p, -sign * p * (1 - p), p * (1 - p) * (1 - 2 * p))[order]
-        return weight.reshape(shape) * derivative
+    def _value(self, margin: Float64[np.ndarray, "u r"], order: int) -> Float64[np.ndarray, "u r"]:
+        """The loss of each unit as a function of h, or its derivative of the given order (0, 1, 2)."""
+        return self.objective.value(margin, self.is_desirable, order)
+
+    def _by_unit(self, x: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " u"]:
+        """The mean over the records of each unit."""
+        return x.reshape(-1, self.size).mean(axis=1)
+
+    def _over(self, x: Float64[np.ndarray, " n"], where: Bool[np.ndarray, " n"]) -> Figure:
+        """The mean of x over the records `where`."""
+        return self.bootstrap.ratio(self._by_unit(np.where(where, x, 0.0)), self._by_unit(where.astype(np.float64)))
 
     def _gradient_moments(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """Var(gamma_b) and |E gamma_b|^2 by record and group of parameters, both unbiased."""
+        """Var(gamma) and |E gamma|^2 by unit and group of parameters, both unbiased."""
         found = self.gradients
-        slope = self.objective.beta * self._value(self._logit(self.reward[setting]), 1)  # b c_b
+        slope = self.objective.options.beta * self._value(self._margin(self.reward[setting]), 1)
         a, b = slope[:, :1], slope[:, 1:2]
         signal = a * b * found.product[setting]
         return 0.5 * (a**2 * found.first[setting] + b**2 * found.second[setting]) - signal, signal
@@ -104,52 +117,58 @@ class Analysis:
         return [self._row(s) for s in self.settings]
 
     def _row(self, setting: Setting) -> dict:
-        mean, ratio = self.bootstrap.mean, self.bootstrap.ratio
+        ratio, size = self.bootstrap.ratio, self.batch_units
         policy, reference, reward = self.values.policy[setting], self.values.reference[setting], self.reward[setting]
-        variance = lambda x: np.var(x, axis=1, ddof=1)  # noqa: E731
         shared, independent = variance(reward), variance(policy) + variance(reference)
-        logit = self._logit(reward)
-
-        many = self.many_logit[:, None]
-        # What s adds linearly has mean zero, and would only add noise.
-        curved = self._value(logit, 0) - self._value(many, 0) - self._value(many, 1) * (logit - many)
-        predicted = 0.5 * self._value(self.many_logit, 2) * variance(logit)
-
-        # The loss of a batch to first order in the noise of its reference point.
-        held = self.objective.beta * (reward - (self.many_reward.mean() if self.is_relative else 0.0))
-        common = np.mean(self._value(self.many_logit, 1)) if self.is_relative else 0.0
-        of_loss = self._value(held, 0) - common * self.objective.beta * reward
-
         reward_bias = reward.mean(axis=1) - self._many(self.reward, setting.scheme)
-        gradient = self.gradient_variance[setting]
-        total, size = gradient.sum(axis=1), self.batch_size
+        gradient, flops = self.gradient_variance[setting], self._by_unit(self.flops[setting])
+        total, seconds = gradient.sum(axis=1), self.gradients.seconds[setting]
+        coupled = float(self.objective.coupled)
+
+        def mean(x: np.ndarray) -> Figure:
+            return self.bootstrap.mean(x if len(x) == self.bootstrap.units else self._by_unit(x))
+
         row = {
             "scheme": setting.scheme,
             "draws": setting.draws,
+            "finite_variance": SCHEMES[setting.scheme].finite_variance,
             "elbo_variance": mean(variance(policy)),
             "elbo_bias": mean(policy.mean(axis=1) - self._many(self.values.policy, setting.scheme)),
             "reward_variance_shared": mean(shared),
             "reward_variance_independent": mean(independent),
-            "independent_over_shared": ratio(independent, shared),
-            "loss_variance": mean(variance(of_loss) / size),
-            "loss_bias": mean(curved.mean(axis=1)),
-            "loss_bias_predicted": mean(predicted),
-            "reference_point_variance": mean(shared / size if self.is_relative else np.zeros_like(shared)),
-            "reference_point_bias": mean(reward_bias if self.is_relative else np.zeros_like(reward_bias)),
+            "independent_over_shared": ratio(self._by_unit(independent), self._by_unit(shared)),
+            **{name: mean(x) for name, x in self._of_the_loss(reward).items()},
+            "reference_point_variance": mean(coupled * shared / size),
+            "reference_point_bias": mean(coupled * reward_bias),
             "gradient_variance": mean(total / size),
             "gradient_variance_by_group": {
                 group: mean(gradient[:, g] / size) for g, group in enumerate(self.gradients.groups)
             },
             "gradient_signal": mean(self._gradient_moments(setting)[1].sum(axis=1) / size),
-            "flops": mean(self.flops[setting]),
-            "seconds": mean(self.gradients.seconds[setting]),
+            "flops": mean(flops),
+            "seconds": mean(seconds),
+            "gradient_variance_times_flops": mean(total / size * np.mean(flops)),
+            "gradient_variance_times_seconds": mean(total / size * np.mean(seconds)),
         }
-        row["gradient_variance_times_flops"] = mean(total / size * np.mean(self.flops[setting]))
-        row["gradient_variance_times_seconds"] = mean(total / size * np.mean(self.gradients.seconds[setting]))
         for name, draws in (("over_uniform", setting.draws), ("over_uniform_twice", 2 * setting.draws)):
             other = self.gradient_variance.get(Setting("uniform", draws))
             row[name] = None if other is None else ratio(total, other.sum(axis=1))
         return row
+
+    def _of_the_loss(self, reward: Float64[np.ndarray, "n r"]) -> dict[str, Float64[np.ndarray, " u"]]:
+        """The variance of the loss of a batch, to first order in the noise of its reference point, and its bias."""
+        margin, many = self._margin(reward), self.many_margin[:, None]
+        # What h adds linearly has mean zero, and would only add noise.
+        curved = self._value(margin, 0) - self._value(many, 0) - self._value(many, 1) * (margin - many)
+        held = self._margin(reward, z0=float(self.many_reward.mean()))
+        of_loss = self._value(held, 0)
+        if self.objective.coupled:
+            of_loss = of_loss - np.mean(self._value(many, 1)) * self.objective.options.beta * reward
+        return {
+            "loss_variance": variance(of_loss) / self.batch_units,
+            "loss_bias": curved.mean(axis=1),
+            "loss_bias_predicted": 0.5 * self._value(many, 2)[:, 0] * variance(margin),
+        }
 
     def breakdown(self) -> list[dict]:
         """Variances by label and by length of the completion, for every setting."""
@@ -168,10 +187,10 @@ class Analysis:
                 "by": by,
                 "bin": name,
                 "records": int(where.sum()),
-                "elbo_variance": self.bootstrap.mean(np.var(self.values.policy[s], axis=1, ddof=1), where),
-                "reward_variance_shared": self.bootstrap.mean(np.var(self.reward[s], axis=1, ddof=1), where),
-                "gradient_variance": self.bootstrap.mean(
-                    self.gradient_variance[s].sum(axis=1) / self.batch_size, where
+                "elbo_variance": self._over(variance(self.values.policy[s]), where),
+                "reward_variance_shared": self._over(variance(self.reward[s]), where),
+                "gradient_variance": self._over(
+                    np.repeat(self.gradient_variance[s].sum(axis=1) / self.batch_units, self.size), where
                 ),
             }
             for s in self.settings
@@ -213,10 +232,12 @@ class Analysis:
                     {
                         "hidden": f"{b / _COUNT_BINS:.2f} to {(b + 1) / _COUNT_BINS:.2f}",
                         "draws": int(times.sum()),
-                        "elbo_mean": self.bootstrap.mean(average, times > 1),
-                        "elbo_variance": self.bootstrap.mean(spread, times > 1),
-                        "reward_variance": self.bootstrap.mean(of_reward, times > 1),
-                        "gradient_square": self.bootstrap.ratio(square, singles.astype(np.float64)),
+                        "elbo_mean": self._over(average, times > 1),
+                        "elbo_variance": self._over(spread, times > 1),
+                        "reward_variance": self._over(of_reward, times > 1),
+                        "gradient_square": self.bootstrap.ratio(
+                            self._by_unit(square), self._by_unit(singles.astype(np.float64))
+                        ),
                     }
                 )
         return rows
@@ -226,7 +247,7 @@ class Analysis:
         that has the least noise there; or the most draws measured."""
         draws = sorted({s.draws for s in self.settings})
         # All settings estimate the same signal; those with the most draws best.
-        most = [s for s in self.settings if s.draws == draws[-1] and s.scheme != "bernoulli"]
+        most = [s for s in self.settings if s.draws == draws[-1] and SCHEMES[s.scheme].finite_variance]
         signal = np.mean([self._gradient_moments(s)[1].sum(axis=1) for s in most], axis=0)
         noise = {s: self.gradient_variance[s].sum(axis=1) for s in self.settings}
         if not np.mean(signal) > 0:
@@ -267,6 +288,11 @@ class Analysis:
             "alike": alike,
             "text": "; ".join(text) + ".",
         }
+
+
+def variance(x: Float64[np.ndarray, "u r"]) -> Float64[np.ndarray, " u"]:
+    """The unbiased variance over the repetitions."""
+    return np.var(x, axis=1, ddof=1)
 
 
 def flat(row: Mapping) -> dict[str, object]:

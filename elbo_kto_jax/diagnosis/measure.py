@@ -2,9 +2,10 @@
 
 Masks are a pure function of (seed, example id, epoch, draw), so repetition j of a setting (scheme, K) is epoch j. The
 value pass scores every distinct mask once, whichever settings and repetitions drew it: a short response has few masks,
-and draws of uniform and bernoulli do not depend on K. The gradient pass takes, for every record, the gradients of two
-repetitions by themselves, since the masks of different examples are independent: half their squared distance is an
-unbiased estimate of the variance of that example's gradient, and their inner product one of its squared length.
+and draws of uniform and bernoulli do not depend on K. The gradient pass takes, for every record (or pair of records
+that an objective contrasts), the gradients of two repetitions by themselves, since the masks of different examples are
+independent: half their squared distance is an unbiased estimate of the variance of that unit's gradient, and their
+inner product one of its squared length.
 """
 
 import dataclasses
@@ -18,13 +19,15 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Int64
 from tqdm import tqdm
 
-from elbo_kto_jax.diffusion.masks import Draws, draw_masks
+from elbo_kto_jax.diffusion.masks import SCHEMES, Draws, draw_masks
 from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.packing import Segment, pack
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train.data import segment_of
 from elbo_kto_jax.train.setup import Setup
-from elbo_kto_jax.train.step import Programs, build_programs, score
+from elbo_kto_jax.train.state import zeros_like_params
+from elbo_kto_jax.train.step import gradient_programs
 
 _SCORED_AT_ONCE = 256  # masks per call of the scoring programs
 
@@ -63,39 +66,51 @@ class Values:
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """Of two repetitions j, j' of every record, in the groups of parameters `groups` (one per kind of matrix).
+    """Of two repetitions j, j' of every unit, in the groups of parameters `groups` (one per kind of matrix).
+
+    A unit is a record, or the records that an objective contrasts; its gradient is that of contrast . B_hat.
 
     Attributes:
       groups: names.
-      first: squared length of the gradient of B_hat with the masks of repetition j.
+      first: squared length of a unit's gradient with the masks of repetition j.
       second: the same of j'.
       product: inner product of the two.
-      seconds: for one forward and backward pass over a record's K draws, mean of the two.
-      single_record: record of every draw of a setting with K = 1 that hides a fixed number of tokens.
+      seconds: for one forward and backward pass over the K draws of a record of the unit, mean of the two.
+      single_record: record of every draw of a setting with K = 1 that hides a fixed number of tokens, where units are
+        records.
       single_count: l of that draw.
       single_square: squared length of the gradient of (L / l) * sum of log p, whatever weight the scheme gave it.
     """
 
     groups: list[str]
-    first: dict[Setting, Float64[np.ndarray, "n g"]]
-    second: dict[Setting, Float64[np.ndarray, "n g"]]
-    product: dict[Setting, Float64[np.ndarray, "n g"]]
-    seconds: dict[Setting, Float64[np.ndarray, " n"]]
+    first: dict[Setting, Float64[np.ndarray, "u g"]]
+    second: dict[Setting, Float64[np.ndarray, "u g"]]
+    product: dict[Setting, Float64[np.ndarray, "u g"]]
+    seconds: dict[Setting, Float64[np.ndarray, " u"]]
     single_record: Int64[np.ndarray, " d"]
     single_count: Int64[np.ndarray, " d"]
     single_square: Float64[np.ndarray, " d"]
 
 
 class Measurement:
-    """The estimator on the examples `records` of a run's data, under the policy's and the reference's parameters."""
+    """The estimator on the examples `records` of a run's data, under the policy's and the reference's parameters.
 
-    def __init__(self, setup: Setup, records: Int64[np.ndarray, " n"], settings: Sequence[Setting]):
-        self.setup, self.records, self.settings = setup, records, settings
-        self.size = max(_SCORED_AT_ONCE, *(setting.draws for setting in settings))
-        # A draw is an "example" of its own here: the programs then return and take one number per draw.
-        self.programs: Programs = build_programs(
-            setup.model, setup.mesh, num_examples=self.size, draws=1, objective=setup.config.objective
-        )
+    The records of a unit are neighbours; `contrast` are their factors.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        records: Int64[np.ndarray, " n"],
+        settings: Sequence[Setting],
+        contrast: Sequence[float] = (1.0,),
+    ):
+        self.setup, self.records, self.settings, self.contrast = setup, records, settings, contrast
+        self.units = len(records) // len(contrast)
+        self.size = max(_SCORED_AT_ONCE, *(setting.draws * len(contrast) for setting in settings))
+        self.scorer = Scorer(setup.model, setup.mesh, size=self.size)
+        # A draw is an "example" of its own here: the program takes one cotangent per draw.
+        self._grad = jax.jit(gradient_programs(self.scorer, draws=1)[0], donate_argnums=(1, 2))
 
     def masks(self, setting: Setting, n: int, repetition: int) -> Draws:
         """The masks of record n in one repetition."""
@@ -128,7 +143,7 @@ class Measurement:
         sums = [self._log_probs(params, masks, name) for params, name in ((policy, "policy"), (reference, "reference"))]
         counts = np.array([mask.sum() for _, mask in masks])
         means = [{s: np.mean(weights[s] * of_mask[wanted[s]], axis=2) for s in self.settings} for of_mask in sums]
-        fixed = np.concatenate([wanted[s].ravel() for s in self.settings if s.scheme != "bernoulli"])
+        fixed = np.concatenate([wanted[s].ravel() for s in self.settings if SCHEMES[s.scheme].fixes_count])
         record = np.array([n for n, _ in masks])[fixed]
         canonical = self.setup.data.examples.completion_length[self.records][record] / counts[fixed]
         return Values(
@@ -148,27 +163,27 @@ class Measurement:
             for start in range(0, len(masks), self.size):
                 part = masks[start : start + self.size]
                 segments = [self._segment(n, mask, 1.0, at) for at, (n, mask) in enumerate(part)]
-                rows = [self.programs.place_rows(r) for r in pack(segments, self.setup.data.layout)]
-                found[start : start + len(part)] = np.asarray(score(self.programs, params, rows))[: len(part)]
+                scores = self.scorer(params, pack(segments, self.setup.data.layout))
+                found[start : start + len(part)] = np.asarray(scores)[: len(part)]
                 bar.update(len(part))
         return found
 
     def gradients(self, policy: Params) -> Gradients:
-        """The gradients of B_hat in repetitions 0 and 1 of every record and setting, by `Gradients`."""
+        """The gradients in repetitions 0 and 1 of every unit and setting, by `Gradients`."""
         groups = group_names(policy)
-        found = [{s: np.empty((len(self.records), len(groups))) for s in self.settings} for _ in range(3)]
-        seconds = {s: np.empty(len(self.records)) for s in self.settings}
+        found = [{s: np.empty((self.units, len(groups))) for s in self.settings} for _ in range(3)]
+        seconds = {s: np.empty(self.units) for s in self.settings}
         single: list[tuple[int, int, float]] = []
         self._gradient(policy, self.settings[0], 0, 0)  # compiles
-        with tqdm(total=len(self.settings) * len(self.records), desc="gradients", unit="record") as bar:
+        with tqdm(total=len(self.settings) * self.units, desc="gradients", unit="unit") as bar:
             for setting in self.settings:
-                for n in range(len(self.records)):
+                for n in range(self.units):
                     began = time.monotonic()
                     pair = [jax.block_until_ready(self._gradient(policy, setting, n, j)) for j in (0, 1)]
-                    seconds[setting][n] = (time.monotonic() - began) / 2
+                    seconds[setting][n] = (time.monotonic() - began) / 2 / len(self.contrast)
                     for to, of_groups in zip(found, np.asarray(_products(*pair), np.float64), strict=True):
                         to[setting][n] = of_groups
-                    if setting.draws == 1 and setting.scheme != "bernoulli":
+                    if len(self.contrast) == setting.draws == 1 and SCHEMES[setting.scheme].fixes_count:
                         for j in (0, 1):
                             (mask,), (weight,) = self.masks(setting, n, j)
                             count = int(mask.sum())
@@ -182,20 +197,19 @@ class Measurement:
         )
         return Gradients(groups, *found, seconds, *columns)
 
-    def _gradient(self, policy: Params, setting: Setting, n: int, repetition: int) -> Params:
-        draws = self.masks(setting, n, repetition)
-        segments = [
-            self._segment(n, mask, float(weight), k)
-            for k, (mask, weight) in enumerate(zip(draws.mask, draws.weight, strict=True))
-        ]
+    def _gradient(self, policy: Params, setting: Setting, unit: int, repetition: int) -> Params:
+        segments, share = [], np.zeros(self.size, np.float32)
+        for i, factor in enumerate(self.contrast):
+            n = unit * len(self.contrast) + i
+            for mask, weight in zip(*self.masks(setting, n, repetition), strict=True):
+                share[len(segments)] = factor / setting.draws
+                segments.append(self._segment(n, mask, float(weight), len(segments)))
         # As few rows at once as the devices allow, since K draws of one example are few.
         layout = self.setup.data.layout._replace(rows=rules.row_shards(self.setup.mesh))
-        share = np.zeros(self.size, np.float32)
-        share[: setting.draws] = 1 / setting.draws
-        share = self.programs.place(share)
-        grads, estimates = self.programs.zero_grads(policy), self.programs.zero_estimates()
-        for rows in pack(segments, layout):
-            grads, estimates = self.programs.grad(policy, grads, estimates, self.programs.place_rows(rows), share)
+        share = self.scorer.place_everywhere(share)
+        grads, estimates = zeros_like_params(policy), self.scorer.no_estimates()
+        for rows in self.scorer.place(pack(segments, layout)):
+            grads, estimates = self.scorer.pace(self._grad(policy, grads, estimates, rows, share))
         return grads
 
     def _segment(self, n: int, mask: np.ndarray, weight: float, index: int) -> Segment:

@@ -1,7 +1,7 @@
 """The one mask sampler: which completion tokens are hidden in each draw, and how the draw is weighted (METHOD 1, 3).
 
 A draw hides a set M of the completion's L tokens and estimates the ELBO by `weight * sum_{i in M} log p(y_i | rest)`.
-Every scheme makes each single draw an unbiased estimator, so any average of draws is one:
+Every scheme but the last makes each single draw an unbiased estimator, so any average of draws is one:
 
     uniform        l ~ U{1..L}, M uniform among the sets of l tokens, weight L / l          (the paper's, "fixed l")
     bernoulli      t ~ U(0, 1], each token hidden with probability t, weight 1 / t
@@ -13,6 +13,11 @@ Every scheme makes each single draw an unbiased estimator, so any average of dra
     importance     balanced, with l ~ q(l) ~ 1 / sqrt(l) at q's quantiles u and 1 - u, and weight 1 / (l q(l)): in a
                    long completion the few hidden tokens of a small l estimate worst, so small l are drawn more often
 
+    likelihood     uniform, with l_k = ((round(j + k L / K) - 1) mod L) + 1 for one random j in 1..L, the sum rounded
+                   half to even: the schedule of the published likelihoods (docs/method.md 7). An l_k whose k L / K is
+                   half a token off a whole number falls on even numbers, a small bias that the published numbers have;
+                   this scheme is for evaluation and not for training
+
 An odd number of draws leaves the last pair without its second draw. docs/estimators.md has the derivations, and which
 scheme is best when; the command `diagnose` measures it.
 
@@ -22,12 +27,31 @@ the packing that needs them, and reach the device as positions.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt32
+
+from elbo_kto_jax.errors import UserError
 
 _SHARED = 2**32  # counter word of the numbers that all draws of an example share; draws are below it
+
+
+class Scheme(NamedTuple):
+    """A mask scheme and its properties.
+
+    Attributes:
+      draw: (uniforms, draws, length) -> Draws.
+      unbiased: each draw alone is an unbiased estimator, so that the scheme may be trained with.
+      finite_variance: a draw's weight is bounded, so that many draws can stand for the value itself.
+      fixes_count: l is drawn first, and then a set of l tokens.
+    """
+
+    draw: Callable[..., "Draws"]
+    unbiased: bool = True
+    finite_variance: bool = True
+    fixes_count: bool = True
 
 
 class Draws(NamedTuple):
@@ -47,8 +71,8 @@ def draw_masks(
     """
     if length < 1:
         raise ValueError(f"length: expected at least 1 completion token, got {length}")
-    if scheme not in _SCHEMES:
-        raise ValueError(f"scheme: expected one of {', '.join(_SCHEMES)}, got {scheme!r}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     key = np.frombuffer(hashlib.blake2b(f"masks:{seed}".encode(), digest_size=16).digest(), np.uint64)
     example = int(id_words[0]) << 32 | int(id_words[1])
 
@@ -57,7 +81,7 @@ def draw_masks(
         bits = np.random.Philox(key=key, counter=[0, draw, epoch, example]).random_raw(count)
         return (bits >> np.uint64(11)) * 2.0**-53
 
-    return _SCHEMES[scheme](uniforms, draws, length)
+    return SCHEMES[scheme].draw(uniforms, draws, length)
 
 
 def _hide_lowest(noise: np.ndarray, count: int) -> np.ndarray:
@@ -133,11 +157,40 @@ def _balanced_pairs(uniforms, draws: int, chance: np.ndarray) -> Draws:
     return Draws(mask, weight.astype(np.float32))
 
 
-_SCHEMES = {
-    "uniform": _uniform,
-    "bernoulli": _bernoulli,
-    "stratified": _stratified,
-    "complementary": _complementary,
-    "balanced": _balanced,
-    "importance": _importance,
+def _likelihood(uniforms, draws: int, length: int) -> Draws:
+    first = 1 + int(uniforms(_SHARED, 1)[0] * length)
+    return _fixed_l([uniforms(k, length) for k in range(draws)], spread_counts(first, draws, length))
+
+
+def spread_counts(first: int, draws: int, length: int) -> Int64[np.ndarray, " draws"]:
+    """How many of `length` tokens each of `draws` masks hides, spread evenly over 1..length from `first` on.
+
+    ((round(first + k * length / draws) - 1) mod length) + 1; the sum is rounded, half to even.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    if draws < 1 or not 1 <= first <= length:
+        raise ValueError(
+            f"first, length, draws: expected 1 <= first <= length and draws >= 1, got {first}, {length}, {draws}"
+        )
+    sums = np.round(first + np.arange(draws) * length / draws)  # np.round rounds half to even
+    return (sums.astype(np.int64) - 1) % length + 1
+
+
+SCHEMES = {
+    "uniform": Scheme(_uniform),
+    "bernoulli": Scheme(_bernoulli, finite_variance=False, fixes_count=False),
+    "stratified": Scheme(_stratified),
+    "complementary": Scheme(_complementary),
+    "balanced": Scheme(_balanced),
+    "importance": Scheme(_importance),
+    "likelihood": Scheme(_likelihood, unbiased=False),
 }
+
+
+def check_scheme(name: str) -> None:
+    """Raises UserError where config.estimator.scheme names no scheme that can be trained with."""
+    names = [known for known, scheme in SCHEMES.items() if scheme.unbiased]
+    if name not in names:
+        raise UserError(f"config.estimator.scheme: expected one of {', '.join(map(repr, names))}, got {name[:100]!r}")

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from elbo_kto_jax.config import Config, Task
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.evaluation.likelihood import log_likelihoods
 from elbo_kto_jax.files import atomic_write
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
+from elbo_kto_jax.scoring.likelihood import log_likelihoods
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
 from elbo_kto_jax.train.setup import layout_of

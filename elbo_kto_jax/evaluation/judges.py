@@ -8,6 +8,7 @@ never the place in which the judge saw it; a reply that states none is "unparsab
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -48,8 +49,9 @@ class Expected:
         if match == "regex":
             for pattern in answers:
                 try:
-                    re.compile(pattern)
-                except re.error as error:
+                    with warnings.catch_warnings(action="ignore"):
+                        re.compile(pattern)
+                except (re.error, RecursionError, OverflowError) as error:
                     raise UserError(f"{where}: field `answer`: {pattern!r} is no regular expression: {error}") from None
         return cls(tuple(answers), match)
 

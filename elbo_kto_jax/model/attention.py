@@ -5,7 +5,9 @@ others never hold more than a tile of scores, walk over the tiles with a running
 the backward pass, so that their memory is linear in the row:
 
     splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments
-    cudnn_attention    GPU: cuDNN's kernel, through jax; its mask of all pairs of positions, one for all heads, does
+    packed_attention   GPU, Hopper or newer: cuDNN's kernel for sequences that lie behind each other in a row, which
+                       visits no pair of segments; a row of more segments than usual takes cudnn_attention
+    cudnn_attention    GPU: cuDNN's kernel with a mask of all pairs of positions, one for all heads, whose memory does
                        grow with the square of the row
     block_attention    CPU: visits only the tiles in which a segment meets itself, so that its time follows the segments
                        and not the row. One loop over all tiles, because a loop within a loop copies what it carries;
@@ -14,6 +16,7 @@ the backward pass, so that their memory is linear in the row:
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,9 +31,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elbo_kto_jax.sharding import rules
 
+try:  # jax's public function has no argument for packed segments
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+except ImportError:
+    cudnn = None
+
 log = logging.getLogger(__name__)
 BLOCK = 256  # positions of a tile's side
 _LANES = 128  # positions: the tiles of the kernels for TPUs are multiples
+_HOPPER = 9.0  # the compute capability from which cuDNN takes packed segments
+_FEWEST_RUNS, _TOKENS_PER_RUN = 8, 256  # segments of a row that packed_attention has room for
 _LOWEST = -1e30  # instead of -inf, whose differences are NaN
 SAVED = "attention"  # the name of what a rematerialisation policy may keep, to do without a second forward pass
 
@@ -75,10 +85,11 @@ def attention(
 @functools.cache  # one line in the log for each
 def form_for(platform: str, dtype, head_dim: int) -> Callable[..., Array]:
     """The form for a platform (of jax.Device), the dtype of the activations and the size of a head."""
-    form = {"cpu": block_attention, "tpu": splash_attention, "gpu": cudnn_attention}.get(platform, plain_attention)
-    if form in (splash_attention, cudnn_attention) and dtype == jnp.float32:
+    on_gpu = packed_attention if platform == "gpu" and _has_packed_kernel() else cudnn_attention
+    form = {"cpu": block_attention, "tpu": splash_attention, "gpu": on_gpu}.get(platform, plain_attention)
+    if form is not block_attention and dtype == jnp.float32:
         form = plain_attention
-    if form is cudnn_attention and (head_dim % 8 or head_dim > 128):
+    if form is on_gpu and (head_dim % 8 or head_dim > 128):
         form = plain_attention
     log.info("attention on %s: %s, %s", platform, form.__name__, jnp.dtype(dtype).name)
     return form
@@ -146,6 +157,60 @@ def cudnn_attention(
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     out = jax.nn.dot_product_attention(query, key, value, mask=same, implementation=implementation)
     return checkpoint_name(out[:, :s], SAVED)
+
+
+def packed_attention(
+    query: Float[Array, "b s h e"],
+    key: Float[Array, "b s kv e"],
+    value: Float[Array, "b s kv e"],
+    segment_ids: Int[Array, "b s"],
+) -> Float[Array, "b s h e"]:
+    """The same in a kernel for GPUs that is given where each segment starts: a quarter of the masked kernel's time.
+
+    A run of padding is a segment like any other, so that nothing is left unwritten. The kernel's time grows with the
+    number of segments that it has room for, whether they are there or not; rows that have more are left to the mask.
+    """
+    s = query.shape[1]
+    query, key, value, segment_ids = _fill_row(2, query, key, value, segment_ids)
+    room = max(_FEWEST_RUNS, segment_ids.shape[1] // _TOKENS_PER_RUN)
+    edge = jnp.ones((segment_ids.shape[0], 1), bool)
+    is_start = jnp.concatenate([edge, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+
+    def packed(query, key, value):
+        length = segment_ids.shape[1]
+        start = jax.vmap(functools.partial(_positions, size=room + 1, fill=length))(is_start)
+        run_length = start[:, 1:] - start[:, :-1]
+        run_length, start = jnp.where(run_length > 0, run_length, -1), jnp.where(start < length, start, -1)
+        return cudnn.dot_product_attention(
+            query,
+            key,
+            value,
+            q_seqlen=run_length,
+            kv_seqlen=run_length,
+            q_offsets=start,
+            kv_offsets=start,
+            scale=query.shape[-1] ** -0.5,
+            mask_type=cudnn.MaskType.PADDING,
+        )
+
+    def masked(query, key, value):
+        return cudnn_attention(query, key, value, segment_ids)
+
+    fits = jnp.max(jnp.sum(is_start, axis=1)) <= room
+    out = jax.lax.cond(fits, packed, masked, query, key, value)
+    return checkpoint_name(out[:, :s], SAVED)
+
+
+def _positions(where: Bool[Array, " s"], size: int, fill: int) -> Int[Array, " size"]:
+    """The positions at which `where` holds, and `fill` behind them."""
+    return jnp.nonzero(where, size=size, fill_value=fill)[0].astype(jnp.int32)
+
+
+def _has_packed_kernel() -> bool:
+    """Whether this process's GPU and this version of jax have cuDNN's kernel for packed segments."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
+    takes_offsets = cudnn is not None and "q_offsets" in inspect.signature(cudnn.dot_product_attention).parameters
+    return takes_offsets and float(capability) >= _HOPPER
 
 
 def _fill_row(multiple: int, query, key, value, segment_ids):

@@ -27,6 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from elbo_kto_jax import objectives
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
@@ -101,8 +102,9 @@ def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -
 
 def model_passes(config: Config, one_pass: bool) -> int:
     """How many forward passes' worth of FLOPs a step cannot do without."""
-    is_kto = config.objective.name == "elbo_kto"
-    return 3 - bool(config.lora.rank) + (is_kto and not one_pass) + (is_kto and config.reference.mode == "online")
+    needs = objectives.build(config.objective).needs
+    online = needs.reference and config.reference.mode == "online"
+    return 3 - bool(config.lora.rank) + (needs.scores and not one_pass) + online
 
 
 def row_flops(model: ModelConfig, length: int) -> float:
@@ -142,15 +144,15 @@ def result(
         if program.name != "sampler"
     }
     scoring, learning = ("forward", "backward") if work.one_pass else ("score", "grad")
-    reference = config.objective.name == "elbo_kto"
+    needs = objectives.build(config.objective).needs
     pass_seconds = work.micro_batches * seconds[scoring].total
     step = (
-        (pass_seconds if work.one_pass or reference else 0.0)
+        (pass_seconds if work.one_pass or needs.scores else 0.0)
         + work.micro_batches * seconds[learning].total
         + seconds["update"].total
-        + (pass_seconds if reference and config.reference.mode == "online" else 0.0)
+        + (pass_seconds if needs.reference and config.reference.mode == "online" else 0.0)
     )
-    before = work.steps * pass_seconds if reference and config.reference.mode == "precomputed" else 0.0
+    before = work.steps * pass_seconds if needs.reference and config.reference.mode == "precomputed" else 0.0
     rows_per_chip = work.micro_batches * work.rows_at_once / shards / mesh["tensor"]
     useful = model_passes(config, work.one_pass) * rows_per_chip * row_flops(model, length)
     tallest = max(compiled, key=lambda program: program.bytes_per_chip)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from elbo_kto_jax import objectives
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.elbo import CHUNK
 from elbo_kto_jax.errors import UserError
@@ -27,6 +28,7 @@ from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.setup import build_model, layout_of
@@ -99,9 +101,8 @@ def compile_programs(
         scale = jax.ShapeDtypeStruct((model_config.n_layers,), jnp.float32, sharding=rules.replicated(mesh))
         weights = lora.Adapted(base, state.params, scale)
     draws, examples = config.estimator.draws, config.train.global_batch_size
-    programs = build_programs(
-        model, mesh, num_examples=examples, draws=draws, objective=config.objective, tx=tx, shardings=shardings
-    )
+    objective, scorer = objectives.build(config.objective), Scorer(model, mesh, size=examples * draws)
+    programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     everywhere = rules.replicated(mesh)
     empty = pack([Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)], layout_of(config, model_config, mesh))[
         0
@@ -112,7 +113,7 @@ def compile_programs(
     grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
 
     # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their base.
-    online = config.objective.name == "elbo_kto" and config.reference.mode == "online"
+    online = objective.needs.reference and config.reference.mode == "online"
     held = bytes_on_chip(weights) + bytes_on_chip(state.opt_state)
     if online and not config.lora.rank:
         held += bytes_on_chip(state.params)
@@ -152,16 +153,16 @@ def compile_programs(
 
     if waiting:
         arguments = weights, estimates, rows
-        forward, found = run("forward", programs.forward, *arguments, kept=weights)
+        forward, found = run("forward", scorer.forward, *arguments, kept=weights)
         handed_out = found.outputs - found.aliased  # what a backward pass needs
         # Beside the last of them, or all while the reference is scored; beside the first to go back, the others.
         yield _beside(found, (waiting - 1 + online) * handed_out)
-        _, pull_back = jax.tree.map(_abstract, programs.forward.eval_shape(*arguments), forward.output_shardings)
+        _, pull_back = jax.tree.map(_abstract, scorer.forward.eval_shape(*arguments), forward.output_shardings)
         total = grads if config.train.one_pass_microbatches > 1 else None
         found = run("backward", programs.backward, pull_back, weights, total, rows, cotangent, kept=weights)[1]
         yield _beside(found, (waiting - 1) * handed_out)
     else:
-        yield run("score", programs.score, weights, estimates, rows, kept=weights)[1]
+        yield run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
         yield run("grad", programs.grad, weights, grads, estimates, rows, cotangent, kept=weights)[1]
     loss, go = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, jnp.bool_))
     yield run("update", programs.update, state, grads, loss, go, kept=state)[1]

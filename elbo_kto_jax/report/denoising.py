@@ -13,6 +13,8 @@ from elbo_kto_jax.report.markup import Html, format_number, join, tag
 from elbo_kto_jax.report.svg import Series, line_chart
 
 MASK = "░"  # stands for a token that is still masked
+_PART = "▒"  # for one that is written, of a character that is not whole yet
+_CONTINUED = "⋯"  # for one that continues the character before it
 _FRAMES = 24  # of a response; of more steps, some are left out
 _LEVELS = (0.5, 0.8, 0.95, 0.99)  # confidences at which a token's shade changes
 
@@ -22,14 +24,15 @@ class Trace:
     """A response and its history; the sequences have one entry per token.
 
     Attributes:
-      prompt: what was asked, as text.
-      tokens: the text of each token of the response.
+      prompt: what was asked: messages, or text.
+      tokens: the text of each token of the response; None where it continues a character of the token before, with
+        which the whole text stands.
       written_at: the step, from 0, in which each was written; -1: it was given.
       confidence: the probability of each in that step.
     """
 
-    prompt: str
-    tokens: Sequence[str]
+    prompt: Sequence[Mapping[str, str]] | str
+    tokens: Sequence[str | None]
     written_at: Sequence[int]
     confidence: Sequence[float]
 
@@ -59,7 +62,7 @@ def write_denoising_report(
 
 _INTRO = (
     "The number below a token is the step that wrote it, and its shade is the probability that the model gave it then. "
-    "Tokens without a number were given."
+    f"Tokens without a number were given. Of a character that several tokens make, {_CONTINUED} are the further ones."
 )
 
 
@@ -111,14 +114,15 @@ def _charts(traces: Sequence[Trace]) -> list[tuple[str, Html, str]]:
 
 
 def _response(trace: Trace, *, unfolded: bool) -> Html:
-    asked = tag("div", tag("h3", "Prompt"), tag("div", trace.prompt, class_="text", dir="auto"))
+    asked = tag("div", tag("h3", "Prompt"), page.conversation(trace.prompt))
     tokens = [_token(*one) for one in zip(trace.tokens, trace.written_at, trace.confidence, strict=True)]
     answered = tag("div", tag("h3", "Response"), tag("div", *tokens, class_="tokens"), class_="answer")
     return tag("article", asked, answered, _frames(trace, unfolded=unfolded), class_="sample")
 
 
-def _token(text: str, step: int, confidence: float) -> Html:
+def _token(text: str | None, step: int, confidence: float) -> Html:
     """A token with the step that wrote it below, shaded by its confidence."""
+    text = _CONTINUED if text is None else text
     visible = text.replace("\n", "↵") if text.strip(" ") else "␣" * max(len(text), 1)
     if step < 0:
         return tag("span", visible, class_="token given")
@@ -141,18 +145,29 @@ def _legend() -> Html:
 def _frames(trace: Trace, *, unfolded: bool) -> Html:
     """The response after each step: what is masked, what is new, what was there."""
     steps = max(trace.written_at, default=-1) + 1
-    shown = np.unique(np.linspace(1, steps, min(steps, _FRAMES)).round().astype(int)) if steps else []
+    shown = np.unique(np.linspace(1, steps, min(steps, _FRAMES)).round().astype(int)).tolist() if steps else []
     frames, before = [], 0
     for done in shown:
         new = [i for i, step in enumerate(trace.written_at) if before <= step < done]
         span = f"Step {done}" if done - before == 1 else f"Steps {before + 1} to {done}"
         sure = np.mean([trace.confidence[i] for i in new]) if new else None
         heading = f"{span}: {len(new)} {'token' if len(new) == 1 else 'tokens'}, confidence {format_number(sure)}"
-        text = [
-            MASK if step >= done else tag("mark", token) if step >= before else token
-            for token, step in zip(trace.tokens, trace.written_at, strict=True)
-        ]
+        text = [part for start, stop in _characters(trace) for part in _shown(trace, start, stop, before, done)]
         frames.append(tag("li", tag("h3", heading), tag("div", join(*text), class_="text", dir="auto")))
         before = done
     heading, content = tag("summary", f"Step by step ({steps})"), tag("ol", *frames, class_="frames")
     return tag("details", heading, content, open=unfolded or None)
+
+
+def _characters(trace: Trace) -> list[tuple[int, int]]:
+    """The tokens [start, stop) that make whole characters together, in order."""
+    starts = [i for i, token in enumerate(trace.tokens) if token is not None]
+    return list(itertools.pairwise([*starts, len(trace.tokens)]))
+
+
+def _shown(trace: Trace, start: int, stop: int, before: int, done: int) -> list[Html | str]:
+    """Tokens that make whole characters, after the step `done`; what is new since the step `before` is marked."""
+    steps = trace.written_at[start:stop]
+    if max(steps) < done:
+        return [tag("mark", trace.tokens[start]) if max(steps) >= before else trace.tokens[start]]
+    return [MASK if step >= done else tag("mark", _PART) if step >= before else _PART for step in steps]

@@ -110,7 +110,7 @@ def _gradient(rows: Sequence[Mapping]) -> Html:
     bars = [_bar(row["scheme"], row["gradient_variance"], mark) for row in at]
     # Bernoulli's variance is infinite in expectation, and the other schemes are compared with uniform.
     ranked = sorted(at, key=lambda row: _value(row["gradient_variance"]))
-    names = ["uniform", *[row["scheme"] for row in ranked if row["scheme"] not in ("uniform", "bernoulli")]]
+    names = ["uniform", *[row["scheme"] for row in ranked if row["scheme"] != "uniform" and row["finite_variance"]]]
     lines = [_line(name, _of(rows, name), "gradient_variance", "draws") for name in names[:SERIES_STYLES]]
     items = [
         (
@@ -160,7 +160,7 @@ def _rewards(rows: Sequence[Mapping]) -> Html:
 def _loss(rows: Sequence[Mapping]) -> Html:
     uniform = _of(rows, "uniform")
     best = min(
-        (row for row in rows if row["draws"] == rows[-1]["draws"] and row["scheme"] != "bernoulli"),
+        (row for row in rows if row["draws"] == rows[-1]["draws"] and row["finite_variance"]),
         key=lambda row: _value(row["gradient_variance"]),
     )["scheme"]
     lines = [

@@ -86,7 +86,7 @@ def sample(
     """A prompt with two answers side by side.
 
     Args:
-        prompt: text; None or empty is shown as such.
+        prompt: text or messages; None or empty is shown as such.
         answers: (name, text) of each.
         badges: (text, whether it is a warning), shown under the prompt.
         chosen: index of the answer to set off.
@@ -97,7 +97,7 @@ def sample(
         heading = f"✓ {name}" if index == chosen else name
         style = "chosen" if index == chosen else None
         cells.append(tag("div", tag("h3", heading), _quoted(text), class_=style))
-    asked = tag("div", tag("h3", "Prompt"), _quoted(prompt), *marks)
+    asked = tag("div", tag("h3", "Prompt"), conversation(prompt), *marks)
     return tag("article", asked, tag("div", *cells, class_="answers"), class_="sample")
 
 
@@ -105,6 +105,13 @@ def sample_list(samples: Sequence[Html], *, shown: int = 6) -> Html:
     """Samples, those after the first `shown` folded."""
     rest = samples[shown:]
     return join(*samples[:shown], folded(f"{len(rest)} more", *rest) if rest else "")
+
+
+def conversation(prompt: object) -> Html:
+    """Text, or {"role", "content"} messages, each under its role."""
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(one, Mapping) for one in prompt):
+        return _quoted(prompt)
+    return join(*[join(tag("div", one.get("role"), class_="role"), _quoted(one.get("content"))) for one in prompt])
 
 
 def _quoted(text: object) -> Html:

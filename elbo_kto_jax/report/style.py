@@ -86,6 +86,7 @@ details > .scroll, details > .sample:last-child { margin-bottom: 16px; }
 .answers > .chosen { background: var(--good-back); } .answers > .chosen h3 { color: var(--good); }
 .text { white-space: pre-wrap; unicode-bidi: plaintext; max-height: 26rem; overflow-y: auto; }
 .empty { color: var(--muted); font-style: italic; }
+.role { color: var(--muted); font-size: 0.8rem; } .text + .role, .empty + .role { margin-top: 8px; }
 .badge { display: inline-block; border: 1px solid var(--line); border-radius: 99px; color: var(--muted);
   font-size: 0.8rem; padding: 1px 10px; margin: 8px 8px 0 0; }
 .badge.warn { border-color: currentColor; color: var(--warn); }

@@ -131,8 +131,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(x: np.ndarray | np.generic, sharding: NamedSharding) -> jax.Array:
-    """An array on the devices; each process hands over only what its own devices hold, and need not know the rest."""
+def place(x: np.ndarray | np.generic | jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array on the devices; each process hands over only what its own devices hold, and need not know the rest.
+
+    One that lies there already is returned as it is.
+    """
+    if isinstance(x, jax.Array):
+        return x
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

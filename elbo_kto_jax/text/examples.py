@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id, writes_special_tokens
-from elbo_kto_jax.text.records import Record, read_records
+from elbo_kto_jax.text.records import Message, Record, read_records
 
 _BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar
 
@@ -31,6 +31,7 @@ class Examples:
       ids: the records' ids.
       id_words: two words of the BLAKE2b hash of each id, which the mask sampler folds into its key.
       report: what was read, left out and why, in lines for the log; not part of the digest.
+      prompts: the prompts of the first examples, as their records have them, for people; not part of the digest.
       files: where they were read; not part of the digest.
     """
 
@@ -42,6 +43,7 @@ class Examples:
     ids: list[str]
     id_words: UInt32[np.ndarray, "num 2"]
     report: str
+    prompts: list[list[Message] | str] = dataclasses.field(default_factory=list)
     files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
@@ -78,6 +80,7 @@ def load_examples(
     skip_bad: bool,
     progress: bool,
     flag: str = "--config.data.train",
+    prompts: int = 0,
 ) -> Examples:
     """Reads, tokenises and subsamples a data set (METHOD 2 "n_D / n_U", METHOD 5).
 
@@ -98,6 +101,7 @@ def load_examples(
       skip_bad: see `read_records`.
       progress: show a bar on stderr.
       flag: the command-line flag that gave `path`, for messages.
+      prompts: of how many examples, the first ones, the prompts are kept.
 
     Raises:
       UserError: see `read_records` and `encode_batch`; or no row is left.
@@ -137,7 +141,8 @@ def load_examples(
     if needs_label and len(set(is_desirable[kept].tolist())) == 1:
         notes.append("all examples have the same label, so there are no good and bad answers to tell apart")
     report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    return dataclasses.replace(_pack(rows, is_desirable[kept], report), files=tuple(source.files))
+    packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
+    return dataclasses.replace(packed, files=tuple(source.files))
 
 
 def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:
@@ -149,7 +154,12 @@ def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.nda
     return np.argsort(words, kind="stable")[: round(fraction * count)]
 
 
-def _pack(rows: list[tuple[Record, Encoded]], is_desirable: Bool[np.ndarray, "num"], report: str) -> Examples:
+def _pack(
+    rows: list[tuple[Record, Encoded]],
+    is_desirable: Bool[np.ndarray, "num"],
+    report: str,
+    prompts: list[list[Message] | str],
+) -> Examples:
     ids = [record.id for record, _ in rows]
     hashes = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
     return Examples(
@@ -161,6 +171,7 @@ def _pack(rows: list[tuple[Record, Encoded]], is_desirable: Bool[np.ndarray, "nu
         ids=ids,
         id_words=np.frombuffer(hashes, "<u4").astype(np.uint32).reshape(-1, 2),
         report=report,
+        prompts=prompts,
     )
 
 

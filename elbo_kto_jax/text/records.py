@@ -158,7 +158,7 @@ def _download(hub_id: str, flag: str) -> Path:
             allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
             etag_timeout=_HUB_TIMEOUT_SECONDS,
         )
-    except (OSError, HFValidationError) as error:
+    except (OSError, RuntimeError, HFValidationError) as error:  # RuntimeError: there is no home folder for its cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{flag}: {hub_id} is no file or folder here, and the Hugging Face Hub gave no such data set ({reason})\n"

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Int
 
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion.masks import Draws, draw_masks
+from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.packing import Layout, Segment, pack_own
 from elbo_kto_jax.text.examples import Examples
-from elbo_kto_jax.train.step import Batch, Feedback
+from elbo_kto_jax.train.step import Batch
 
 _PREFETCH = 4  # batches made ahead of the step that needs them
 

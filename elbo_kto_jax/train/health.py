@@ -4,7 +4,7 @@ import collections
 import math
 import statistics
 
-from elbo_kto_jax.train.step import SATURATED
+from elbo_kto_jax.objectives.rewards import SATURATED
 
 _WINDOW = 50  # steps that a loss is compared with, and that pass between two warnings of one kind
 _ENOUGH = 20  # steps before there is anything to compare with

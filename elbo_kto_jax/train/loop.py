@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import shlex
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.health import Health
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
-from elbo_kto_jax.train.step import Batch, Weights, batch_loss, build_programs, score, train_step
+from elbo_kto_jax.train.step import Batch, Weights, batch_loss, build_programs, train_step
 from elbo_kto_jax.train.workdir import MetricsLog, Workdir, open_workdir, read_metrics, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -76,14 +77,7 @@ class _Run:
         self.shardings = train_state.state_shardings(self.tx, abstract, setup.mesh)
         self.abstract = train_state.abstract_state(self.tx, abstract, self.shardings)
         self.programs = build_programs(
-            setup.model,
-            setup.mesh,
-            num_examples=setup.data.batch_size,
-            draws=config.estimator.draws,
-            objective=config.objective,
-            one_pass_microbatches=config.train.one_pass_microbatches,
-            tx=self.tx,
-            shardings=self.shardings,
+            setup.scorer(), setup.objective, draws=config.estimator.draws, tx=self.tx, shardings=self.shardings
         )
         self.base, self.adaptation = setup.load_base()
         self.noise_scale = jax.jit(
@@ -142,7 +136,7 @@ class _Run:
         reference.
         """
         config = self.setup.config
-        if config.objective.name != "elbo_kto":
+        if not self.setup.objective.needs.reference:
             return None, None
         online, key = config.reference.mode == "online", inputs.reference_key(config)
 
@@ -165,7 +159,7 @@ class _Run:
                 return None
             cache = ReferenceCache(self.workdir / folder, self.setup.fingerprint(digest, data), data, steps)
             if not cache.known.all():
-                cache.complete(self.programs, reference(), self.stop_requested)
+                cache.complete(self.programs.scorer, reference(), self.stop_requested)
             return cache
 
         held_out = self.setup.eval_data if config.train.eval_every else None
@@ -218,27 +212,23 @@ class _Run:
         return state
 
     def evaluate(self, params: Params, reference: Reference) -> dict:
-        """Loss and reward margin on the held-out data (means over its examples)."""
+        """Loss on the held-out data (mean over its examples), and what the objective tells of all of it."""
         data, programs, policy = self.setup.eval_data, self.programs, self.policy(params)
         if isinstance(reference, lora.Base):
             reference = reference.reference(params)
-        losses, counts, rewards, labels = [], [], [], []
+        losses, counts, values, labels = [], [], [], []
         for step, batch in enumerate(data.batches(0, data.steps_per_epoch)):
-            micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
-            _, metrics = batch_loss(
-                programs, score(programs, policy, micro_batches), reference_of(reference, step), batch, micro_batches
-            )
+            scores = programs.scorer(policy, batch.micro_batches)
+            _, metrics = batch_loss(programs, scores, reference_of(reference, step), batch)
             here = batch.feedback.is_example
             losses.append(float(metrics["loss"]))
             counts.append(int(here.sum()))
-            if "reward" in metrics:
-                rewards.append(np.asarray(metrics["reward"])[here])
-                labels.append(batch.feedback.is_desirable[here])
-        found = {"eval_loss": float(np.average(losses, weights=counts))}
-        if rewards:
-            reward, label = np.concatenate(rewards), np.concatenate(labels)
-            found["eval_reward_margin"] = float(reward[label].mean() - reward[~label].mean())
-        return found
+            (of_each,) = (metric for metric in metrics.values() if np.ndim(metric))
+            values.append(np.asarray(of_each)[here])
+            labels.append(batch.feedback.is_desirable[here])
+        found = self.setup.objective.held_out(np.concatenate(values), np.concatenate(labels))
+        loss = float(np.average(losses, weights=counts))
+        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in found.items()}}
 
     def count(self, step: int, batch: Batch, seconds: float) -> dict:
         """Advances the totals by one step, and returns them with what else is known of the step beforehand."""
@@ -280,7 +270,7 @@ class _Run:
           UserError: the run stops; the state before the step and the step's examples are saved.
         """
         indices = self.setup.data.indices(step - 1)
-        name = "reward" if "reward" in metrics else "elbo"
+        (name,) = (name for name, metric in metrics.items() if np.ndim(metric))
         numbers = np.asarray(metrics[name])[: len(indices)]
         examples = self.setup.data.examples
         rows = [
@@ -312,7 +302,7 @@ class _Run:
         count, file = self.setup.config.train.samples, self.workdir / "samples.json"
         if file.is_file():
             try:
-                self.samples = [dict(sample) for sample in json.loads(file.read_text())]
+                self.samples = [dict(sample) for sample in json.loads(file.read_bytes())]
             except (ValueError, TypeError):
                 raise UserError(f"{file}: damaged; remove it (the report will lack the answers before)") from None
         if not count or (self.samples and when in self.samples[0]):
@@ -335,7 +325,7 @@ class _Run:
         )
         stops = [self.setup.model.config.eos_token_id] + ([] if eot is None else [eot])
         if not self.samples:
-            self.samples = [{"prompt": tokenizer.decode(p.tolist(), skip_special_tokens=True)} for p in prompts]
+            self.samples = [{"prompt": prompt} for prompt in examples.prompts[: len(prompts)]]
         for sample, response in zip(self.samples, responses.tokens, strict=True):
             sample[when] = to_text(response, tokenizer, stops)
         if processes.is_first():
@@ -371,9 +361,6 @@ class _Run:
         )
         if not interrupted:
             log.info("report: %s", summary["report"])
-            log.info(
-                "next: python -m conversion.to_hf --source=%s --out=%s",
-                summary["checkpoint"],
-                self.workdir / "huggingface",
-            )
+            words = [f"--source={summary['checkpoint']}", f"--out={self.workdir / 'huggingface'}"]
+            log.info("next: python -m conversion.to_hf %s", shlex.join(words))
         return summary

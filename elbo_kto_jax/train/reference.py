@@ -26,8 +26,8 @@ from elbo_kto_jax import processes
 from elbo_kto_jax.config import differences
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.scoring.scorer import Scorer, Weights
 from elbo_kto_jax.train.data import TrainingData
-from elbo_kto_jax.train.step import Programs, Weights, score
 
 log = logging.getLogger(__name__)
 _SAVE_EVERY = 30.0  # seconds between parts
@@ -45,12 +45,18 @@ class ReferenceCache:
         text = json.dumps(fingerprint, sort_keys=True, indent=1)
         self.path = folder / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         self.data = data
-        self.elbo_ref = np.zeros((steps, data.batch_size * data.estimator.draws), np.float32)
-        self.known = np.zeros(steps, bool)
+        try:
+            self.elbo_ref = np.zeros((steps, data.batch_size * data.estimator.draws), np.float32)
+            self.known = np.zeros(steps, bool)
+        except MemoryError:
+            raise UserError(
+                f"config.train: the reference's estimates for {steps} steps do not fit in memory; train for fewer, or "
+                "set config.reference.mode=online"
+            ) from None
         for other in sorted(folder.glob("*/fingerprint.json")):
             if other.parent != self.path:
                 try:
-                    changes = "; ".join(differences(dict(json.loads(other.read_text())), fingerprint, "reference"))
+                    changes = "; ".join(differences(dict(json.loads(other.read_bytes())), fingerprint, "reference"))
                 except (OSError, ValueError, TypeError):
                     changes = "its description is damaged"
                 log.info("not used: the reference cache %s is of something else (%s)", other.parent, changes)
@@ -58,9 +64,7 @@ class ReferenceCache:
         self.elbo_ref, self.known = processes.of_first((self.elbo_ref, self.known))
         self._fingerprint = text
 
-    def complete(
-        self, programs: Programs, reference: Weights, stop_requested: Callable[[], bool] = lambda: False
-    ) -> int:
+    def complete(self, scorer: Scorer, reference: Weights, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Scores every step that is not known yet under the parameters `reference`, and returns how many those were.
 
         Raises:
@@ -77,9 +81,7 @@ class ReferenceCache:
         bar = tqdm(steps, desc="reference", unit="step")
         for step, batch in zip(bar, self.data.batches(steps.start, steps.stop), strict=True):
             if not self.known[step]:
-                pending.append(
-                    (step, score(programs, reference, [programs.place_rows(r) for r in batch.micro_batches]))
-                )
+                pending.append((step, scorer(reference, batch.micro_batches)))
             stopping = stop_requested()
             if stopping or time.monotonic() - saved_at > _SAVE_EVERY:
                 self._write(pending)

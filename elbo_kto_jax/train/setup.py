@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
+from elbo_kto_jax.diffusion import masks
+from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.objectives.protocol import Objective
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id, make_repeatable
 from elbo_kto_jax.text.examples import load_examples
@@ -25,6 +30,7 @@ from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 
 log = logging.getLogger(__name__)
+_MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +42,22 @@ class Setup:
     assets: Mapping[str, bytes]
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
+    objective: Objective
     data: TrainingData
     eval_data: TrainingData | None
 
     @property
     def total_steps(self) -> int:
         return self.config.train.steps or self.config.train.epochs * self.data.steps_per_epoch
+
+    def scorer(self) -> Scorer:
+        """What scores the batches of the run, policy and reference."""
+        return Scorer(
+            self.model,
+            self.mesh,
+            size=self.data.batch_size * self.config.estimator.draws,
+            one_pass_microbatches=self.config.train.one_pass_microbatches,
+        )
 
     def load_params(self, path: str, flag: str) -> Params:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
@@ -140,6 +156,8 @@ def prepare(
     if moment is not None:
         make_repeatable(tokenizer, moment, f"{model_flag}={config.model.path}")
     check_options(config.sampler)
+    objective = objectives.build(config.objective)
+    masks.check_scheme(config.estimator.scheme)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
@@ -164,10 +182,11 @@ def prepare(
             desirable_fraction=desirable_fraction,
             undesirable_fraction=undesirable_fraction,
             seed=config.seed,
-            needs_label=config.objective.name == "elbo_kto",
+            needs_label=objective.needs.labels,
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
+            prompts=config.train.samples,
         )
         log.info("%s: %s", path, examples.report)
         return TrainingData(
@@ -181,4 +200,11 @@ def prepare(
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    return Setup(config, model, assets, tokenizer, mesh, data, eval_data)
+    setup = Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
+    if setup.total_steps > _MOST_STEPS:
+        key = "steps" if config.train.steps else "epochs"
+        raise UserError(
+            f"config.train.{key}: {getattr(config.train, key)} is {setup.total_steps} steps; "
+            f"expected at most {_MOST_STEPS} steps"
+        )
+    return setup

@@ -14,6 +14,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import time
@@ -34,6 +35,9 @@ from elbo_kto_jax.files import atomic_write, is_leftover, to_json, writing
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+# What commands make in a working folder, those of `sweep` included.
+_FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
+_FOLDERS = ("checkpoints", "tensorboard", "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
 @contextlib.contextmanager
@@ -88,6 +92,8 @@ class Workdir:
         """
         if self._found is None:
             processes.first(self._delete_other)
+        self._check_kinds()
+        if self._found is None:
             self._record["files"] = dict(files)
         elif "inputs" not in self._found:
             self._record["files"] = dict(files)
@@ -137,6 +143,14 @@ class Workdir:
             log.warning("going on under another version, results may differ in their last digits: %s", _shown(changes))
         if self._mark:
             log.info("--overwrite: going on with the run that this command began; delete %s to start again", self.path)
+
+    def _check_kinds(self) -> None:
+        """Raises UserError where a file stands in the place of a folder of a run, or the other way round."""
+        for name in (*_FILES, *_FOLDERS):
+            found = self.path / name
+            if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+                kind = "folder" if name in _FOLDERS else "file"
+                raise UserError(f"{found}: not a {kind}; remove it or choose another --workdir")
 
     def _delete_other(self) -> None:
         file = self.path / CONFIG
@@ -231,7 +245,7 @@ class MetricsLog:
             left.unlink()
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
         # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
         self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))

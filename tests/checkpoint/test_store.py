@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import grp
 import json
 import os
+import pwd
 import shutil
 
 import jax
@@ -297,15 +299,15 @@ def test_a_missing_piece_of_a_step_is_named(tmp_path, model, state, piece):
 
 def test_a_state_of_another_form_is_refused(tmp_path, model, state):
     checkpoints = store.TrainingCheckpoints(tmp_path / "checkpoints")
-    checkpoints.save(3, state, model.assets)
+    checkpoints.save(7, state, model.assets)
     checkpoints.wait()
     other_optimizer = abstract(state)._replace(opt_state=abstract(state).opt_state[1])
     with pytest.raises(UserError, match="opt_state"):
-        checkpoints.restore(3, other_optimizer)
+        checkpoints.restore(7, other_optimizer)
     wider = abstract(state)
     wider.params["ln_f"]["scale"] = jax.ShapeDtypeStruct((17,), jnp.float32)
     with pytest.raises(UserError, match="ln_f/scale"):
-        checkpoints.restore(3, wider)
+        checkpoints.restore(7, wider)
     checkpoints.close()
 
 
@@ -314,3 +316,79 @@ def test_unreadable_tokenizer(content):
     assets = {} if content is None else {"tokenizer.json": content}
     with pytest.raises(UserError, match=r"^some/model: .*tokenizer"):
         store.build_tokenizer(assets, "some/model")
+
+
+NAMES = [
+    "run[1]",
+    "[!x]",
+    "a*b",
+    "a**b",
+    "what?",
+    "a b",
+    "%41",
+    "a#b",
+    "a|b",
+    "日本",
+    "line\nbreak",
+    "it's",
+    "~",
+    "-x",
+    "12",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_s_name_is_no_pattern(tmp_path, model, state, name):
+    """What is saved under any name is read again, from there and not from a folder that the name would match."""
+    for folder in (tmp_path / "run1" / "model", tmp_path / "a-b" / "model"):
+        folder.mkdir(parents=True)
+    store.save_model(tmp_path / name / "model", model)
+    assert_same_trees(store.load_model(tmp_path / name / "model").params, model.params)
+    for _ in range(2):  # opened again, what was saved is found
+        checkpoints = store.TrainingCheckpoints(tmp_path / name / "checkpoints")
+        if checkpoints.latest_step() is None:
+            checkpoints.save(7, state, model.assets)
+        checkpoints.wait()
+        assert_same_trees(checkpoints.restore_latest(abstract(state)).opt_state, state.opt_state)
+        checkpoints.close()
+    assert_same_trees(store.load_model(tmp_path / name).params, state.params)
+
+
+def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(tmp_path, model):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "run[1].orbax-checkpoint-tmp").symlink_to(victim)
+    (tmp_path / "run[1].orbax-checkpoint-tmp-1").mkdir()
+    (tmp_path / "run1.orbax-checkpoint-tmp").mkdir()  # of another
+    store.save_model(tmp_path / "run[1]", model)
+    assert sorted(os.listdir(tmp_path)) == ["published", "run1.orbax-checkpoint-tmp", "run[1]", "victim"]
+    assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("name", ["/gs/bucket", "/s3/x", "/hf/x", "/az/x"])
+def test_local_folders_that_are_named_like_buckets(name):
+    folder = store._absolute(name)
+    assert str(folder / "a") == f"{name}/a"
+    assert not folder.exists()  # without asking a cloud
+
+
+def test_owners_without_a_name(tmp_path, model, monkeypatch):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    store.save_model(tmp_path / "saved", model)
+    assert_same_trees(store.load_model(tmp_path / "saved").params, model.params)
+
+
+def test_a_copy_of_a_step_under_another_number_is_refused(tmp_path, model, state):
+    steps = tmp_path / "checkpoints"
+    checkpoints = store.TrainingCheckpoints(steps)
+    checkpoints.save(7, state, model.assets)
+    checkpoints.close()
+    shutil.copytree(steps / "7", steps / "9")
+    checkpoints = store.TrainingCheckpoints(steps)
+    with pytest.raises(UserError, match=r"checkpoints/9: not step 9[^\n]*\n.*whole is 7: remove .*checkpoints/9"):
+        checkpoints.restore_latest(abstract(state))
+    checkpoints.close()

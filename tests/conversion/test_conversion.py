@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.errors import UserError
 from tests.published import DTYPES, read_published, same_bits, write_published
 
@@ -151,6 +151,30 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         to_hf.write(tmp_path / "theirs", store.Source.of(model), 10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_export_follows_no_link_that_somebody_put_there(tmp_path, monkeypatch):
+    write_published(tmp_path / "source")
+    source = store.Source.of(store.load_model(tmp_path / "source"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / ".out.0.partial").symlink_to(victim)  # as if a killed export had left it
+    to_hf.write(tmp_path / "out", source, 10**9)
+    monkeypatch.setattr(huggingface.secrets, "token_hex", lambda size: "guessed")
+    (tmp_path / ".other.guessed.partial").symlink_to(victim)
+    with pytest.raises(UserError, match="File exists"):
+        to_hf.write(tmp_path / "other", source, 10**9)
+    assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x[1]", "a*b", "a b"])
+def test_a_killed_export_s_folder_is_removed_whatever_its_name(tmp_path, name):
+    write_published(tmp_path / "source")
+    source = store.Source.of(store.load_model(tmp_path / "source"))
+    (tmp_path / f".{name}.0.partial").mkdir()
+    (tmp_path / ".x1.0.partial").mkdir()  # of another
+    to_hf.write(tmp_path / name, source, 10**9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".x1.0.partial", name, "source"])
 
 
 def test_an_export_of_a_damaged_checkpoint_leaves_nothing(tmp_path):

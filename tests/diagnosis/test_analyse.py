@@ -7,25 +7,25 @@ the choice of the seed.
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
+from elbo_kto_jax import config, objectives
 from elbo_kto_jax.diagnosis.analyse import Analysis, Bootstrap, columns, flat
 from elbo_kto_jax.diagnosis.measure import Gradients, Setting, Values
 
 DRAWS = (1, 2, 4)
-KTO = config.Objective("elbo_kto", 0.5, 1.2, 0.8, "global_mean")
+KTO = config.Objective("elbo_kto", 0.5, 1.2, 0.8, "global_mean", 0.0)
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def analysis(*, n=40, repeats=400, objective=KTO, noise=None, seed=0, schemes=("uniform", "quiet")) -> Analysis:
+def analysis(*, n=40, repeats=400, objective=KTO, noise=None, seed=0, schemes=("uniform", "balanced")) -> Analysis:
     """Rewards with variance noise[scheme] / K around the record's own; gradients of a 30-dimensional parameter.
 
     Policy and reference share most of their noise: 4 / K, of which the reward has none.
     """
     rng = np.random.default_rng(seed)
-    noise = noise or {"uniform": 1.0, "quiet": 0.25}
+    noise = noise or {"uniform": 1.0, "balanced": 0.25}
     settings = [Setting(scheme, k) for scheme in schemes for k in DRAWS]
     own = rng.normal(size=n)
     direction = rng.normal(size=(n, 30))
@@ -48,7 +48,7 @@ def analysis(*, n=40, repeats=400, objective=KTO, noise=None, seed=0, schemes=("
     return Analysis(
         Values(policy, reference, record, count, rng.normal(scale=count), rng.normal(size=len(record)), ones, 7),
         Gradients(["a", "b"], first, second, product, ones, record, count, 1.0 * count),
-        objective=objective,
+        objective=objectives.build(objective),
         length=np.full(n, 6),
         is_desirable=np.arange(n) % 2 == 0,
         flops={s: np.full(n, 5.0 * s.draws) for s in settings},
@@ -87,7 +87,7 @@ def test_mean_of_some():
 @pytest.mark.parametrize("draws", DRAWS)
 def test_variances(draws):
     rows = by_setting(analysis())
-    for scheme, noise in (("uniform", 1.0), ("quiet", 0.25)):
+    for scheme, noise in (("uniform", 1.0), ("balanced", 0.25)):
         row = rows[scheme, draws]
         assert holds(row["reward_variance_shared"], noise / draws)
         assert holds(row["elbo_variance"], (4 + noise) / draws)
@@ -101,7 +101,7 @@ def test_variances(draws):
 @pytest.mark.parametrize("mode", ["global_mean", "zero"])
 def test_bias_and_variance_of_the_loss(mode):
     """Against the loss itself: its mean over many batches less its value without noise, and its variance."""
-    objective = config.Objective("elbo_kto", 0.5, 1.2, 0.8, mode)
+    objective = config.Objective("elbo_kto", 0.5, 1.2, 0.8, mode, 0.0)
     found = analysis(objective=objective, repeats=2000)
     desirable = found.is_desirable[:, None]
     weight = np.where(desirable, 1.2, 0.8)
@@ -123,16 +123,16 @@ def test_bias_and_variance_of_the_loss(mode):
 
 def test_gradients():
     """Slopes of the loss scale the gradient of B_hat; without noise in r they are those of the loss without noise."""
-    found = analysis(noise={"uniform": 1e-9, "quiet": 1e-9}, n=300, repeats=3)
+    found = analysis(noise={"uniform": 1e-9, "balanced": 1e-9}, n=300, repeats=3)
     slope = 0.5 * found._value(found.many_logit, 1)
     for row in found.rows():
         assert row["gradient_signal"]["value"] == pytest.approx(np.mean(slope**2 * 30) / 8, rel=0.2)
         assert row["gradient_variance"]["value"] < 1e-7
     loud = analysis(n=300, repeats=3)
     rows = by_setting(loud)
-    assert holds(rows["quiet", 2]["over_uniform"], 0.25)
-    assert holds(rows["quiet", 2]["over_uniform_twice"], 0.5)
-    assert rows["quiet", 4]["over_uniform_twice"] is None  # uniform was not measured with 8
+    assert holds(rows["balanced", 2]["over_uniform"], 0.25)
+    assert holds(rows["balanced", 2]["over_uniform_twice"], 0.5)
+    assert rows["balanced", 4]["over_uniform_twice"] is None  # uniform was not measured with 8
     groups = rows["uniform", 1]["gradient_variance_by_group"]
     assert groups["a"]["value"] + groups["b"]["value"] == pytest.approx(
         rows["uniform", 1]["gradient_variance"]["value"]
@@ -143,18 +143,18 @@ def test_gradients():
 
 
 def test_recommends_the_fewest_draws_with_less_noise_than_signal():
-    """A signal of 30 and noise of 300 noise / K: quiet has 75 / K, so 4 draws; uniform would need 10."""
+    """A signal of 30 and noise of 300 noise / K: balanced has 75 / K, so 4 draws; uniform would need 10."""
     advice = analysis(n=400, repeats=3).recommendation()
-    assert (advice["scheme"], advice["draws"], advice["uniform_draws"]) == ("quiet", 4, None)
-    assert "estimator.scheme=quiet" in advice["text"]
+    assert (advice["scheme"], advice["draws"], advice["uniform_draws"]) == ("balanced", 4, None)
+    assert "estimator.scheme=balanced" in advice["text"]
     assert "estimator.draws=4" in advice["text"]
-    same = analysis(n=400, repeats=3, noise={"uniform": 0.05, "quiet": 0.05}).recommendation()
+    same = analysis(n=400, repeats=3, noise={"uniform": 0.05, "balanced": 0.05}).recommendation()
     assert same["draws"] == 1
     assert len(same["alike"]) == 1
 
 
 def test_no_gradient_no_recommendation():
-    advice = analysis(objective=config.Objective("elbo_kto", 0.0, 1.0, 1.0, "zero"), repeats=3).recommendation()
+    advice = analysis(objective=config.Objective("elbo_kto", 0.0, 1.0, 1.0, "zero", 0.0), repeats=3).recommendation()
     assert advice["scheme"] is None
     assert "No recommendation" in advice["text"]
 
@@ -181,3 +181,14 @@ def test_flat_rows():
     }
     assert flat(row) == {"scheme": "x", "v": 1, "v_low": 0, "v_high": 2, "g.a": 3, "g.a_low": 3, "g.a_high": 3}
     assert columns([{"a": 1, "b": 2}, {"c": 3, "a": 1}]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("schemes", [("uniform",), ("uniform", "bernoulli")])
+def test_without_another_scheme_there_is_no_bias_to_measure(schemes):
+    found = analysis(schemes=schemes, repeats=20, noise={"uniform": 1.0, "bernoulli": 4.0})
+    row = by_setting(found)["uniform", 2]
+    assert np.isnan(row["elbo_bias"]["value"])
+    assert np.isfinite(row["elbo_variance"]["value"])
+    assert found.recommendation()["scheme"] == "uniform"
+    assert found.breakdown()
+    assert found.by_count()

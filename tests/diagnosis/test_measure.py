@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import cli, config
+from elbo_kto_jax import cli, config, objectives
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting, group_names
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.sharding import rules
@@ -29,7 +29,7 @@ def measurement():
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
     settings = config.Config.from_mapping(cli.load_config_file(str(runs.CONFIG)).to_dict())
     settings = dataclasses.replace(settings, seed=SEED, objective=tiny.KTO)
-    setup = Setup(settings, tiny.model(), {}, build_tokenizer(), mesh, data, None)
+    setup = Setup(settings, tiny.model(), {}, build_tokenizer(), mesh, objectives.build(tiny.KTO), data, None)
     return Measurement(setup, RECORDS, SETTINGS)
 
 
@@ -97,3 +97,26 @@ def test_gradients(measurement):
     assert found.single_count[at[-1]] == count
     expected = found.second[SETTINGS[3]][n].sum() * (length / count / draws.weight[0]) ** 2
     assert found.single_square[at[-1]] == pytest.approx(expected)
+
+
+def test_gradients_of_pairs(measurement):
+    """Of the difference of two records, with masks of their own."""
+    params, records, setting = tiny.params(0), np.array([4, 0]), Setting("uniform", 2)
+    found = Measurement(measurement.setup, records, [setting], (1.0, -1.0)).gradients(params)
+    examples = measurement.setup.data.examples
+    estimator = config.Estimator(2, "uniform")
+
+    def gradient(j):
+        def difference(p):
+            chosen, rejected = jnp.mean(
+                tiny.plain_estimates(p, examples, records, estimator, seed=SEED, epoch=j), axis=1
+            )
+            return chosen - rejected
+
+        return jax.grad(difference)(params)
+
+    a, b = gradient(0), gradient(1)
+    for values, (x, y) in zip((found.first, found.second, found.product), ((a, a), (b, b), (a, b)), strict=True):
+        total = sum(np.vdot(u, v) for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+        np.testing.assert_allclose(values[setting].sum(), total, rtol=1e-4, atol=1e-5 * found.first[setting].sum())
+    assert not len(found.single_record)

@@ -51,6 +51,9 @@ def test_each_prompt_has_its_own_answer():
         ({"answer": ["1", " "]}, "answer", "' '"),
         ({"answer": "1", "match": "fuzzy"}, "match", "'fuzzy'"),
         ({"answer": "(", "match": "regex"}, "answer", "'('"),
+        ({"answer": "(" * 5000 + ")" * 5000, "match": "regex"}, "answer", "no regular expression"),
+        ({"answer": "[" * 5000, "match": "regex"}, "answer", "no regular expression"),
+        ({"answer": "a{99999999999999999999}", "match": "regex"}, "answer", "no regular expression"),
     ],
 )
 def test_a_bad_record_is_named_with_its_line_and_field(record, field, shown):

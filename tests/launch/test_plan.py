@@ -40,6 +40,7 @@ def test_flags(flags, named):
 
 
 def test_an_existing_plan_is_kept(tmp_path):
+    (tmp_path / "plan.json").write_text("precious")
     with pytest.raises(UserError, match="--overwrite"):
         plan.main([f"--config={KTO_MIX}", "--topology=v5e:2x2", f"--out={tmp_path}"])
 

@@ -1,15 +1,21 @@
 """launch/random_llada.py: a folder that the project loads, the same for the same seed."""
 
-from elbo_kto_jax.checkpoint import huggingface
+from elbo_kto_jax.checkpoint import huggingface, random_folder
 from launch import random_llada
 
 
 def test_folder(tiny_checkpoint, tmp_path, monkeypatch):
-    small = dict(random_llada.SIZES["6m"], d_model=32, n_layers=2, mlp_hidden_size=48, embedding_size=128)
-    monkeypatch.setitem(random_llada.SIZES, "6m", small)
+    small = dict(random_folder.SIZES["23m"], d_model=32, n_layers=3, mlp_hidden_size=48, embedding_size=128)
+    monkeypatch.setitem(random_folder.SIZES, "23m", small)
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
-        flags = [f"--tokenizer={tiny_checkpoint}", f"--out={folder}", f"--seed={seed}", "--shard-size=20KB"]
+        flags = [
+            f"--tokenizer={tiny_checkpoint}",
+            f"--out={folder}",
+            f"--seed={seed}",
+            "--shard-size=20KB",
+            "--layers=2",
+        ]
         summary = random_llada.main(flags)
         assert summary["tensors"] == 2 * 9 + 3
     opened = huggingface.open_folder(folders[0])

@@ -100,6 +100,12 @@ def test_a_slurm_job():
     assert words(srun)[2:] == TRAIN
 
 
+def test_a_python_in_the_home_folder():
+    script = dry_run("slurm.sh", *SLURM, "--python=~/venv/bin/python")
+    (path,) = [line for line in script.splitlines() if line.startswith("export PATH=")]
+    assert path == f"export PATH={Path.home()}/venv/bin:$PATH"
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "named"),
     [

@@ -146,3 +146,36 @@ def test_the_platform_decides_and_the_log_says_so(platform, dtype, head_dim, for
         for _ in range(2):  # the second time it is known
             assert attention.form_for(platform, jnp.dtype(dtype), head_dim) is form
     assert caplog.messages == [f"attention on {platform}: {form.__name__}, {dtype}"]
+
+
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="jax has no GPU here")
+
+
+@needs_gpu
+@pytest.mark.parametrize("form", ["cudnn_attention", "packed_attention"])
+@pytest.mark.parametrize(
+    ("s", "runs"),
+    [(1024, 4), (1023, 4), (256, 1), (512, 40)],
+    ids=["even", "odd", "one", "more than there is room for"],
+)
+def test_the_kernels_for_gpus_are_the_plain_form(form, s, runs):
+    """In values and gradients, in bfloat16; every position is written, padding too."""
+    if form == "packed_attention" and not attention._has_packed_kernel():
+        pytest.skip("this GPU has no kernel for packed segments")
+    inputs, segment_ids = random_inputs(s, e=128, dtype=jnp.bfloat16), []
+    for seed in range(2):
+        cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, s), runs - 1, replace=False))
+        segment_ids.append(1 + np.searchsorted(cuts, np.arange(s), side="right"))
+    segment_ids = jnp.asarray(np.stack(segment_ids), jnp.int32).at[1, s // 2 :].set(0)
+    is_real = np.asarray(segment_ids > 0)
+    cotangent = jnp.asarray(np.random.default_rng(9).normal(size=inputs[0].shape), jnp.float32)
+
+    def both(form, inputs, dtype):
+        found, pull = jax.vjp(lambda *inputs: form(*inputs, segment_ids), *(x.astype(dtype) for x in inputs))
+        return [np.asarray(x, np.float64) for x in (found, *pull((cotangent * is_real[..., None, None]).astype(dtype)))]
+
+    exact = both(attention.plain_attention, inputs, jnp.float32)
+    for found, expected in zip(both(getattr(attention, form), inputs, jnp.bfloat16), exact, strict=True):
+        assert np.isfinite(found).all()
+        apart = (found - expected)[is_real]
+        assert np.linalg.norm(apart) < 6e-3 * np.linalg.norm(expected[is_real])  # bfloat16 keeps 8 bits: 2 to 4e-3

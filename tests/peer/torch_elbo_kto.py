@@ -6,13 +6,16 @@ pass of the example's loss; gradients add up over the examples of a batch, and A
 max_length with end-of-text that attention sees (their scheme), or have the example's own length (`true_length`, which
 their scheme does not have, and the strongest form of a peer that works example by example).
 
-Generous where a choice is open: the reference point of the batch, which their processes exchange, is handed in, so it
-costs the peer nothing; float32; torch's fused attention.
+On a GPU it computes in bfloat16, parameters and optimizer state too, with flash attention; log-probabilities, norms and
+rotary angles are float32. Generous where a choice is open: the reference point of the batch, which their processes
+exchange, is handed in, so it costs the peer nothing; torch's fused attention and fused AdamW.
 
 It needs torch (extra `bench`) and nothing of this project. As a program it is the benchmark's worker: it reads one JSON
 request per line from stdin and answers with one JSON line on stdout (see `main`).
 """
 
+import contextlib
+import functools
 import json
 import math
 import re
@@ -26,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -36,7 +40,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -67,8 +72,8 @@ class Block(nn.Module):
 
 
 def rotate(x, cos, sin):
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class LLaDA(nn.Module):
@@ -84,20 +89,21 @@ class LLaDA(nn.Module):
         self.activation_checkpointing = False
 
     @classmethod
-    def load(cls, folder: str | Path) -> "LLaDA":
-        model = cls(json.loads((Path(folder) / "config.json").read_text()))
-        tensors = {}
+    def load(cls, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "LLaDA":
+        with torch.device("meta"):
+            model = cls(json.loads((Path(folder) / "config.json").read_text()))
+        tensors, prefix = {}, "model.transformer."
         for file in sorted(Path(folder).glob("*.safetensors")):
-            tensors |= load_file(file)
-        prefix = "model.transformer."
-        model.load_state_dict({name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()})
-        return model
+            loaded = load_file(file, device=device)
+            tensors |= {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in loaded.items()}
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_()
 
     def forward(self, ids):
         """Logits at every position, [b s v]."""
         e = self.cfg["d_model"] // self.cfg["n_heads"]
-        frequency = 1.0 / self.cfg["rope_theta"] ** (torch.arange(0, e, 2).float() / e)
-        angle = torch.outer(torch.arange(ids.shape[1]).float(), frequency)
+        frequency = 1.0 / self.cfg["rope_theta"] ** (torch.arange(0, e, 2, device=ids.device).float() / e)
+        angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), frequency)
         cos, sin = angle.cos(), angle.sin()
         x = self.wte(ids)
         for block in self.blocks:
@@ -110,7 +116,7 @@ class LLaDA(nn.Module):
 
 def elbo_draws(model: LLaDA, example: dict, length: int):
     """One ELBO estimate (nats) per draw of an example: a list of scalars, each with its own graph."""
-    cfg = model.cfg
+    cfg, device = model.cfg, model.ff_out.weight.device
     ids = torch.full((1, length), cfg["eos_token_id"], dtype=torch.long)
     ids[0, : len(example["tokens"])] = torch.from_numpy(example["tokens"].astype(np.int64))
     start, size = int(example["start"]), example["masks"].shape[1]
@@ -118,9 +124,9 @@ def elbo_draws(model: LLaDA, example: dict, length: int):
     for mask, weight in zip(example["masks"], example["weights"], strict=True):
         hidden = torch.zeros((1, length), dtype=torch.bool)
         hidden[0, start : start + size] = torch.from_numpy(mask)
-        logits = model(torch.where(hidden, cfg["mask_token_id"], ids))
-        log_probs = F.log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None])[..., 0]
-        estimates.append(float(weight) * (log_probs * hidden).sum())
+        logits = model(torch.where(hidden, cfg["mask_token_id"], ids).to(device))
+        log_probs = F.log_softmax(logits.float(), dim=-1).gather(-1, ids[..., None].to(device))[..., 0]
+        estimates.append(float(weight) * (log_probs * hidden.to(device)).sum())
     return estimates
 
 
@@ -147,7 +153,7 @@ def adamw(model: LLaDA, learning_rate: float) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def read_examples(file: str | Path) -> list[dict]:
@@ -165,30 +171,51 @@ def read_examples(file: str | Path) -> list[dict]:
     ]
 
 
-def matrix_peak() -> float:
-    """FLOP/s of a large float32 matrix product, the best of a few."""
-    a = torch.randn(2048, 2048)
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of a few."""
+    size, repeats = (2048, 1) if device == "cpu" else (8192, 10)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
+        synchronize(device)
         began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
+        for _ in range(repeats):
+            a @ a
+        synchronize(device)
+        best = min(best, (time.perf_counter() - began) / repeats)
+    return 2 * size**3 / best
+
+
+def synchronize(device: str) -> None:
+    """Waits for what the device was given to do."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def train(model: LLaDA, optimizer: torch.optim.Optimizer, examples: list[dict], length_of, request: dict, beta: float):
+    """One whole optimizer step: loss, rewards (nats), and the gradient's norm before it is clipped to 1."""
+    elbo_ref = request["elbo_ref"][: len(examples)]
+    loss, rewards = accumulate_gradient(model, examples, length_of, elbo_ref, request["z0"], beta)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss, "rewards": rewards, "grad_norm": norm}
 
 
 def main() -> None:
     """Answers requests until stdin ends.
 
-    First line: {"model", "examples", "max_length", "beta", "learning_rate", "activation_checkpointing"}. Then
-    {"do": "peak"}, {"do": "reference", "count", "true_length"} or {"do": "train", "count", "true_length", "elbo_ref",
-    "z0"} over the first `count` examples; "train" is one whole optimizer step, taken back afterwards.
+    First line: {"model", "max_length", "beta", "learning_rate", "activation_checkpointing", "dtype"}. Then
+    {"do": "peak"}, {"do": "reference", "examples", "count", "true_length"} or {"do": "train", "examples", "count",
+    "true_length", "elbo_ref", "z0"} over the first `count` examples of the file `examples`; "train" is one whole
+    optimizer step, taken back afterwards.
     """
     setting = json.loads(sys.stdin.readline())
-    model = LLaDA.load(setting["model"])
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, setting["dtype"])
+    model = LLaDA.load(setting["model"], device, dtype)
     model.activation_checkpointing = setting["activation_checkpointing"]
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    examples = read_examples(setting["examples"])
-    optimizer = adamw(model, setting["learning_rate"])
+    read, optimizer = functools.cache(read_examples), adamw(model, setting["learning_rate"])
     answer = {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
     while True:
         print(json.dumps(answer), flush=True)
@@ -196,29 +223,36 @@ def main() -> None:
         if not line:
             return
         request = json.loads(line)
-        length_of = (lambda x: len(x["tokens"])) if request.get("true_length") else lambda _: setting["max_length"]
-        chosen = examples[: request.get("count")]
-        began = time.perf_counter()
         if request["do"] == "peak":
-            answer = {"flops": matrix_peak()}
-        elif request["do"] == "reference":
-            answer = {"elbo": reference_pass(model, chosen, length_of)}
-        else:
-            loss, rewards = accumulate_gradient(
-                model, chosen, length_of, request["elbo_ref"][: len(chosen)], request["z0"], setting["beta"]
-            )
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-            optimizer.step()
-            optimizer.zero_grad()
-            answer = {"loss": loss, "rewards": rewards, "grad_norm": norm}
+            answer = {"flops": matrix_peak(device, dtype)}
+            continue
+        length_of = (lambda x: len(x["tokens"])) if request.get("true_length") else lambda _: setting["max_length"]
+        chosen = read(request["examples"])[: request.get("count")]
+        began = time.perf_counter()
+        with flash_attention(device):
+            if request["do"] == "reference":
+                answer = {"elbo": reference_pass(model, chosen, length_of)}
+            else:
+                answer = train(model, optimizer, chosen, length_of, request, setting["beta"])
+        synchronize(device)
         answer["seconds"] = time.perf_counter() - began
-        answer["peak_bytes"] = peak_bytes()
+        answer["peak_bytes"] = peak_bytes(device)
         if request["do"] == "train":
             model.load_state_dict(initial)
 
 
-def peak_bytes() -> int:
-    """The largest resident set that this process has had; on Linux ru_maxrss starts at that of the parent."""
+def flash_attention(device: str) -> contextlib.AbstractContextManager:
+    """Within it, attention on a GPU is flash attention, or an error."""
+    return contextlib.nullcontext() if device == "cpu" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+
+
+def peak_bytes(device: str) -> int:
+    """The largest memory that this process has had: of the GPU, or the resident set.
+
+    On Linux ru_maxrss starts at that of the parent, so the resident set is read elsewhere.
+    """
+    if device != "cpu":
+        return torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024

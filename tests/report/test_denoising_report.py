@@ -52,3 +52,14 @@ def test_of_many_steps_some_are_left_out(tmp_path):
 def test_nothing_to_show(tmp_path):
     assert "No response was written." in report(tmp_path, [])
     assert "Step by step (0)" in report(tmp_path, [Trace("p", [], [], [])])
+
+
+def test_a_character_of_several_tokens_is_shown_when_all_are_written(tmp_path):
+    text = report(
+        tmp_path, [Trace([{"role": "user", "content": "p"}], ["a", "👍", None, None], [0, 2, 0, 1], [0.5] * 4)]
+    )
+    frames = re.findall(r"<li><h3>[^<]*</h3><div[^>]*>(.*?)</div></li>", text, flags=re.DOTALL)
+    part = "<mark>▒</mark>"
+    assert frames == [f"<mark>a</mark>{MASK}{part}{MASK}", f"a{MASK}▒{part}", "a<mark>👍</mark>"]
+    assert text.count("⋯<small>") == 2
+    assert '<div class="role">user</div><div class="text" dir="auto">p</div>' in text

@@ -186,3 +186,10 @@ def test_unchanged_samples_are_marked(tmp_path):
     text = _report(tmp_path, samples=[{"prompt": "p", "before": "x", "after": "x"}])
     assert ">unchanged<" in text
     assert "0 of 1 answers changed" in text
+
+
+def test_prompts_of_samples_are_messages(tmp_path):
+    messages = [{"role": "system", "content": "<s>"}, {"role": "user", "content": "hi"}]
+    text = _report(tmp_path, samples=[{"prompt": messages, "before": "a", "after": "b"}])
+    assert '<div class="role">system</div><div class="text" dir="auto">&lt;s&gt;</div>' in text
+    assert '<div class="role">user</div><div class="text" dir="auto">hi</div>' in text

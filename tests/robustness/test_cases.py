@@ -25,7 +25,12 @@ def statuses(output: str) -> list[int]:
     return [int(part.split()[0]) for part in output.split("rc=")[1:]]
 
 
-CASES: dict[str, Callable[[str], bool]] = {}
+CASES: dict[str, Callable[[str], bool]] = {
+    "brackets": lambda out: statuses(out) == [0, 0, 0, 0],
+    "denoising_page": lambda out: "0 broken characters; True emoji there" in out,
+    "prompt_latin1": lambda out: statuses(out) == [2] and "--prompt is not UTF-8 text" in out,
+    "tilde": lambda out: statuses(out) == [0, 0] and "home/run/config.json" in out and "going on from" not in out,
+}
 
 
 def names() -> list[str]:

@@ -115,7 +115,7 @@ def test_a_flipped_bit_of_a_value_is_found_in_whatever_dtype_it_is_wanted(tmp_pa
 def test_all_steps_damaged(tmp_path, model, state):
     checkpoints = store.TrainingCheckpoints(tmp_path)
     for step in (1, 2, 3):
-        checkpoints.save(step, state, model.assets)
+        checkpoints.save(step, state._replace(progress={"step": step}), model.assets)
     checkpoints.wait()
     for step in (3, 2):
         (tmp_path / str(step) / "progress" / "metadata").write_text('{"step": 8, "seconds": 1.5}')
@@ -129,9 +129,9 @@ def test_all_steps_damaged(tmp_path, model, state):
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path, model, state):
     checkpoints = store.TrainingCheckpoints(tmp_path)
-    checkpoints.save(1, state, model.assets)
+    checkpoints.save(7, state, model.assets)
     checkpoints.wait()
-    file = tmp_path / "1" / "assets" / store.MANIFEST_FILE
+    file = tmp_path / "7" / "assets" / store.MANIFEST_FILE
     manifest = json.loads(file.read_text())
     for key in ("checksums", "progress"):
         del manifest[key]

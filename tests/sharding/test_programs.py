@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
+from elbo_kto_jax import config, objectives
 from elbo_kto_jax.diffusion import elbo
 from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train import step
@@ -34,9 +35,9 @@ class Compiled:
         self.mesh = rules.make_mesh(sizes, jax.devices()[:8])
         tx = train_state.optimizer(config.Optimizer(1e-3, 0.0, 0.9, 0.95, 0.01, 1.0), 10)
         self.shardings = train_state.state_shardings(tx, abstract_params(model), self.mesh)
-        self.programs = step.build_programs(
-            model, self.mesh, num_examples=4, draws=2, objective=tiny.KTO, tx=tx, shardings=self.shardings
-        )
+        self.scorer = Scorer(model, self.mesh, size=8)
+        objective = objectives.build(tiny.KTO)
+        self.programs = step.build_programs(self.scorer, objective, draws=2, tx=tx, shardings=self.shardings)
         self.data = TrainingData(
             tiny.examples(4), tiny.layout(8, False), estimator=config.Estimator(2, "uniform"), batch_size=4, seed=0
         )
@@ -44,13 +45,13 @@ class Compiled:
 
     @property
     def rows(self):
-        return self.programs.place_rows(self.data.batch(0).micro_batches[0])
+        return self.scorer.place(self.data.batch(0).micro_batches)[0]
 
     def text(self) -> str:
         """The program GRAD as each device runs it: forward and backward pass, head and cross-entropy."""
         grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), self.params)
-        cotangent = self.programs.place(np.zeros(4, np.float32))
-        arguments = (self.params, grads, self.programs.zero_estimates(), self.rows, cotangent)
+        cotangent = self.scorer.place_everywhere(np.zeros(4, np.float32))
+        arguments = (self.params, grads, self.scorer.no_estimates(), self.rows, cotangent)
         return self.programs.grad.lower(*arguments).compile().as_text()
 
     @property
@@ -64,19 +65,19 @@ def compiled(request, cpu_devices):
 
 
 def test_what_a_step_returns_lies_where_the_table_says(compiled):
-    programs, shardings = compiled.programs, compiled.shardings
+    programs, scorer, shardings = compiled.programs, compiled.scorer, compiled.shardings
     params = jax.jit(
         lambda: jax.tree.map(lambda x: jnp.full(x.shape, 0.1, x.dtype), compiled.params), out_shardings=shardings.params
     )()
-    estimates, pull_back = programs.forward(params, programs.zero_estimates(), compiled.rows)
-    cotangent = programs.place(np.ones(4, np.float32))
-    gradient = programs.backward(pull_back, params, None, compiled.rows, cotangent)
-    added_up = programs.backward(pull_back, params, programs.zero_grads(params), compiled.rows, cotangent)
+    estimates, residuals = scorer.forward(params, scorer.no_estimates(), compiled.rows)
+    cotangent = scorer.place_everywhere(np.ones(4, np.float32))
+    gradient = programs.backward(residuals, params, None, compiled.rows, cotangent)
+    added_up = programs.backward(residuals, params, programs.zero_grads(params), compiled.rows, cotangent)
     opt_state = jax.tree.map(
         lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s), compiled.abstract.opt_state, shardings.opt_state
     )
     accumulated, _ = programs.grad(params, programs.zero_grads(params), estimates, compiled.rows, cotangent)
-    loss, go = programs.place(np.float32(0)), programs.place(np.True_)
+    loss, go = scorer.place_everywhere((np.float32(0), np.True_))
     state, *_ = programs.update(train_state.TrainState(params, opt_state), gradient, loss, go)
     for tree, expected in (
         (gradient, shardings.params),

@@ -1,12 +1,14 @@
 """train/loop.py: whole runs of the command `train` on a tiny model: what they leave, and that they can be cut short."""
 
 import json
+import shlex
 import signal
 
 import jax
 import numpy as np
 import pytest
 
+from conversion import to_hf
 from elbo_kto_jax import precompute, score
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import Interrupted, UserError
@@ -94,7 +96,7 @@ def test_working_folder(whole, settings):
     assert list((workdir / "tensorboard").iterdir())
     samples = json.loads((workdir / "samples.json").read_text())
     assert [sample.keys() for sample in samples] == [{"prompt", "before", "after"}] * 2
-    assert all("Sort" in sample["prompt"] for sample in samples)
+    assert all("Sort" in sample["prompt"][0]["content"] for sample in samples)
     report = (workdir / "report.html").read_text()
     assert "<svg" in report
     assert "learning_rate" in report
@@ -253,3 +255,28 @@ def test_divergence_is_named(settings, tmp_path):
     diverging = {**settings, "optimizer.learning_rate": 1e30, "train.eval_every": 0}
     with pytest.raises(UserError, match=r"diverged.*\n?.*config\.optimizer\.learning_rate"):
         train.main(runs.flags(diverging, f"--workdir={tmp_path}"))
+
+
+def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
+    """The last line of a log goes through a shell as it stands, whatever the working folder is called."""
+    caplog.set_level("INFO")
+    workdir = tmp_path / "it's [1] $HOME"
+    argv = runs.flags({**settings, "train.steps": 1, "train.eval_every": 0}, f"--workdir={workdir}", "--overwrite")
+    precompute.main(argv)
+    (line,) = [message for message in caplog.messages if message.startswith("next: ")]
+    *start, module = shlex.split(line)[:4]
+    assert (start, module) == (["next:", "python", "-m"], "elbo_kto_jax.train")
+    assert shlex.split(line)[4:] == argv[:-1]  # --overwrite would delete what was computed
+    caplog.clear()
+    train.main(shlex.split(line)[4:])
+    (line,) = [message for message in caplog.messages if message.startswith("next: ")]
+    assert shlex.split(line)[:4] == ["next:", "python", "-m", "conversion.to_hf"]
+    to_hf.main(shlex.split(line)[4:])
+    assert (workdir / "huggingface" / "config.json").is_file()
+
+
+def test_samples_keep_the_messages(whole):
+    workdir, _ = whole
+    samples = json.loads((workdir / "samples.json").read_bytes())
+    assert [sample["prompt"] for sample in samples] == [row["prompt"] for row in runs.records(2, first=6)]
+    assert '<div class="role">user</div>' in (workdir / "report.html").read_text(encoding="utf-8")

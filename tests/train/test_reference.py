@@ -9,11 +9,11 @@ import pytest
 
 from elbo_kto_jax import config
 from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import reference as reference_module
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.reference import ReferenceCache
-from elbo_kto_jax.train.step import build_programs
 from tests import tiny
 
 ESTIMATOR, BATCH, STEPS = config.Estimator(2, "uniform"), 3, 5
@@ -26,9 +26,9 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def programs():
+def scorer():
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
-    return build_programs(tiny.model(), mesh, num_examples=BATCH, draws=ESTIMATOR.draws, objective=tiny.KTO)
+    return Scorer(tiny.model(), mesh, size=BATCH * ESTIMATOR.draws)
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,15 @@ def params():
 @pytest.fixture
 def scored_steps(monkeypatch):
     """Counts the steps that are scored."""
-    scored, real = [], reference_module.score
-    monkeypatch.setattr(reference_module, "score", lambda *a: (scored.append(1), real(*a))[1])
+    scored, real = [], Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda *a: (scored.append(1), real(*a))[1])
     return scored
 
 
 @pytest.fixture
-def complete(tmp_path, data, programs, params, scored_steps):
+def complete(tmp_path, data, scorer, params, scored_steps):
     cache = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
-    assert cache.complete(programs, params) == STEPS == len(scored_steps)
+    assert cache.complete(scorer, params) == STEPS == len(scored_steps)
     scored_steps.clear()
     return cache
 
@@ -68,44 +68,44 @@ def test_values_are_the_plain_estimates_of_every_draw(complete, data, params):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_a_complete_cache_is_read_and_nothing_scored(complete, tmp_path, data, programs, params, scored_steps):
+def test_a_complete_cache_is_read_and_nothing_scored(complete, tmp_path, data, scorer, params, scored_steps):
     again = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
-    assert again.complete(programs, params) == 0
+    assert again.complete(scorer, params) == 0
     assert not scored_steps
     np.testing.assert_array_equal(again.elbo_ref, complete.elbo_ref)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_an_interrupted_pass_goes_on(tmp_path, data, programs, params, scored_steps, stop_after):
+def test_an_interrupted_pass_goes_on(tmp_path, data, scorer, params, scored_steps, stop_after):
     cache = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
     with pytest.raises(Interrupted):
-        cache.complete(programs, params, lambda: len(scored_steps) >= stop_after)
+        cache.complete(scorer, params, lambda: len(scored_steps) >= stop_after)
     again = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
     assert again.known.sum() == stop_after
-    assert again.complete(programs, params) == STEPS - stop_after
+    assert again.complete(scorer, params) == STEPS - stop_after
     assert len(scored_steps) == STEPS
     whole = ReferenceCache(tmp_path / "other", FINGERPRINT, data, STEPS)
-    whole.complete(programs, params)
+    whole.complete(scorer, params)
     np.testing.assert_array_equal(again.elbo_ref, whole.elbo_ref)
 
 
-def test_a_lost_part_is_scored_again(tmp_path, data, programs, params, scored_steps, monkeypatch):
+def test_a_lost_part_is_scored_again(tmp_path, data, scorer, params, scored_steps, monkeypatch):
     monkeypatch.setattr(reference_module, "_SAVE_EVERY", -1.0)  # a part for each step
     cache = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
-    cache.complete(programs, params)
+    cache.complete(scorer, params)
     parts = sorted(cache.path.glob("steps-*.npy"))
     assert len(parts) == STEPS
     parts[2].unlink()
     again = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
     assert np.flatnonzero(~again.known).tolist() == [2]
-    assert again.complete(programs, params) == 1
+    assert again.complete(scorer, params) == 1
     np.testing.assert_array_equal(again.elbo_ref, cache.elbo_ref)
 
 
 @pytest.mark.parametrize("steps", [STEPS - 2, STEPS + 1])
-def test_a_cache_serves_another_number_of_steps(complete, tmp_path, data, programs, params, scored_steps, steps):
+def test_a_cache_serves_another_number_of_steps(complete, tmp_path, data, scorer, params, scored_steps, steps):
     again = ReferenceCache(tmp_path, FINGERPRINT, data, steps)
-    assert again.complete(programs, params) == max(0, steps - STEPS)
+    assert again.complete(scorer, params) == max(0, steps - STEPS)
     common = min(steps, STEPS)
     np.testing.assert_array_equal(again.elbo_ref[:common], complete.elbo_ref[:common])
 
@@ -132,9 +132,9 @@ def test_a_damaged_part_is_refused_by_name(complete, tmp_path, data, damage):
     assert part.name in str(refused.value)
 
 
-def test_an_estimate_that_is_not_finite_is_refused_and_not_stored(tmp_path, data, programs, params):
+def test_an_estimate_that_is_not_finite_is_refused_and_not_stored(tmp_path, data, scorer, params):
     broken = {**params, "ln_f": {"scale": params["ln_f"]["scale"] * jnp.nan}}
     cache = ReferenceCache(tmp_path, FINGERPRINT, data, STEPS)
     with pytest.raises(UserError, match="example"):
-        cache.complete(programs, broken)
+        cache.complete(scorer, broken)
     assert not list(cache.path.glob("*.npy"))

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from elbo_kto_jax import config
+from elbo_kto_jax import config, objectives
 from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.objectives.protocol import Feedback
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train import step
@@ -21,7 +23,7 @@ from tests import tiny
 from tests.conftest import PROJECT_ROOT
 from tests.golden import LAYOUTS
 
-GOLDEN_KTO = config.Objective("elbo_kto", 0.1, 1.0, 1.0, "global_mean")
+GOLDEN_KTO = config.Objective("elbo_kto", 0.1, 1.0, 1.0, "global_mean", 0.0)
 GOLDEN_ADAMW = config.Optimizer(1e-3, 0.1, 0.9, 0.95, 0.01, 1.0)
 ONE_DEVICE = config.Mesh(1, 1, 1)
 
@@ -32,25 +34,24 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
-def setup(model, params, tx, *, sizes=ONE_DEVICE, **options):
+def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE, one_pass_microbatches=1):
     """The programs, and the state before the first step, over as many devices as the mesh has."""
     devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
     mesh = rules.make_mesh(sizes, devices)
     shardings = train_state.state_shardings(tx, abstract_params(model), mesh)
-    programs = step.build_programs(model, mesh, tx=tx, shardings=shardings, **options)
+    scorer = Scorer(model, mesh, size=num_examples * draws, one_pass_microbatches=one_pass_microbatches)
+    programs = step.build_programs(scorer, objectives.build(objective), draws=draws, tx=tx, shardings=shardings)
     own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
     return programs, train_state.init_state(tx, own, shardings)
 
 
 def scored(programs, params, batch) -> np.ndarray:
-    return np.asarray(step.score(programs, params, [programs.place_rows(rows) for rows in batch.micro_batches]))
+    return np.asarray(programs.scorer(params, batch.micro_batches))
 
 
 def rewards_and_loss(programs, params, reference, batch) -> dict:
     """The metrics of a step without its gradient."""
-    micro_batches = [programs.place_rows(rows) for rows in batch.micro_batches]
-    estimates = step.score(programs, params, micro_batches)
-    return step.batch_loss(programs, estimates, reference, batch, micro_batches)[1]
+    return step.batch_loss(programs, programs.scorer(params, batch.micro_batches), reference, batch)[1]
 
 
 def gradient_and_metrics(model, params, reference, batch, **options):
@@ -203,7 +204,7 @@ def plain_kto_loss(estimates, reference, label, objective):
     ("objective", "scheme", "batch_size", "dtype"),
     [
         (tiny.KTO, "uniform", 5, "float32"),  # 3 examples in a batch of 5: the last of an epoch
-        (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero"), "bernoulli", 3, "float32"),
+        (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero", 0.0), "bernoulli", 3, "float32"),
         (tiny.SFT, "complementary", 5, "float32"),
         (tiny.SFT, "complementary", 5, "bfloat16"),
     ],
@@ -366,9 +367,9 @@ def test_what_a_micro_batch_keeps_is_dropped_with_its_backward_pass():
     kept, alive = [], []
 
     def forward(*arguments):
-        estimates, pull_back = programs.forward(*arguments)
-        kept.append([weakref.ref(leaf) for leaf in jax.tree.leaves(pull_back)])
-        return estimates, pull_back
+        estimates, residuals = compiled(*arguments)
+        kept.append([weakref.ref(leaf) for leaf in jax.tree.leaves(residuals)])
+        return estimates, residuals
 
     def counted(program):
         def run(*arguments):
@@ -377,8 +378,8 @@ def test_what_a_micro_batch_keeps_is_dropped_with_its_backward_pass():
 
         return run
 
+    compiled, programs.scorer.forward = programs.scorer.forward, forward
     spied = programs._replace(
-        forward=forward,
         loss=counted(programs.loss),
         backward=counted(programs.backward),
         update=counted(programs.update),
@@ -402,8 +403,8 @@ data = TrainingData(tiny.examples(8, max_length=length), layout, estimator=estim
 programs, state = setup(
     tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=8, draws=2, objective=tiny.KTO, sizes=sizes
 )
-rows = programs.place_rows(data.batch_of(np.arange(8)).micro_batches[0])
-print(np.asarray(step.score(programs, state.params, [rows] * 60)).shape)
+rows = data.batch_of(np.arange(8)).micro_batches[0]
+print(np.asarray(programs.scorer(state.params, [rows] * 60)).shape)
 """
 
 
@@ -444,7 +445,8 @@ def test_each_program_is_compiled_once(reference_mode, one_pass_microbatches, us
     assert len(shapes) == 3
     assert {count for count, *_ in shapes} == {2, 5, 6}
     names = ("score", "grad", "forward", "backward", "loss", "update")
-    sizes = {name: getattr(programs, name)._cache_size() for name in names}
+    owner = {name: programs.scorer if name in ("score", "forward") else programs for name in names}
+    sizes = {name: getattr(owner[name], name)._cache_size() for name in names}
     assert sizes == {name: int(name in used | {"loss", "update"}) for name in names}
 
 
@@ -460,7 +462,7 @@ def test_noise_of_the_rewards():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(n + 1, draws)).astype(np.float32)
     difference = rng.normal(size=(n + 1, draws)) + 3 * np.arange(n + 1)[:, None]
-    feedback = step.Feedback(np.arange(n + 1) % 2 == 0, np.arange(n + 1) < n, np.ones(n + 1, np.int32))
+    feedback = Feedback(np.arange(n + 1) % 2 == 0, np.arange(n + 1) < n, np.ones(n + 1, np.int32))
     policy = jnp.asarray(reference + difference, jnp.float32).ravel()
     _, metrics = programs.loss(policy, reference.ravel(), feedback)
     noise = np.var(difference[:n], axis=1, ddof=1).mean() / draws

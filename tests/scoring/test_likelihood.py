@@ -1,4 +1,4 @@
-"""evaluation/likelihood.py against the golden likelihoods (METHOD 7)."""
+"""scoring/likelihood.py against the golden likelihoods (METHOD 7)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
-from elbo_kto_jax.evaluation import likelihood
-from elbo_kto_jax.evaluation.likelihood import log_likelihoods, stratified_counts
+from elbo_kto_jax.diffusion.masks import Draws, spread_counts
 from elbo_kto_jax.model.llada import LLaDA
 from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.scoring import likelihood
+from elbo_kto_jax.scoring.likelihood import log_likelihoods
 from elbo_kto_jax.sharding import rules
 from tests import tiny
 
@@ -19,7 +20,7 @@ def test_golden_counts(golden):
     arrays, described = golden.arrays, golden.described["likelihood"]
     for j, case in enumerate(described):
         counts, length, batch = arrays[f"likelihood.{j}.l"], len(arrays[f"likelihood.{j}.answer"]), case["batch_size"]
-        expected = [stratified_counts(int(counts[at]), length, batch) for at in range(0, len(counts), batch)]
+        expected = [spread_counts(int(counts[at]), batch, length) for at in range(0, len(counts), batch)]
         np.testing.assert_array_equal(np.concatenate(expected), counts)
 
 
@@ -38,31 +39,23 @@ def test_golden_values(golden):
         np.testing.assert_allclose(value, arrays[f"likelihood.{j}.value"], atol=1e-3)
 
 
-class GoldenMasks:
-    """A generator whose draws are those of a golden likelihood: the first count of each batch, then its masks."""
-
-    def __init__(self, counts, mask, batch):
-        self.firsts, self.masks = list(counts[::batch]), list(mask)
-
-    def integers(self, low, high):
-        assert low <= self.firsts[0] < high
-        return self.firsts.pop(0)
-
-    def permutation(self, length):
-        return np.argsort(~self.masks.pop(0), kind="stable").argsort()  # the masked positions come first
-
-
 def test_golden_likelihoods(golden, cpu_devices, monkeypatch):
     """Through the code that draws, packs and scores, all records together."""
     arrays, described = golden.arrays, golden.described["likelihood"]
     batches = {case["batch_size"] for case in described}
     assert len(batches) == 1
-    generators = []
+    expected = []
     for j in range(len(described)):
-        counts, start = arrays[f"likelihood.{j}.l"], len(arrays[f"likelihood.{j}.prompt"])
-        generators.append(GoldenMasks(counts, arrays[f"likelihood.{j}.mask"][:, start:], *batches))
-    expected = iter(list(generators))
-    monkeypatch.setattr(likelihood.np.random, "default_rng", lambda _: next(expected))
+        start, length = len(arrays[f"likelihood.{j}.prompt"]), len(arrays[f"likelihood.{j}.answer"])
+        mask, counts = arrays[f"likelihood.{j}.mask"][:, start:], arrays[f"likelihood.{j}.l"]
+        cuts = range(0, len(counts), *batches)
+        expected += [Draws(mask[at : at + cuts.step], length / counts[at : at + cuts.step]) for at in cuts]
+
+    def draw_masks(scheme, *, draws, **_):
+        assert (scheme, draws) == ("likelihood", len(expected[0].mask))
+        return expected.pop(0)
+
+    monkeypatch.setattr(likelihood, "draw_masks", draw_masks)
     found = log_likelihoods(
         LLaDA(golden.config),
         golden.policy,
@@ -76,7 +69,7 @@ def test_golden_likelihoods(golden, cpu_devices, monkeypatch):
     )
     values = [float(arrays[f"likelihood.{j}.value"]) for j in range(len(described))]
     np.testing.assert_allclose(found, values, atol=1e-3)
-    assert not any(generator.firsts or generator.masks for generator in generators)
+    assert not expected
 
 
 def tiny_likelihoods(prompts, answers, devices, *, draws=8, batch=4, **more):
@@ -140,13 +133,13 @@ def test_refuses_a_batch_that_does_not_divide(pairs, cpu_devices):
 
 
 def test_the_sum_is_rounded_half_to_even():
-    np.testing.assert_array_equal(stratified_counts(1, 3, 2), [1, 2])  # 1, 2.5 -> 2; 1 + round(1.5) would be 3
-    np.testing.assert_array_equal(stratified_counts(2, 3, 2), [2, 1])  # 2, 3.5 -> 4, around the end
-    np.testing.assert_array_equal(stratified_counts(7, 8, 4), [7, 1, 3, 5])
-    np.testing.assert_array_equal(stratified_counts(3, 3, 1), [3])
+    np.testing.assert_array_equal(spread_counts(1, 2, 3), [1, 2])  # 1, 2.5 -> 2; 1 + round(1.5) would be 3
+    np.testing.assert_array_equal(spread_counts(2, 2, 3), [2, 1])  # 2, 3.5 -> 4, around the end
+    np.testing.assert_array_equal(spread_counts(7, 4, 8), [7, 1, 3, 5])
+    np.testing.assert_array_equal(spread_counts(3, 1, 3), [3])
 
 
 @pytest.mark.parametrize(("first", "length", "batch"), [(0, 3, 1), (4, 3, 1), (1, 3, 0)])
 def test_refuses_arguments_out_of_range(first, length, batch):
     with pytest.raises(ValueError, match="expected 1 <= first"):
-        stratified_counts(first, length, batch)
+        spread_counts(first, batch, length)

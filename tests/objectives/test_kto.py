@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.preference import kto
+from elbo_kto_jax.objectives import kto
 from tests.golden import LAYOUTS
 
 WEIGHTS = {"lam1": (1.0, 1.0), "lam2": (1.33, 0.75)}

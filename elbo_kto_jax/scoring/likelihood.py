@@ -1,7 +1,7 @@
-"""Conditional likelihood for evaluation (METHOD 7): the ELBO of answers, with mask sizes that follow a schedule.
+"""Conditional likelihood for evaluation: the ELBO of answers, with the mask scheme "likelihood" (docs/method.md 7).
 
-Many answers and many masks of each are packed into rows together (packing.py) and scored by the program that training
-uses. An answer of one token has one mask, whatever is asked for.
+Many answers and many masks of each are packed into rows together and scored by the program that training uses. An
+answer of one token has one mask, whatever is asked for.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int32
 
-from elbo_kto_jax.config import Objective
+from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.model.llada import LLaDA, Params
 from elbo_kto_jax.packing import Layout, Segment, pack
-from elbo_kto_jax.train.step import build_programs, score
+from elbo_kto_jax.scoring.scorer import Scorer
 
 _AT_ONCE = 1024  # masked answers that are packed into micro-batches together
 
@@ -33,7 +33,7 @@ def log_likelihoods(
     mesh: jax.sharding.Mesh,
     progress: Callable[[int], Any] = lambda answers_done: None,
 ) -> Float64[np.ndarray, " n"]:
-    """The estimate, in nats, of log p(answer | prompt) for each pair: the mean over `draws` masks of METHOD 1's term.
+    """The estimate, in nats, of log p(answer | prompt) for each pair: the mean over `draws` masks.
 
     Args:
       model: the mask predictor.
@@ -41,7 +41,7 @@ def log_likelihoods(
       prompts: token ids; a prompt may be empty.
       answers: token ids; the log-likelihood of an empty answer is 0.
       draws: masks per answer (mc_num), a multiple of `batch`.
-      batch: masks whose sizes are spread evenly together (`stratified_counts`).
+      batch: masks whose sizes are spread evenly together.
       seed: the masks of a pair are a function of it and of the pair's tokens.
       layout: of the rows; its `rows` divides over the devices.
       mesh: the devices.
@@ -52,13 +52,11 @@ def log_likelihoods(
     """
     if batch < 1 or draws % batch:
         raise ValueError(f"batch: expected a divisor of the {draws} draws, got {batch}")
-    objective = Objective("sft", 0.0, 1.0, 1.0, "zero")  # of a loss that is not computed
-    programs = build_programs(model, mesh, num_examples=_AT_ONCE, draws=1, objective=objective)
+    scorer = Scorer(model, mesh, size=_AT_ONCE)
     sums, counts, done = np.zeros(len(answers)), np.zeros(len(answers), int), 0
     masked = _masked_answers(prompts, answers, draws, batch, seed)
     for owners, segments in _chunks(masked, _AT_ONCE):
-        micro_batches = [programs.place_rows(rows) for rows in pack(segments, layout)]
-        estimates = np.asarray(score(programs, params, micro_batches), np.float64)
+        estimates = np.asarray(scorer(params, pack(segments, layout)), np.float64)
         np.add.at(sums, owners, estimates[: len(segments)])
         np.add.at(counts, owners, 1)
         progress(owners[-1] - done)  # the last one may go on in the next chunk
@@ -71,13 +69,19 @@ def _masked_answers(prompts, answers, draws: int, batch: int, seed: int) -> Iter
     """(index of the pair, one of its masked answers), pair by pair; `Segment.index` is set later."""
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens, length = np.concatenate([prompt, answer]).astype(np.int32), len(answer)
-        name = f"likelihood:{seed}:{len(prompt)}:".encode() + tokens.tobytes()
-        rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little"))
-        for _ in range(0 if not length else 1 if length == 1 else draws // batch):
-            first = int(rng.integers(1, length + 1))
-            for count in stratified_counts(first, length, 1 if length == 1 else batch):
-                mask = rng.permutation(length) < count
-                yield i, Segment(tokens, len(prompt), mask, float(length / count), 0)
+        content = hashlib.blake2b(f"{len(prompt)}:".encode() + tokens.tobytes(), digest_size=8).digest()
+        at_once, batches = (1, 1) if length == 1 else (batch, draws // batch)
+        for number in range(batches if length else 0):
+            drawn = draw_masks(
+                "likelihood",
+                seed=seed,
+                id_words=np.frombuffer(content, "<u4").astype(np.uint32),
+                epoch=number,
+                draws=at_once,
+                length=length,
+            )
+            for mask, weight in zip(drawn.mask, drawn.weight, strict=True):
+                yield i, Segment(tokens, len(prompt), mask, float(weight), 0)
 
 
 def _chunks(masked: Iterator[tuple[int, Segment]], size: int) -> Iterator[tuple[list[int], list[Segment]]]:
@@ -90,26 +94,3 @@ def _chunks(masked: Iterator[tuple[int, Segment]], size: int) -> Iterator[tuple[
             owners, segments = [], []
     if segments:
         yield owners, segments
-
-
-def stratified_counts(first: int, length: int, batch: int) -> Int32[np.ndarray, " batch"]:
-    """How many of an answer's tokens each of `batch` masks hides, spread evenly over 1..length from `first` on.
-
-    l_j = ((round(first + j * length / batch) - 1) mod length) + 1; the sum is rounded, half to even. With `first`
-    uniform on 1..length, so is every l_j whose j * length / batch is not half a token off a whole number; those that
-    are fall on even numbers, a small bias that the published numbers have.
-
-    Args:
-      first: the mask size of the first, 1..length.
-      length: tokens of the answer.
-      batch: number of masks.
-
-    Raises:
-      ValueError: an argument is out of range.
-    """
-    if batch < 1 or not 1 <= first <= length:
-        raise ValueError(
-            f"first, length, batch: expected 1 <= first <= length and batch >= 1, got {first}, {length}, {batch}"
-        )
-    sums = np.round(first + np.arange(batch) * length / batch)  # np.round rounds half to even
-    return ((sums.astype(np.int64) - 1) % length + 1).astype(np.int32)
