@@ -15,6 +15,7 @@ from conversion import from_hf
 from elbo_kto_jax import precompute
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.train import __main__ as train
 from elbo_kto_jax.train import inputs, loop, workdir
@@ -446,7 +447,7 @@ def test_overwrite_does_not_delete_its_own_run_over_other_inputs(folder, stop_at
 def test_overwrite_of_precompute_goes_on(folder, stop_at, monkeypatch):
     argv = flags(folder, "--overwrite")
     monkeypatch.setattr(reference_module, "_SAVE_EVERY", 0.0)
-    stop_at(2, reference_module, "score")
+    stop_at(2, Scorer, "__call__")
     with pytest.raises(Interrupted):
         precompute.main(argv)
     parts = {file: file.stat().st_mtime_ns for file in (folder / "run").rglob("*.npy")}
