@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, lock
 from elbo_kto_jax.checkpoint import store
 
 
@@ -26,8 +26,9 @@ def main(argv: list[str]) -> dict:
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
     store.check_destination(flags.out, flags.overwrite, store.is_checkpoint)  # before minutes of reading
-    source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
-    store.save_model(flags.out, source, flags.overwrite)
+    with lock.beside(flags.out, "--out"):
+        source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+        store.save_model(flags.out, source, flags.overwrite)
     return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 
 

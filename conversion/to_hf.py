@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, lock
 from elbo_kto_jax.checkpoint import huggingface, names, store
 from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.digest import Digest
@@ -33,9 +33,10 @@ def main(argv: list[str]) -> dict:
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
     out = Path(flags.out)
-    store.check_destination(out, flags.overwrite, huggingface.is_published)
-    source = store.open_source(flags.source, flag="--source")
-    write(out, source, flags.shard_size)
+    with lock.beside(out, "--out"):
+        store.check_destination(out, flags.overwrite, huggingface.is_published)
+        source = store.open_source(flags.source, flag="--source")
+        write(out, source, flags.shard_size)
     return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 
 

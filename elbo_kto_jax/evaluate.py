@@ -35,7 +35,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from elbo_kto_jax import cli, processes
+from elbo_kto_jax import cli, lock, processes
 from elbo_kto_jax.config import Config, Task
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation import judges, kept
@@ -54,6 +54,11 @@ _JUDGE_PROMPT = Path(judges.__file__).with_name("judge_prompt.txt")
 
 def main(argv: list[str]) -> dict[str, Any]:
     flags, config = _parser().parse(argv)
+    with lock.inside(flags.out, "--out"):
+        return _evaluate(flags, config)
+
+
+def _evaluate(flags: argparse.Namespace, config: Config) -> dict[str, Any]:
     if bool(flags.baseline) != bool(flags.prompts):
         raise UserError("--baseline and --prompts: the win rate needs both, the checkpoint to compare with and prompts")
     tasks = split_tasks(config.tasks)

@@ -11,6 +11,7 @@ lost, is noticed LOST_AFTER seconds later at the latest, and the others end with
 another number of processes if need be, goes on from the latest checkpoint.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -135,6 +136,16 @@ def first(action: Callable[[], Any]) -> None:
 def of_first(tree: Any) -> Any:
     """The arrays of process 0 in every process; shapes and dtypes are equal in all of them."""
     return jax.tree.map(np.array, multihost_utils.broadcast_one_to_all(tree)) if several() else tree
+
+
+def json_of_first(value: Any) -> Any:
+    """The value of process 0, which JSON can hold, in every process."""
+    if not several():
+        return value
+    text = json.dumps(value).encode()
+    size = int(of_first(np.int32(len(text))))
+    mine = np.frombuffer(text[:size].ljust(size), np.uint8)  # the others' only has to have the size
+    return json.loads(of_first(mine).astype(np.uint8).tobytes())
 
 
 def together(asked_here: Callable[[], bool]) -> Callable[[], bool]:

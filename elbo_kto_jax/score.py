@@ -4,6 +4,7 @@ With --exact every mask of a completion is enumerated instead of drawn (completi
 """
 
 import dataclasses
+import datetime
 import logging
 from collections.abc import Iterator
 
@@ -44,8 +45,13 @@ def main(argv: list[str]) -> dict:
     return {"records": len(rows), "mean_elbo": float(np.mean([row["elbo"] for row in rows])), "out": options.out}
 
 
-def score_records(config: Config, options, params: Params | None = None) -> Iterator[dict]:
-    """One result per record, in the order of the records; `params`: those of options.checkpoint, if they are loaded."""
+def score_records(
+    config: Config, options, params: Params | None = None, moment: datetime.datetime | None = None
+) -> Iterator[dict]:
+    """One result per record, in the order of the records.
+
+    `params`: those of options.checkpoint, if they are loaded; `moment`: see `prepare`.
+    """
     # Labels and subsets belong to training; every record is scored.
     config = dataclasses.replace(
         config,
@@ -54,7 +60,8 @@ def score_records(config: Config, options, params: Params | None = None) -> Iter
             config.data, train=options.data, eval="", desirable_fraction=1.0, undesirable_fraction=1.0
         ),
     )
-    setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--data"), needs=NOTHING)
+    flags = ("--checkpoint", "--data")
+    setup = prepare(config, skip_bad=options.skip_bad_records, flags=flags, needs=NOTHING, moment=moment)
     data, examples, draws = setup.data, setup.data.examples, config.estimator.draws
     if options.exact and examples.completion_length.max() > MAX_LENGTH:
         i = int(np.argmax(examples.completion_length))

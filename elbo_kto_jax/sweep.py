@@ -17,6 +17,7 @@ serves all cells with equal settings. A checkpoint is loaded once for all of its
 import argparse
 import csv
 import dataclasses
+import datetime
 import io
 import math
 import re
@@ -36,6 +37,7 @@ from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.report.sweep import write_sweep_report
 from elbo_kto_jax.sampling.respond import Checkpoint
+from elbo_kto_jax.text.chat import make_repeatable
 from elbo_kto_jax.text.records import read_records
 from elbo_kto_jax.train.workdir import open_workdir, stop_on_signal
 
@@ -69,7 +71,16 @@ class Cell:
 def main(argv: list[str]) -> dict[str, Any]:
     flags, config = _parser().parse(argv)
     run = _Run(flags, config)
-    open_workdir(run.workdir, config, flags.overwrite)
+    with open_workdir(run.workdir, config, flags.overwrite, "sweep") as folder:
+        folder.claim({}, {})  # each cell knows what it depends on
+        run.moment = folder.moment
+        summary = _fill(run)
+        folder.finish()
+    return summary
+
+
+def _fill(run: "_Run") -> dict[str, Any]:
+    """Evaluates the cells that are left, and writes the tables after each."""
     done = {cell.name: result for cell in run.cells if (result := run.result(cell))}
     left = [cell for cell in run.cells if cell.name not in done]
     cli.log.info("%d cells, %d of them done", len(run.cells), len(done))
@@ -91,6 +102,7 @@ class _Run:
     def __init__(self, flags: argparse.Namespace, config: SweepConfig):
         self.flags, self.config, self.workdir = flags, config, Path(flags.workdir)
         self.stop_requested: Callable[[], bool] = bool  # no, until there is somebody to ask
+        self.moment = datetime.datetime.now()  # until the working folder says when the sweep began
         sweep = config.sweep
         _check_axes(config)
         flags.limit = sweep.limit
@@ -225,7 +237,7 @@ class _Run:
         options = argparse.Namespace(
             checkpoint=checkpoint.source, data=config.sweep.data, exact=cell.task == EXACT_ELBO, skip_bad_records=False
         )
-        rows = list(score.score_records(config, options, checkpoint.params))
+        rows = list(score.score_records(config, options, checkpoint.params, self.moment))
         atomic_write(self._folder(cell) / "elbo.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
         errors = [row["stderr"] for row in rows]
         # Of the estimate, over masks; with one draw a record there is no telling.
@@ -237,7 +249,8 @@ class _Run:
         model = self._models[source]
         if self._open is None or self._open.source != model.folder:
             self._open = None
-            self._open = model.open(self.config)
+            self._open = model.load(self.config)
+            make_repeatable(self._open.tokenizer, self.moment, source)
         return self._open
 
     def _flag(self, source: str) -> str:
@@ -338,7 +351,7 @@ def _parser() -> cli.Flags:
     parser.add_config(workdir=True, kind=SweepConfig)
     evaluate.add_judge_flags(parser)
     evaluate.add_task_flags(parser)
-    parser.add_argument("--overwrite", action="store_true", help="delete what the working folder holds and start again")
+    parser.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     return parser
 
 

@@ -19,6 +19,7 @@ TIERS = {
     "report": 0,
     "diffusion": 1,
     "packing": 1,
+    "lock": 1,
     "processes": 1,
     "model": 2,
     "text": 2,

@@ -16,6 +16,7 @@ Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (c
 manifest has a digest of its bits (checked after it was read), checksums of the assets and a copy of the progress.
 """
 
+import collections
 import contextlib
 import dataclasses
 import glob
@@ -294,6 +295,46 @@ def load_base(
     # A working folder is pinned to the step that was read; a hub id stays one.
     name = source.path if _absolute(path).exists() else str(path)
     return names.unflatten(params), name, digest.hexdigest()
+
+
+def manifest_digest(path: str | os.PathLike, flag: str = "--config.model.path") -> str:
+    """What the manifest at `path` (see `load_model`) says of the parameters' bits, adapters' base and scale included.
+
+    No values are read: loading checks that they are those of the manifest. A published folder has no digest: "".
+
+    Raises:
+      UserError: there is no model at `path`, or its manifest is damaged.
+    """
+    folder = locate(path, flag, weights=True)
+    if not is_checkpoint(folder):
+        return ""
+    manifest = _read_manifest(folder)
+    adapted = {} if manifest.lora is None else dataclasses.asdict(manifest.lora)
+    words = (manifest.trees["params"].digest, *(adapted.get(name) for name in ("rank", "alpha", "base_digest")))
+    return _checksum(json.dumps(words).encode())
+
+
+def read_digest(path: str | os.PathLike, dtype: DTypeLike, shardings: dict, flag: str = "--config.model.path") -> str:
+    """The digest of the parameters that `load_model` would give of a published folder, one leaf after the other.
+
+    Raises:
+      UserError: see `load_model`.
+    """
+    source = open_source(path, dtype=dtype, flag=flag)
+    digest = Digest(source.leaves)
+    leaves = _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path))
+    collections.deque(leaves, maxlen=0)  # keeps none
+    return digest.hexdigest()
+
+
+def weight_files(path: str | os.PathLike, flag: str = "--config.model.path") -> list[epath.Path]:
+    """The files that hold the parameters at `path` (see `load_model`); of a checkpoint of ours, its manifest.
+
+    Raises:
+      UserError: there is no model at `path`.
+    """
+    folder = locate(path, flag, weights=True)
+    return [folder / "assets" / MANIFEST_FILE] if is_checkpoint(folder) else sorted(folder.glob("*.safetensors"))
 
 
 def _load_merged(
@@ -602,7 +643,9 @@ class TrainingCheckpoints:
                     f"The newest step that is whole is {step}: remove {folders}, and the same command goes on from it"
                 )
                 raise UserError(f"{error}\n{offer}") from error
-            raise UserError(f"{error}\nNo earlier step is whole either; --overwrite starts again") from error
+            raise UserError(
+                f"{error}\nNo earlier step is whole either; remove {self._manager.directory} to start again"
+            ) from error
 
     def latest_step(self) -> int | None:
         """The last step whose checkpoint is complete; None if there is none."""

@@ -15,21 +15,33 @@ Special tokens written out in a message or a completion ("<|eot_id|>") are ordin
 user can end a turn or mask a token; only what the template writes becomes a control token. A plain-string prompt went
 through a template elsewhere, if any: its special tokens are meant. The first way reads them all as the authors' code
 does: they become those tokens.
+
+A template may ask for the time (`strftime_now`). A working folder fixes what it is told (`make_repeatable`), so that a
+run that is interrupted goes on with the same texts; elsewhere it is told the present.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import re
-from collections.abc import Sequence
+import threading
+import types
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import transformers
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text.records import Message, Record
 
 EOT_TOKEN = "<|eot_id|>"
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")  # what Jinja has of it
+_CLOCK = "strftime_now"
+_clock_lock = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +85,51 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfi
         raise UserError(
             f"{where}: wrong tokenizer: the model's mask_token_id {mask_id} is {token!r} there, not its mask token"
         )
+
+
+def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetime, where: str) -> None:
+    """Makes `tokenizer`, read from `where`, render a conversation in the same way on every day.
+
+    A template that asks for the time is told `moment` from now on.
+
+    Raises:
+      UserError: the chat template draws random numbers, or its clock cannot be set.
+    """
+    found = tokenizer.chat_template or ""
+    templates = "\n".join(found.values() if isinstance(found, dict) else [found])
+    if drawing := _RANDOM.search(templates):
+        raise UserError(
+            f"{where}: the tokenizer's chat template uses `{drawing[0]}`, which gives another text at every start; "
+            "a run that is interrupted could not go on: write a template without it"
+        )
+    if _CLOCK in templates:
+        tokenizer.moment = moment
+        probe = f"{{{{ {_CLOCK}('%Y-%m-%dT%H:%M:%S') }}}}"
+        with template_clock(tokenizer):
+            message = {"role": "user", "content": ""}
+            told = tokenizer.apply_chat_template([message], chat_template=probe, tokenize=False)
+        if told != moment.isoformat():
+            raise UserError(
+                f"{where}: the tokenizer's chat template reads the clock (`{_CLOCK}`), which cannot be set under "
+                f"transformers {transformers.__version__}: write the date into the template"
+            )
+
+
+@contextlib.contextmanager
+def template_clock(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within it, a template of `tokenizer` is told the moment that `make_repeatable` fixed, if any."""
+    moment = getattr(tokenizer, "moment", None)
+    if moment is None:
+        yield
+        return
+    # Templates get their functions from transformers alone, and this one reads the module's `datetime`.
+    with _clock_lock:
+        before = chat_template_utils.datetime
+        chat_template_utils.datetime = types.SimpleNamespace(now=lambda: moment)
+        try:
+            yield
+        finally:
+            chat_template_utils.datetime = before
 
 
 def find_eot_id(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
@@ -231,7 +288,8 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
             "model, or plain strings for prompt and completion"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with template_clock(tokenizer):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template came with the checkpoint and may raise anything, e.g. TypeError
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: field `prompt`: the tokenizer's chat template refuses it: {reason}") from error

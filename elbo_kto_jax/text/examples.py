@@ -32,6 +32,7 @@ class Examples:
       id_words: two words of the BLAKE2b hash of each id, which the mask sampler folds into its key.
       report: what was read, left out and why, in lines for the log; not part of the digest.
       prompts: the prompts of the first examples, as their records have them, for people; not part of the digest.
+      files: where they were read; not part of the digest.
     """
 
     tokens: Int32[np.ndarray, "total"]
@@ -43,6 +44,7 @@ class Examples:
     id_words: UInt32[np.ndarray, "num 2"]
     report: str
     prompts: list[list[Message] | str] = dataclasses.field(default_factory=list)
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -139,7 +141,8 @@ def load_examples(
     if needs_label and len(set(is_desirable[kept].tolist())) == 1:
         notes.append("all examples have the same label, so there are no good and bad answers to tell apart")
     report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    return _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
+    packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
+    return dataclasses.replace(packed, files=tuple(source.files))
 
 
 def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:

@@ -70,10 +70,11 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class RecordFile:
-    """The records of a data set in reading order, and one message for each bad record that was skipped."""
+    """The records of a data set in reading order, one message for each bad record that was skipped, and the files."""
 
     records: list[Record]
     skipped: list[str]
+    files: list[Path]
 
 
 class _BadRecordError(Exception):
@@ -106,7 +107,8 @@ def read_records(
     records: list[Record] = []
     skipped: list[str] = []
     ids = _Ids()
-    for file in _find_files(str(path), flag):
+    files = _find_files(str(path), flag)
+    for file in files:
         for number, decode in _rows(file):
             where = f"{file}:{number}"
             try:
@@ -118,7 +120,7 @@ def read_records(
     if not records:
         bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"{flag}: no usable record in {path}{bad}")
-    return RecordFile(records, skipped)
+    return RecordFile(records, skipped, files)
 
 
 # Where the rows are.

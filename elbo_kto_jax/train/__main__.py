@@ -9,7 +9,7 @@ from elbo_kto_jax.train.loop import train
 def main(argv: list[str]) -> dict:
     flags = cli.Flags("elbo_kto_jax.train", "Align (ELBO-KTO) or fine-tune (SFT) a masked diffusion language model.")
     flags.add_config(workdir=True)
-    flags.add_argument("--overwrite", action="store_true", help="delete what the working folder holds and start again")
+    flags.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
     return train(config, Path(options.workdir), overwrite=options.overwrite, skip_bad=options.skip_bad_records)

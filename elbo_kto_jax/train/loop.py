@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elbo_kto_jax import processes
+from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.checkpoint.store import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import Interrupted, UserError
@@ -23,13 +24,14 @@ from elbo_kto_jax.model.llada import Params
 from elbo_kto_jax.report.training import write_training_report
 from elbo_kto_jax.sampling.decode import generate, to_text
 from elbo_kto_jax.text.chat import EOT_TOKEN
+from elbo_kto_jax.train import inputs
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.health import Health
 from elbo_kto_jax.train.reference import ReferenceCache
 from elbo_kto_jax.train.setup import Setup, prepare
 from elbo_kto_jax.train.step import Batch, Weights, batch_loss, build_programs, train_step
-from elbo_kto_jax.train.workdir import MetricsLog, open_workdir, read_metrics, stop_on_signal
+from elbo_kto_jax.train.workdir import MetricsLog, Workdir, open_workdir, read_metrics, stop_on_signal
 
 log = logging.getLogger(__name__)
 _MOST_SKIPPED_IN_A_ROW = 10  # steps with bad numbers; more are no accident of the data
@@ -43,10 +45,13 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
       UserError: anything that the user has to mend.
       Interrupted: SIGTERM or SIGINT came; the state is saved and the summary so far is the second argument.
     """
-    setup = prepare(config, skip_bad=skip_bad)
-    open_workdir(workdir, config, overwrite)
-    with stop_on_signal() as stop_requested:
-        return _Run(setup, workdir, stop_requested).run()
+    with open_workdir(workdir, config, overwrite, "train") as folder:
+        setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
+        folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
+        with stop_on_signal() as stop_requested:
+            summary = _Run(setup, folder, stop_requested).run()
+        folder.finish()
+    return summary
 
 
 # B_ref precomputed, the reference's parameters or the adapters' base (online), none (SFT)
@@ -61,9 +66,10 @@ def reference_of(reference: Reference, step: int) -> Params | lora.Base | np.nda
 class _Run:
     """One call of `train`: the state that its parts share."""
 
-    def __init__(self, setup: Setup, workdir: Path, stop_requested):
-        config = setup.config
+    def __init__(self, setup: Setup, folder: Workdir, stop_requested):
+        config, workdir = setup.config, folder.path
         self.setup, self.workdir, self.stop_requested = setup, workdir, stop_requested
+        self.weights = inputs.Weights(setup, folder)
         self.total_steps = setup.total_steps
         self.tx = train_state.optimizer(config.optimizer, self.total_steps)
         self.learning_rate = train_state.learning_rate(config.optimizer, self.total_steps)
@@ -89,10 +95,7 @@ class _Run:
         setup, config = self.setup, self.setup.config
         start = self.checkpoints.latest_step()
         if start is None:
-            if self.base is None:
-                params = setup.load_params(config.model.path, "--config.model.path")
-            else:
-                params = setup.init_adapters()
+            params = self.weights.load(inputs.MODEL) if self.base is None else setup.init_adapters()
             state = train_state.init_state(self.tx, params, self.shardings)
         else:
             restored = self.checkpoints.restore_latest(TrainingState(*self.abstract, progress={}))
@@ -100,6 +103,8 @@ class _Run:
             self.progress = restored.progress
             self.skipped = self.progress.pop("skipped", 0)
             log.info("going on from step %d", start)
+        if self.adaptation is not None:
+            self.weights.check(inputs.MODEL, self.adaptation.base_digest)
         log.info(
             "%s on %s: %d steps of %d examples, %d draws each; %d rows of %d tokens at once",
             config.objective.name,
@@ -113,6 +118,7 @@ class _Run:
         try:
             self.sample("before", self.policy(state.params))
             reference, eval_reference = self.prepare_reference(state.params, fresh=start is None)
+            self.weights.verify(inputs.MODEL)
             state = self.steps(state, reference, eval_reference)
             self.sample("after", self.policy(state.params))
         except Interrupted as stop:
@@ -132,33 +138,37 @@ class _Run:
         config = self.setup.config
         if not self.setup.objective.needs.reference:
             return None, None
-        path = config.reference.path or config.model.path
-        flag = "--config.reference.path" if config.reference.path else "--config.model.path"
-        online = config.reference.mode == "online"
-        if self.base is not None:
-            reference = self.base if online else self.base.reference(trained)
-        elif not fresh or path != config.model.path:
-            reference = self.setup.load_params(path, flag)
-        elif online:
-            reference = jax.tree.map(jnp.copy, trained)  # the originals are donated by the first step
-        else:
-            reference = trained
+        online, key = config.reference.mode == "online", inputs.reference_key(config)
+
+        @functools.cache  # loaded once, and only where something is not scored yet
+        def reference() -> Params | lora.Base:
+            if self.base is not None:
+                return self.base if online else self.base.reference(trained)
+            if not fresh or key != inputs.MODEL:
+                return self.weights.load(key)
+            return jax.tree.map(jnp.copy, trained) if online else trained  # the first step donates the originals
+
         if online:
-            return reference, reference
+            return reference(), reference()
+        if self.weights.known(key) is None:
+            reference()
+        digest = self.weights.known(key) if self.base is None else params_digest(self.base.params)
 
         def cache(folder: str, data: TrainingData | None, steps: int) -> ReferenceCache | None:
             if data is None:
                 return None
-            fingerprint = self.setup.fingerprint(reference if self.base is None else self.base.params, data)
-            cache = ReferenceCache(self.workdir / folder, fingerprint, data, steps)
-            cache.complete(self.programs.scorer, reference, self.stop_requested)
+            cache = ReferenceCache(self.workdir / folder, self.setup.fingerprint(digest, data), data, steps)
+            if not cache.known.all():
+                cache.complete(self.programs.scorer, reference(), self.stop_requested)
             return cache
 
         held_out = self.setup.eval_data if config.train.eval_every else None
-        return (
+        caches = (
             cache("reference", self.setup.data, self.total_steps),
             cache("reference_eval", held_out, held_out.steps_per_epoch if held_out else 0),
         )
+        self.weights.verify(key)
+        return caches
 
     def steps(
         self, state: train_state.TrainState, reference: Reference, eval_reference: Reference

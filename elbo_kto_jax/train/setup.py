@@ -1,6 +1,7 @@
 """From a config to everything that a run over a data set needs, cheapest checks first."""
 
 import dataclasses
+import datetime
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import UserError
@@ -24,7 +24,7 @@ from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id
+from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id, make_repeatable
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
@@ -84,11 +84,11 @@ class Setup:
         abstract = train_state.abstract_trained(self.model, self.config.lora)
         return lora.init_adapters(abstract, rules.param_shardings(abstract, self.mesh), self.config.seed)
 
-    def fingerprint(self, reference: Params, data: TrainingData) -> dict:
-        """Everything that the reference's estimates on `data` depend on."""
+    def fingerprint(self, reference: str, data: TrainingData) -> dict:
+        """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
         config, layout = self.config, data.layout
         return {
-            "model": params_digest(reference),
+            "model": reference,
             "dtype": config.model.dtype,
             "tokenizer": tokenizer_digest(self.assets),
             "data": data.examples.digest(),
@@ -141,11 +141,13 @@ def prepare(
     skip_bad: bool,
     flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
     needs: Needs | None = None,
+    moment: datetime.datetime | None = None,
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
     `flags` are the names under which the user gave the model and the data, for messages. `needs` is what is asked of
-    the data; None: what the objective needs.
+    the data; None: what the objective needs. With a `moment` the chat template gives the same text at every start, and
+    takes that for the present.
 
     Raises:
       UserError: anything about them that the user has to mend.
@@ -154,6 +156,8 @@ def prepare(
     model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
     check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
+    if moment is not None:
+        make_repeatable(tokenizer, moment, f"{model_flag}={config.model.path}")
     check_options(config.sampler)
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)

@@ -4,8 +4,12 @@
 
 A trial starts a command in an empty folder and kills it one to three times in a row, half of the kills at any moment of
 its run and half in the middle of writing a file, a checkpoint or a part of the reference cache; then the command may
-end. It must exit with status 0, and its output must be that of the uninterrupted run, bit for bit. After the kills
-every job gets a SIGTERM and a SIGINT while it works: exit status 75, and the same end.
+end. It must exit with status 0, its output must be that of the uninterrupted run, bit for bit, and what a killed one
+had finished must not have been made again. After the kills every job gets a SIGTERM and a SIGINT while it works: exit
+status 75, and the same end.
+
+Between two kills, jobs that keep a working folder meet the same command once more while they run, which must be
+refused (exit status 2), and other inputs (records, labels, weights, template), which must be refused by name.
 
 To add a command, add a `Job` to JOBS.
 """
@@ -48,14 +52,27 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command: its words, given the folder of what all trials share and that of the trial, and what it must make."""
+    """A command: its words, given the folder of what all trials share and that of the trial, and what it must make.
+
+    `kept`, given the folder of the trial: what the same command must not make again -> when it was written.
+    """
 
     words: Callable[[Path, Path], list[str]]
     result: Callable[[Path], Any]
+    kept: Callable[[Path], dict[str, int]] | None = None
 
 
 def _train(shared: Path, trial: Path) -> list[str]:
     return ["elbo_kto_jax.train", *_recipe(shared), f"--workdir={trial / 'run'}"]
+
+
+def _overwrite(shared: Path, trial: Path) -> list[str]:
+    """The same over a run of another config, which is there at the start."""
+    if not (trial / "run").exists():
+        (trial / "run").mkdir()
+        (trial / "run" / "config.json").write_text('{"config": {"seed": 1}}')
+        (trial / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return [*_train(shared, trial), "--overwrite"]
 
 
 def _precompute(shared: Path, trial: Path) -> list[str]:
@@ -107,6 +124,19 @@ def _trained(trial: Path) -> Any:
     return rows, steps, (run / "samples.json").read_text(), cached(run)
 
 
+def finished(trial: Path) -> dict[str, int]:
+    """The checkpoints and the parts of the reference cache of a trial, and when they were written."""
+    found = [*trial.glob("run/checkpoints/*/assets/manifest.json"), *trial.glob("run/reference*/*/steps-*.npy")]
+    return {str(file): file.stat().st_mtime_ns for file in found if not any(p in str(file) for p in _PARTIAL)}
+
+
+def unfinished(trial: Path) -> dict[str, int]:
+    """The same of a run that was begun with --overwrite; once it is done, the same command starts again."""
+    file = trial / "run" / "config.json"
+    begun = file.is_file() and "unfinished" in json.loads(file.read_text())
+    return finished(trial) if begun else {}
+
+
 def cached(run: Path) -> dict[str, bytes]:
     """Step -> B_ref of a working folder, however the parts are cut."""
     found = {}
@@ -132,13 +162,45 @@ def _files(trial: Path) -> dict[str, str]:
 
 
 JOBS = {
-    "train": Job(_train, _trained),
-    "precompute": Job(_precompute, lambda trial: cached(trial / "run")),
+    "train": Job(_train, _trained, finished),
+    "overwrite": Job(_overwrite, _trained, unfinished),
+    "precompute": Job(_precompute, lambda trial: cached(trial / "run"), finished),
     "generate": Job(_generate, lambda trial: (trial / "out.jsonl").read_bytes()),
     "from_hf": Job(_from_hf, _checkpoint),
     "to_hf": Job(_to_hf, _files),
     "sweep": Job(_sweep, _swept),
 }
+
+
+def _append(shared: Path) -> str:
+    file = shared / "train.jsonl"
+    runs.write_jsonl(file, [*runs.read_jsonl(file), *runs.records(1, first=40)])
+    return "config.data.train: 12 examples -> 13"
+
+
+def _flip(shared: Path) -> str:
+    file = shared / "train.jsonl"
+    runs.write_jsonl(file, [{**row, "label": not row["label"]} for row in runs.read_jsonl(file)])
+    return "config.data.train: labels"
+
+
+def _replace_weights(shared: Path) -> str:
+    """Equally many bytes of the same age."""
+    file, before = shared / "model" / "model.safetensors", (shared / "model" / "model.safetensors").stat()
+    shutil.copyfile(shared / "other" / "model.safetensors", file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return "config.model.path: weights"
+
+
+def _replace_template(shared: Path) -> str:
+    file = shared / "model" / "tokenizer_config.json"
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    (shared / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    return "config.model.path: chat template"
+
+
+CHANGES = {"records": _append, "labels": _flip, "weights": _replace_weights, "template": _replace_template}
 
 
 @dataclasses.dataclass
@@ -149,6 +211,7 @@ class Count:
     in_writes: int = 0  # kills that left a file or folder that was not whole
     trials: int = 0
     signals: int = 0
+    refusals: int = 0  # of a second command and of other inputs
     failures: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -184,10 +247,16 @@ class Driver:
             trial = self.fresh(f"{name}-{count.trials}")
             for _ in range(min(self.rng.randint(1, 3), kills - count.kills)):
                 self.kill(job, trial, seconds, count)
+                if job.kept and (trial / "run" / "config.json").is_file():
+                    self.change(job, trial, count)
             self.end(job, trial, expected, count)
             print(
                 f"{name}: {count.kills} of {kills} kills, {len(count.failures)} failures", file=sys.stderr, flush=True
             )
+        if job.kept:
+            trial = self.fresh(f"{name}-second")
+            self.second(job, trial, count)
+            self.end(job, trial, expected, count)
         for number in signals:
             for pause in _PAUSES:  # sooner, where the command was over before the signal
                 trial, before = self.fresh(f"{name}-{signal.Signals(number).name}"), count.signals
@@ -208,8 +277,41 @@ class Driver:
         trial.mkdir(exist_ok=True)
         return commands.finish(commands.start(words, trial / "log"))
 
+    def change(self, job: Job, trial: Path, count: Count) -> None:
+        """The command after something that it reads was changed, which is put back afterwards."""
+        kind, before = self.rng.choice(sorted(CHANGES)), shutil.copytree(self.shared, self.folder / "before")
+        done = job.kept(trial) if job.kept else {}
+        try:
+            named = CHANGES[kind](self.shared)
+            status, text = self.run(job.words(self.shared, trial), trial), (trial / "log").read_text(errors="replace")
+        finally:
+            shutil.rmtree(self.shared)
+            before.rename(self.shared)
+        if not done and "began with other inputs" not in text:
+            shutil.rmtree(trial / "run", ignore_errors=True)  # there was nothing to go on with
+        elif status != 2 or named not in text or "Traceback" in text or job.kept(trial) != done:
+            count.failures.append(f"{trial}: {kind} changed, exit status {status}: see {trial / 'log'}")
+        else:
+            count.refusals += 1
+
+    def second(self, job: Job, trial: Path, count: Count) -> None:
+        """The same command while this one is at work, which is held up meanwhile."""
+        process, log = commands.start(job.words(self.shared, trial), trial / "log"), trial / "second"
+        while process.poll() is None and not working(trial / "log"):
+            time.sleep(_POLL)
+        process.send_signal(signal.SIGSTOP)
+        status = commands.finish(commands.start(job.words(self.shared, trial), log))
+        process.send_signal(signal.SIGCONT)
+        text = log.read_text(errors="replace")
+        if status != 2 or f"in use by process {process.pid} " not in text or "Traceback" in text:
+            count.failures.append(f"{trial}: a second command, exit status {status}: see {log}")
+        count.refusals += 1
+        if commands.finish(process):
+            count.failures.append(f"{trial}: exit status {process.returncode}: see {trial / 'log'}")
+
     def kill(self, job: Job, trial: Path, seconds: float, count: Count) -> None:
         """One SIGKILL, at a random moment of the run or of a write."""
+        done = job.kept(trial) if job.kept else {}
         process, began = commands.start(job.words(self.shared, trial), trial / "log"), time.monotonic()
         in_write = self.rng.random() < 0.5
         until = began + self.rng.uniform(0.0, seconds)
@@ -227,6 +329,8 @@ class Driver:
         process.wait()
         if process.returncode == -signal.SIGKILL:
             count.in_writes += bool(partial_files(trial))
+            if not done.items() <= finished(trial).items():
+                count.failures.append(f"{trial}: what was finished before was lost")
         elif process.returncode and not too_late(process.returncode, trial / "log"):
             count.failures.append(f"{trial}: exit status {process.returncode}: see {trial / 'log'}")
 
@@ -250,9 +354,12 @@ class Driver:
     def end(self, job: Job, trial: Path, expected: Any, count: Count) -> None:
         """Lets the command end, unless it has, and compares."""
         count.trials += 1
+        done = job.kept(trial) if job.kept else {}
         status, log = self.run(job.words(self.shared, trial), trial), trial / "log"
         if (status and not too_late(status, log)) or "Traceback" in log.read_text(errors="replace"):
             count.failures.append(f"{trial}: the same command again exited with {status}: see {log}")
+        elif not done.items() <= finished(trial).items():
+            count.failures.append(f"{trial}: what was finished before was lost")
         elif job.result(trial) != expected:
             count.failures.append(f"{trial}: another result than that of the uninterrupted run")
         else:
@@ -301,9 +408,8 @@ def main(argv: list[str]) -> int:
         rest = options.kills - sum(count.kills for count in driver.counts.values())
         share = round(rest * weight[name] / sum(weight[later] for later in names[i:]))
         driver.attack(name, share, () if options.no_signals else (signal.SIGTERM, signal.SIGINT))
-    total = {
-        key: sum(getattr(c, key) for c in driver.counts.values()) for key in ("kills", "in_writes", "signals", "trials")
-    }
+    counted = ("kills", "in_writes", "signals", "refusals", "trials")
+    total = {name: sum(getattr(count, name) for count in driver.counts.values()) for name in counted}
     failures = [failure for count in driver.counts.values() for failure in count.failures]
     if not failures:
         shutil.rmtree(folder, ignore_errors=True)

@@ -122,7 +122,7 @@ def test_all_steps_damaged(tmp_path, model, state):
     with pytest.raises(UserError, match=f"whole is 1: remove {tmp_path / '3'}, {tmp_path / '2'}, and"):
         checkpoints.restore_latest(abstract(state))
     (tmp_path / "1" / "assets" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match=f"remove {tmp_path} to start again"):
         checkpoints.restore_latest(abstract(state))
     checkpoints.close()
 

@@ -12,8 +12,8 @@ from tests.robustness.share import share
 
 @pytest.mark.parametrize(
     ("name", "kills", "signals"),
-    [("train", share(2, 25), ()), ("from_hf", share(1, 7), (signal.SIGTERM,))],
-    ids=["train", "from_hf"],
+    [("train", share(2, 25), ()), ("overwrite", share(1, 10), ()), ("from_hf", share(1, 7), (signal.SIGTERM,))],
+    ids=["train", "overwrite", "from_hf"],
 )
 def test_killed_commands_end_as_others_do(tmp_path, name, kills, signals):
     count = Driver(tmp_path, seed=0).attack(name, kills, signals)

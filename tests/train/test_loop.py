@@ -12,9 +12,10 @@ from conversion import to_hf
 from elbo_kto_jax import precompute, score
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.train import __main__ as train
 from elbo_kto_jax.train import loop
-from elbo_kto_jax.train import reference as reference_module
+from elbo_kto_jax.train.reference import ReferenceCache
 from tests import runs
 
 STEPS = runs.SMALL["train.steps"]
@@ -178,7 +179,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_
 
 def test_an_interrupted_reference_pass_goes_on(whole, settings, tmp_path, in_step):
     argv = runs.flags(settings, f"--workdir={tmp_path}")
-    in_step(reference_module, "score", 2, lambda: signal.raise_signal(signal.SIGINT))
+    in_step(Scorer, "__call__", 2, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted) as stop:
         train.main(argv)
     assert (stop.value.args[-1]["steps"], stop.value.args[-1]["checkpoint"]) == (0, None)
@@ -224,7 +225,7 @@ def test_precompute_then_train_scores_nothing(whole, settings, tmp_path, in_step
     assert summary.keys() == {"examples", "draws", "seconds", "cache"}
     assert (summary["examples"], summary["draws"]) == (16, 2)
     assert precompute.main(argv)["cache"] == summary["cache"]
-    in_step(reference_module, "score", 1, lambda: pytest.fail("the reference was scored again"))
+    in_step(ReferenceCache, "complete", 1, lambda: pytest.fail("the reference was scored again"))
     train.main(argv)
     held_out = ("seconds", "eval_loss", "eval_reward_margin")
     assert metrics_of(tmp_path, held_out) == metrics_of(whole[0], held_out)

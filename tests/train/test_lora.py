@@ -312,8 +312,11 @@ def test_adapters_find_their_base_and_no_other(whole, settings, other_base, tmp_
 
 def test_a_run_does_not_go_on_with_another_base(whole, settings, other_base, tmp_path):
     workdir = moved(whole, settings, "config.json", other_base, tmp_path / "run")
-    values = {**settings, "model.path": other_base, "train.samples": 1}
-    assert "another base" in refusal(train.main, runs.flags(values, f"--workdir={workdir}"))
+    argv = runs.flags({**settings, "model.path": other_base, "train.samples": 1}, f"--workdir={workdir}")
+    assert "another base" in refusal(train.main, argv)
+    # The same where the step does not say it, since none was saved.
+    shutil.rmtree(workdir / "checkpoints")
+    assert "config.model.path: weights" in refusal(train.main, argv)
 
 
 def test_adapters_are_no_base_for_adapters(whole, settings, tmp_path):
