@@ -89,12 +89,14 @@ def check_tokenizer_file(content: bytes) -> None:
     """Checks a tokenizer.json before it is used.
 
     Raises:
-      ForeignError: it is damaged, crashes, or lengthens texts too much.
+      ForeignError: it is damaged, crashes, lengthens texts too much, or depends on chance.
     """
     try:
         text = content.decode()
         mapping = json.loads(text)
         parts = [mapping.get("normalizer"), mapping.get("pre_tokenizer")]
+        if mapping["model"].get("dropout"):
+            raise ValueError("its `dropout` gives other tokens at every start; set it to null")
         growth = max(math.prod(map(_growth, parts)), _growth(mapping.get("decoder")))
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
         raise ForeignError(failure(error)) from error

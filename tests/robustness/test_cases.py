@@ -25,7 +25,21 @@ def statuses(output: str) -> list[int]:
     return [int(part.split()[0]) for part in output.split("rc=")[1:]]
 
 
-CASES: dict[str, Callable[[str], bool]] = {}
+def same_time(output: str) -> bool:
+    """Whether the times that lines end with ("... 1.23 s") differ by less than a half."""
+    seconds = [float(line.split()[-2]) for line in output.splitlines() if line.endswith(" s")]
+    return len(seconds) == 2 and max(seconds) < 1.5 * min(seconds)
+
+
+CASES: dict[str, Callable[[str], bool]] = {
+    "content_parts": lambda out: statuses(out) == [0] and "1 of 1 desirable and 1 of 1 undesirable" in out,
+    "json_strings": lambda out: statuses(out) == [0] and "2 records write messages as JSON text" in out,
+    "mixed_folder": lambda out: statuses(out) == [0] and "6 of 6 desirable and 6 of 6 undesirable" in out,
+    "prefill": lambda out: "50, 372, 25, 262]" in out and out.count("1039") == 1,
+    "special_tokens_speed": same_time,
+    "tokenizer_without_pad": lambda out: statuses(out) == [0] and '"records": 11' in out,
+    "tool_calls": lambda out: statuses(out) == [2] and "empty_content.jsonl:1: field `tools`" in out,
+}
 
 
 def names() -> list[str]:
