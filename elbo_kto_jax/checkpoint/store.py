@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ from elbo_kto_jax.files import ahead, check_writable, writing
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.text import foreign
 
 MANIFEST_FILE = "manifest.json"
 SIZES_FILE = "sizes.json"
@@ -178,16 +180,25 @@ def build_tokenizer(assets: Mapping[str, bytes], source: str) -> PreTrainedToken
     """
     if "tokenizer.json" not in assets:
         raise UserError(f"{source}: no tokenizer.json; copy the tokenizer files of the published model into the folder")
+    try:
+        foreign.check_tokenizer_file(assets["tokenizer.json"])
+    except foreign.ForeignError as error:
+        raise UserError(f"{source}: unreadable tokenizer.json ({error}); copy it again") from error
     with tempfile.TemporaryDirectory() as folder:
         for name, content in assets.items():
             # Without config.json, whose `auto_map` makes transformers ask whether it may run the model's own code.
             if name != huggingface.CONFIG_FILE and not name.endswith(".py"):
                 (Path(folder) / name).write_bytes(content)
         try:
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # the Rust parser raises bare Exception
-            reason = str(error).splitlines()[0]
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except BaseException as error:
+            reason = foreign.failure(error)
+            if not reason:
+                raise
             raise UserError(f"{source}: unreadable tokenizer files ({reason}); copy them again") from error
+    # Texts are cut by the settings of a run; what stands in the file may be no number.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def load_config(path: str | os.PathLike, flag: str = "--config.model.path") -> tuple[ModelConfig, dict[str, bytes]]:

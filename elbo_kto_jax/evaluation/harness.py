@@ -238,13 +238,7 @@ class DiffusionLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without the generation prompt, the last message is left open to go on."""
-        with chat.template_clock(self._checkpoint.tokenizer):
-            return self._checkpoint.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return chat.render(self._checkpoint.tokenizer, chat_history, is_open=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._checkpoint.tokenizer.chat_template if chat_template else None

@@ -168,13 +168,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: Record, longest: int | N
       UserError: there are more than `longest`, or the chat template refuses the record.
     """
     try:
-        tokens = chat.encode_prompt(tokenizer, record.prompt)
+        tokens = chat.encode_prompt(tokenizer, record.prompt, longest)
     except UserError as error:
         raise UserError(f"{record.where}: {error}") from error
     if longest is not None and len(tokens) > longest:
         raise UserError(
-            f"{record.where}: field `prompt`: {len(tokens)} tokens, but at most {longest} leave room for the response; "
-            "shorten it or lower config.sampler.gen_length"
+            f"{record.where}: field `prompt`: {len(tokens)} tokens or more, but at most {longest} leave room for the "
+            "response; shorten it or lower config.sampler.gen_length"
         )
     return np.asarray(tokens, np.int32)
 

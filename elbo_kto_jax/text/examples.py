@@ -1,10 +1,12 @@
 """The tokenised data set in a few flat arrays: a pure function of the records, the tokenizer and the text settings."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt32
@@ -15,6 +17,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id, writes_special_tokens
 from elbo_kto_jax.text.records import Message, Record, read_records
 
+_RARE = 0.05  # share of a label below which a warning says so: most batches of 8 have none then
 _BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar
 
 
@@ -114,13 +117,7 @@ def load_examples(
         "append_eot": append_eot,
         "eot_id": find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
     }
-    encoded: list[Encoded] = []
-    with tqdm(total=len(source.records), desc="tokenise", unit="record", disable=not progress, file=sys.stderr) as bar:
-        for start in range(0, len(source.records), _BATCH):
-            batch = source.records[start : start + _BATCH]
-            encoded += encode_batch(tokenizer, batch, **settings)
-            bar.update(len(batch))
-
+    encoded = _encode(tokenizer, source.records, settings, progress)
     rows = [row for row in zip(source.records, encoded, strict=True) if row[1].completion_length > 0]
     is_desirable = np.array([record.label is not False for record, _ in rows], np.bool_)
     kept = np.zeros(len(rows), np.bool_)
@@ -134,15 +131,35 @@ def load_examples(
         )
     rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
     notes = []
-    num_special = sum(writes_special_tokens(tokenizer, record) for record in source.records)
+    num_special = sum(writes_special_tokens(tokenizer, source.records))
     if num_special:
         reading = "text" if exact_window else "those tokens, as by the authors (config.data.packing=True: as text)"
         notes.append(f"{num_special} records write special tokens out in their texts, which are read as {reading}")
-    if needs_label and len(set(is_desirable[kept].tolist())) == 1:
-        notes.append("all examples have the same label, so there are no good and bad answers to tell apart")
+    if needs_label:
+        notes += _warnings(rows, is_desirable[kept])
     report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
     packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
     return dataclasses.replace(packed, files=tuple(source.files))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, records: list[Record], settings: dict[str, Any], progress: bool
+) -> list[Encoded]:
+    """The tokens of all records: one batch goes through the chat template while the one before is tokenised."""
+    encoded: list[Encoded] = []
+    with (
+        tqdm(total=len(records), desc="tokenise", unit="record", disable=not progress, file=sys.stderr) as bar,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        batches = [records[start : start + _BATCH] for start in range(0, len(records), _BATCH)]
+        futures = [pool.submit(encode_batch, tokenizer, batch, **settings) for batch in batches]
+        try:
+            for future in futures:
+                encoded += future.result()
+                bar.update(len(encoded) - bar.n)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return encoded
 
 
 def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:
@@ -152,6 +169,27 @@ def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.nda
     """
     words = np.random.Philox(np.random.SeedSequence([seed, label])).random_raw(count)
     return np.argsort(words, kind="stable")[: round(fraction * count)]
+
+
+def _warnings(rows: list[tuple[Record, Encoded]], is_desirable: Bool[np.ndarray, "num"]) -> list[str]:
+    """What is odd about the labels of the rows, in lines for the log."""
+    found = []
+    num_good, num_bad = int(np.sum(is_desirable)), int(np.sum(~is_desirable))
+    (count, rare), (_, other) = sorted([(num_good, "desirable"), (num_bad, "undesirable")])
+    if count == 0:
+        found.append("WARNING: all examples have the same label, so there are no good and bad answers to tell apart")
+    elif count < _RARE * len(rows):
+        found.append(
+            f"WARNING: only {count} of {len(rows)} examples {'is' if count == 1 else 'are'} {rare}; in every batch "
+            f"without one, that label's reward and the margin are NaN, and little is learned from it: "
+            f"collect more, or lower config.data.{other}_fraction"
+        )
+    texts = [(row.prompt_length, row.tokens.tobytes()) for _, row in rows]
+    good = {text for text, label in zip(texts, is_desirable, strict=True) if label}
+    both = good & {text for text, label in zip(texts, is_desirable, strict=True) if not label}
+    if both:
+        found.append(f"WARNING: {len(both)} texts are labelled both desirable and undesirable; all of them count")
+    return found
 
 
 def _pack(

@@ -1,6 +1,6 @@
 """Reads preference records: files in, validated unpaired records out, every bad record named by file, line and field.
 
-Forms of a record (a JSON object or a Parquet row; fields not named here are ignored, null means absent):
+Forms of a record (a JSON object or a Parquet row; null means absent):
 
   unpaired            {"prompt": P, "completion": C, "label": bool}
   pair                {"prompt": P, "chosen": C, "rejected": C}
@@ -10,8 +10,13 @@ Forms of a record (a JSON object or a Parquet row; fields not named here are ign
                       content of one of those user messages (UltraFeedback-Binary stores it this way).
 
 P is a string or a non-empty list of {"role", "content"} messages; C is a string or a list of one assistant message.
-Completions may be empty strings here: such rows are read, and dropped and counted where they are tokenised.
+A content is a string or a list of parts {"type": "text", "text"}, whose texts are joined. Messages may be written as
+JSON text. Completions may be empty strings here: such rows are read, and dropped and counted where they are tokenised.
 A pair becomes two unpaired records, chosen (label true) before rejected (label false).
+
+What else a record has is left out, and its name logged with the number of records, unless the answer or the prompt is
+not what was said without it: tools and calls of tools, reasoning, images and other parts are refused, and so is a name
+that stands twice in an object.
 
 Names. An explicit `id` is a string or an integer and must be unique within the data set, as text (1 and "1" are the
 same). A pair's id is continued with "-chosen" and "-rejected". A missing id is the BLAKE2b hash of prompt, completion
@@ -25,28 +30,34 @@ two halves of a pair.
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.text import sources
+from elbo_kto_jax.text.sources import BadRecordError, shorten
 
 log = logging.getLogger(__name__)
 Message = dict[str, str]
 
-_SUFFIXES = (".jsonl", ".parquet")
 _ROLES = ("system", "user", "assistant")
-_FIELDS = ("id", "prompt", "completion", "label", "chosen", "rejected")
 _LABEL_OF_STEM = {"chosen": True, "rejected": False}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
-_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
-_HUB_TIMEOUT_SECONDS = 5
+_MESSAGES_OF = ("prompt", "completion", "chosen", "rejected")
+# Without these a message is another one. Empty ones say nothing.
+_CARRY = (
+    *("tool_calls", "tool_call_id", "function_call", "refusal", "audio", "images", "image"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+_EMPTY = (None, "", [], {})
+_NAMED = 10  # fields that a note names
+# A text that begins and ends as a list of messages does, in JSON or as Python or NumPy print one.
+_LOOKS_LIKE_MESSAGES = re.compile(r"\s*(\[\s*)?(array\(\s*\[\s*)?\{.*\}[\s\])]*(,\s*dtype=object\))?\s*", re.DOTALL)
+_HAS_ROLE = re.compile(r"""["']role["']\s*:""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +88,6 @@ class RecordFile:
     files: list[Path]
 
 
-class _BadRecordError(Exception):
-    """What is wrong with one record; the reader adds where it stands."""
-
-
 def read_records(
     path: str | Path,
     *,
@@ -88,11 +95,12 @@ def read_records(
     skip_bad: bool = False,
     flag: str = "--config.data.train",
 ) -> RecordFile:
-    """Reads a data set: a JSONL or Parquet file, a folder of them, or a data set of the Hugging Face Hub.
+    """Reads a data set: a file of JSON or Parquet, a folder of them, or a data set of the Hugging Face Hub.
 
     Of a folder or a Hub data set the training split is read, where files or folders are named after splits;
     "PATH:SPLIT" reads another ("trl-lib/kto-mix-14k:test"). A Hub id may name a branch, tag or commit
-    ("trl-lib/kto-mix-14k@main:test"). Files are read in the order of their names.
+    ("trl-lib/kto-mix-14k@main:test"). Files are read in the order of their names; `text.sources` has their forms. What
+    is left out is logged.
 
     Args:
       path: what to read.
@@ -102,165 +110,110 @@ def read_records(
       flag: the command-line flag that gave `path`, for messages.
 
     Raises:
-      UserError: nothing to read at `path`, no usable record in it, or (without `skip_bad`) a bad record.
+      UserError: nothing to read at `path`, no usable record in it, the rows of one file again in another form, or
+        (without `skip_bad`) a bad record.
     """
     records: list[Record] = []
     skipped: list[str] = []
-    ids = _Ids()
-    files = _find_files(str(path), flag)
-    for file in files:
-        for number, decode in _rows(file):
+    ids, notes = _Ids(), _Notes()
+    source = sources.find_files(str(path), flag)
+    for file in source.files:
+        for number, decode in sources.rows(file):
             where = f"{file}:{number}"
             try:
-                records += ids.assign(_parse(decode(), _stem(file), needs, where))
-            except _BadRecordError as error:
+                row = notes.see(decode())
+                records += ids.assign(_parse(row, sources.stem(file), needs, where), file)
+            except BadRecordError as error:
                 if not skip_bad:
                     raise UserError(f"{where}: {error}; fix or drop the record, or pass --skip-bad-records") from None
                 skipped.append(f"{where}: {error}")
     if not records:
         bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
         raise UserError(f"{flag}: no usable record in {path}{bad}")
-    return RecordFile(records, skipped, files)
+    ids.check_copies(flag)
+    for note in (*source.notes, *notes.lines(), *ids.notes()):
+        log.info("%s: %s", path, note)
+    return RecordFile(records, skipped, source.files)
 
 
-# Where the rows are.
+class _Notes:
+    """Counts what is not used of the rows, or read in another way than it is written."""
+
+    def __init__(self) -> None:
+        self._unused: collections.Counter[str] = collections.Counter()  # name of a field -> rows that have it
+        self._num_texts = 0  # rows with messages that are written as JSON text
+
+    def see(self, row: Any) -> Any:
+        """The row, with messages in the place of their JSON text."""
+        if not isinstance(row, dict):
+            raise BadRecordError(f"expected a JSON object, got {_show(row)}")
+        texts = {name: messages for name in _MESSAGES_OF if (messages := _messages_in(row.get(name), name))}
+        self._num_texts += bool(texts)
+        row = {**row, **texts}
+        self._unused.update(set(_unused(row)))
+        return row
+
+    def lines(self) -> list[str]:
+        lines = []
+        if self._num_texts:
+            lines.append(f"{self._num_texts} records write messages as JSON text, which is read as messages")
+        if self._unused:
+            named = [f"{shorten(name)} ({count})" for name, count in sorted(self._unused.items())]
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            lines.append(f"fields that are not used, with their records: {', '.join(named[:_NAMED])}{more}")
+        return lines
 
 
-def _find_files(source: str, flag: str) -> list[Path]:
-    """The record files that `source` stands for, sorted."""
-    if not source:
-        raise UserError(f"{flag}: no data set is given; name a JSONL or Parquet file, a folder or a hub data set id")
-    path = Path(source)
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise UserError(f"{flag}: {path}: expected a file that ends in {' or '.join(_SUFFIXES)}")
-        return [path]
-    name, _, split = (source, "", "") if path.is_dir() else source.partition(":")
-    folder = Path(name)
-    if not folder.is_dir():
-        if not _HUB_ID.fullmatch(name) or folder.suffix in _SUFFIXES:
-            raise UserError(f"{flag}: no file or folder {source}; check the path")
-        folder = _download(name, flag)
-    return _select_split(folder, name, split, flag)
-
-
-def _download(hub_id: str, flag: str) -> Path:
-    """The folder of a Hub data set in the local cache, fetched first if the Hub can be reached."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
-    name, _, revision = hub_id.partition("@")
+def _messages_in(value: Any, name: str) -> list[Any] | None:
+    """The messages that the text `value` of a field has as JSON; None where it is any other text or no text."""
+    if not isinstance(value, str) or not _HAS_ROLE.search(value) or not _LOOKS_LIKE_MESSAGES.fullmatch(value):
+        return None
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision or None,
-            repo_type="dataset",
-            allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
-            etag_timeout=_HUB_TIMEOUT_SECONDS,
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+        is_list = re.match(r"\s*(\[|array\()", value) is not None
+    else:
+        is_list = isinstance(found, list)
+    if is_list and found and all(isinstance(message, dict) and "role" in message for message in found):
+        return found
+    if (is_list and found is None) or (isinstance(found, dict) and {"role", "content"} <= found.keys()):
+        raise BadRecordError(
+            f"field `{name}`: messages as text, {_show(value)}; write a list of objects, or a message whose content "
+            "is that text"
         )
-    except (OSError, RuntimeError, HFValidationError) as error:  # RuntimeError: there is no home folder for its cache
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{flag}: {hub_id} is no file or folder here, and the Hugging Face Hub gave no such data set ({reason})\n"
-            f"Run `hf download --repo-type dataset {name}` where there is a network, or set {flag} to a local copy."
-        ) from error
-    log.info("%s: revision %s", name, Path(folder).name)
-    return Path(folder)
+    return None
 
 
-def _select_split(folder: Path, source: str, split: str, flag: str) -> list[Path]:
-    """The record files of one split of a folder: the named one, else the training split, else what is not held out."""
-    split_of = {
-        file: _split_name(file.relative_to(folder))
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
-    }
-    if not split_of:
-        raise UserError(f"{flag}: no .jsonl or .parquet file in {source}")
-    names = sorted(set(split_of.values()) - {""})
-    if split:
-        if split not in names:
-            raise UserError(f"{flag}: {source} has no split {split!r}; it has {', '.join(names) or 'no named splits'}")
-        return [file for file, name in split_of.items() if name == split]
-    training = [name for name in names if name.startswith("train")]
-    if "train" in training:
-        training = ["train"]
-    if len(training) > 1:
-        raise UserError(
-            f"{flag}: {source} has several training splits ({', '.join(training)}); name one: {source}:{training[0]}"
-        )
-    if training:
-        return [file for file, name in split_of.items() if name == training[0]]
-    return [file for file, name in split_of.items() if not name] or list(split_of)
+def _unused(row: dict[str, Any]) -> Iterator[str]:
+    """The names of what the row has and the records made of it have not."""
+    for name, value in row.items():
+        if value in _EMPTY:
+            continue
+        if name not in sources.FIELDS:
+            yield name
+        elif name in _MESSAGES_OF and isinstance(value, list):
+            for message in value:
+                yield from _unused_of(message, f"{name}[]")
 
 
-def _split_name(relative: Path) -> str:
-    """The split that a file's stem or else one of its folders names ("train-00000-of-00002", "test/0000"), or ""."""
-    for name in (_stem(relative), *reversed(relative.parent.parts)):
-        if re.split(r"[-_.]", name)[0] in ("train", *_HELD_OUT):
-            return name
-    return ""
-
-
-def _stem(file: Path) -> str:
-    """The file's name without its extension and shard number."""
-    return _SHARD.sub("", file.stem)
-
-
-def _rows(file: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    """(number from 1, function that decodes the row or raises _BadRecordError) for every row that is not blank."""
-    try:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from None
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, functools.partial(_decode_json, line)
-
-
-def _decode_json(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _BadRecordError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise _BadRecordError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-        raise _BadRecordError(f"not valid JSON: {error}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            columns = [name for name in _FIELDS if name in table.schema_arrow.names]
-            batches = table.iter_batches(columns=columns)
-            rows = (functools.partial(_decode_row, batch, row) for batch in batches for row in range(batch.num_rows))
-            yield from enumerate(rows, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _decode_row(batch: Any, row: int) -> dict[str, Any]:
-    try:
-        return {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    except UnicodeDecodeError:
-        raise _BadRecordError("not UTF-8 text") from None
+def _unused_of(message: Any, name: str) -> Iterator[str]:
+    if not isinstance(message, dict):
+        return
+    yield from (f"{name}.{key}" for key in message if key not in ("role", "content") and message[key] not in _EMPTY)
+    if isinstance(message.get("content"), list):
+        for part in message["content"]:
+            if isinstance(part, dict):
+                yield from (f"{name}.content[].{key}" for key in part if key not in ("type", "text"))
 
 
 # What a row says.
 
 
-def _parse(row: Any, stem: str, needs: tuple[str, ...], where: str) -> list[Record]:
+def _parse(row: dict[str, Any], stem: str, needs: tuple[str, ...], where: str) -> list[Record]:
     """The unpaired records of one row; a missing id is still the empty string."""
-    if not isinstance(row, dict):
-        raise _BadRecordError(f"expected a JSON object, got {_show(row)}")
+    if row.get("tools") not in (*_EMPTY, "[]", "null"):
+        raise BadRecordError("field `tools`: tools are not supported")
     record_id = _parse_id(row.get("id"))
     if record_id and stem in _LABEL_OF_STEM:
         record_id = f"{stem}-{record_id}"
@@ -279,13 +232,13 @@ def _parse(row: Any, stem: str, needs: tuple[str, ...], where: str) -> list[Reco
     if completion is not None or "completion" in needs:
         completion = _parse_completion(_required(row, "completion"), "completion")
     if label is None and "label" in needs:
-        raise _BadRecordError("field `label`: missing; expected true or false")
+        raise BadRecordError("field `label`: missing; expected true or false")
     return [Record(record_id, prompt, completion, label, where)]
 
 
 def _required(row: dict[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise _BadRecordError(f"field `{name}`: missing")
+        raise BadRecordError(f"field `{name}`: missing")
     return row[name]
 
 
@@ -293,7 +246,7 @@ def _parse_id(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise _BadRecordError(f"field `id`: expected a string or an integer, got {_show(value)}")
+        raise BadRecordError(f"field `id`: expected a string or an integer, got {_show(value)}")
     return _parse_text(str(value), "id")
 
 
@@ -301,12 +254,12 @@ def _parse_label(value: Any) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     meant = f" (write {'true' if value else 'false'})" if value in (0, 1) else ""
-    raise _BadRecordError(f"field `label`: expected true or false, got {_show(value)}{meant}")
+    raise BadRecordError(f"field `label`: expected true or false, got {_show(value)}{meant}")
 
 
 def _parse_prompt(value: Any) -> list[Message] | str:
     if value == "":
-        raise _BadRecordError("field `prompt`: empty")
+        raise BadRecordError("field `prompt`: empty")
     return _parse_text(value, "prompt") if isinstance(value, str) else _parse_messages(value, "prompt")
 
 
@@ -316,43 +269,65 @@ def _parse_completion(value: Any, name: str) -> list[Message] | str:
     messages = _parse_messages(value, name)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
-            raise _BadRecordError(f'field `{name}[{index}].role`: expected "assistant", got {_show(message["role"])}')
+            raise BadRecordError(f'field `{name}[{index}].role`: expected "assistant", got {_show(message["role"])}')
     if len(messages) > 1:
-        raise _BadRecordError(f"field `{name}`: expected one assistant message, got {len(messages)}")
+        raise BadRecordError(f"field `{name}`: expected one assistant message, got {len(messages)}")
     return messages
 
 
 def _parse_messages(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise _BadRecordError(f"field `{name}`: expected a string or a list of messages, got {_show(value)}")
+        raise BadRecordError(f"field `{name}`: expected a string or a list of messages, got {_show(value)}")
     if not value:
-        raise _BadRecordError(f"field `{name}`: empty")
+        raise BadRecordError(f"field `{name}`: empty")
     return [_parse_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
 
 
 def _parse_message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
-        raise _BadRecordError(f"field `{name}`: expected an object with role and content, got {_show(value)}")
+        raise BadRecordError(f"field `{name}`: expected an object with role and content, got {_show(value)}")
     role = value.get("role")
     if role not in _ROLES:
-        raise _BadRecordError(f"field `{name}.role`: expected one of {', '.join(_ROLES)}, got {_show(role)}")
-    return {"role": role, "content": _parse_text(value.get("content"), f"{name}.content")}
+        raise BadRecordError(f"field `{name}.role`: expected one of {', '.join(_ROLES)}, got {_show(role)}")
+    for key in _CARRY:
+        if value.get(key) not in _EMPTY:
+            raise BadRecordError(f"field `{name}.{key}`: not supported, and without it the message is another one")
+    return {"role": role, "content": _parse_content(value.get("content"), f"{name}.content")}
+
+
+def _parse_content(value: Any, name: str) -> str:
+    """The text of a content, of parts if it has such."""
+    if not isinstance(value, list):
+        return _parse_text(value, name)
+    if not value:
+        raise BadRecordError(f"field `{name}`: empty")
+    texts = []
+    for index, part in enumerate(value):
+        where = f"{name}[{index}]"
+        if not isinstance(part, dict):
+            raise BadRecordError(f"field `{where}`: expected an object with type and text, got {_show(part)}")
+        if part.get("type") != "text":
+            raise BadRecordError(f'field `{where}.type`: expected "text", got {_show(part.get("type"))}')
+        texts.append(_parse_text(part.get("text"), f"{where}.text"))
+    return "".join(texts)
 
 
 def _parse_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadRecordError(f"field `{name}`: expected a string, got {_show(value)}")
+        raise BadRecordError(f"field `{name}`: expected a string, got {_show(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair; no tokenizer can read it
-        raise _BadRecordError(f"field `{name}`: character {error.start + 1} is half of a surrogate pair") from None
+        raise BadRecordError(f"field `{name}`: character {error.start + 1} is half of a surrogate pair") from None
     return value
 
 
 def _parse_pair(row: dict[str, Any]) -> tuple[list[Message] | str, list[Message] | str, list[Message] | str]:
     """(prompt, chosen, rejected) of a pair in either form."""
     if row.get("completion") is not None:
-        raise _BadRecordError("field `completion`: a record has either a completion or chosen and rejected, not both")
+        raise BadRecordError("field `completion`: a record has either a completion or chosen and rejected, not both")
+    if row.get("label") is not None:
+        raise BadRecordError("field `label`: a record has either a label or chosen and rejected, not both")
     chosen, rejected = _required(row, "chosen"), _required(row, "rejected")
     prompt = None if row.get("prompt") is None else _parse_prompt(row["prompt"])
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -360,7 +335,7 @@ def _parse_pair(row: dict[str, Any]) -> tuple[list[Message] | str, list[Message]
         if any(message["role"] != "assistant" for message in (chosen[0], rejected[0])):
             return _split_conversations(prompt, chosen, rejected)
     if prompt is None:
-        raise _BadRecordError("field `prompt`: missing; without it chosen and rejected must be whole conversations")
+        raise BadRecordError("field `prompt`: missing; without it chosen and rejected must be whole conversations")
     return prompt, _parse_completion(chosen, "chosen"), _parse_completion(rejected, "rejected")
 
 
@@ -373,11 +348,11 @@ def _split_conversations(
         num_shared += 1
     shared = chosen[:num_shared]
     if not shared:
-        raise _BadRecordError("field `chosen`: shares no first message with `rejected`, so there is no common prompt")
+        raise BadRecordError("field `chosen`: shares no first message with `rejected`, so there is no common prompt")
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
         roles = [message["role"] for message in conversation[num_shared:]]
         if roles != ["assistant"]:
-            raise _BadRecordError(
+            raise BadRecordError(
                 f"field `{name}`: expected one assistant message after the {num_shared} that chosen and rejected "
                 f"share, got {', '.join(roles)}"
             )
@@ -386,41 +361,67 @@ def _split_conversations(
     else:
         agrees = prompt is None or prompt == shared
     if not agrees:
-        raise _BadRecordError("field `prompt`: differs from the messages that chosen and rejected share")
+        raise BadRecordError("field `prompt`: differs from the messages that chosen and rejected share")
     return shared, chosen[num_shared:], rejected[num_shared:]
 
 
 def _show(value: Any) -> str:
     """A value as JSON on one line, short enough for a message."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        return shorten(json.dumps(value, default=str))
+    except (RecursionError, ValueError, TypeError):  # nested too deeply, or with keys that JSON has not
+        return f"a {type(value).__name__}"
 
 
 # What a record is called.
 
 
 class _Ids:
-    """Gives every record of a data set its id and finds ids that were given twice."""
+    """Gives every record of a data set its id, and finds ids that were given twice and files that repeat others."""
 
     def __init__(self) -> None:
-        self._where: dict[str, str] = {}  # explicit id -> its first record
+        self._where: dict[str, str] = {}  # id -> its record
         self._copies: collections.Counter[str] = collections.Counter()  # content hash -> records so far
+        self._first_file: dict[str, Path] = {}  # content hash -> file of the first of them
+        self._unnamed: collections.Counter[Path] = collections.Counter()  # file -> records without an id
+        self._repeated: collections.Counter[tuple[Path, Path]] = collections.Counter()  # (file, the earlier one)
 
-    def assign(self, records: list[Record]) -> list[Record]:
-        """The records of one row, with ids.
+    def assign(self, records: list[Record], file: Path) -> list[Record]:
+        """The records of one row of `file`, with ids.
 
         Raises:
-          _BadRecordError: an explicit id was used before.
+          BadRecordError: an explicit id was used before.
         """
         for record in records:
             if record.id in self._where:
-                raise _BadRecordError(f"field `id`: {_show(record.id)} is already the id of {self._where[record.id]}")
+                raise BadRecordError(f"field `id`: {_show(record.id)} is already the id of {self._where[record.id]}")
         self._where.update({record.id: record.where for record in records if record.id})
-        return [record if record.id else self._named_by_content(record) for record in records]
+        return [record if record.id else self._named_by_content(record, file) for record in records]
 
-    def _named_by_content(self, record: Record) -> Record:
+    def _named_by_content(self, record: Record, file: Path) -> Record:
         content = json.dumps([record.prompt, record.completion, record.label], separators=(",", ":"))
-        name = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-        self._copies[name] += 1
-        copy = self._copies[name]
-        return dataclasses.replace(record, id=name if copy == 1 else f"{name}#{copy}")
+        digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        self._unnamed[file] += 1
+        if self._copies[digest]:
+            self._repeated[file, self._first_file[digest]] += 1
+        else:
+            self._first_file[digest] = file
+        name = ""
+        while not name or name in self._where:  # an explicit id may be the hash of another record
+            self._copies[digest] += 1
+            copy = self._copies[digest]
+            name = digest if copy == 1 else f"{digest}#{copy}"
+        self._where[name] = record.where
+        return dataclasses.replace(record, id=name)
+
+    def check_copies(self, flag: str) -> None:
+        """Raises UserError where all records of a file stand in a file of another form as well."""
+        for (file, earlier), count in self._repeated.items():
+            if count == self._unnamed[file] and sources.form(file) != sources.form(earlier):
+                raise UserError(
+                    f"{flag}: {file} has no other records than {earlier} has, in another form; remove one of the files"
+                )
+
+    def notes(self) -> list[str]:
+        copies = self._repeated.total()
+        return [f"{copies} records are exact copies of earlier ones; each counts"] if copies else []

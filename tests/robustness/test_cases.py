@@ -50,7 +50,9 @@ def lm_eval_long(output: str) -> bool:
 
 CASES: dict[str, Callable[[str], bool]] = {
     "brackets": lambda out: statuses(out) == [0, 0, 0, 0],
+    "content_parts": lambda out: statuses(out) == [0] and "1 of 1 desirable and 1 of 1 undesirable" in out,
     "denoising_page": lambda out: "0 broken characters; True emoji there" in out,
+    "json_strings": lambda out: statuses(out) == [0] and "2 records write messages as JSON text" in out,
     "judge_busy": lambda output: judged(output, comparisons=60, unparsable=0),
     "judge_empty_cached": judge_empty_cached,
     "judge_no_verdict": lambda output: refused(output, "none of the 22 prompts a verdict"),
@@ -60,8 +62,13 @@ CASES: dict[str, Callable[[str], bool]] = {
     "judge_think": lambda output: judged(output, comparisons=60, not_judged=16, unparsable=0),
     "judge_url_without_v1": lambda output: refused(output, "/chat/completions", "usually ends in /v1"),
     "lm_eval_long": lm_eval_long,
+    "mixed_folder": lambda out: statuses(out) == [0] and "6 of 6 desirable and 6 of 6 undesirable" in out,
+    "prefill": lambda out: "50, 372, 25, 262]" in out and out.count("1039") == 1,
     "prompt_latin1": lambda out: statuses(out) == [2] and "--prompt is not UTF-8 text" in out,
+    "special_tokens_speed": lambda out: out.count("special tokens:") == 2,  # its times are for people to read
     "tilde": lambda out: statuses(out) == [0, 0] and "home/run/config.json" in out and "going on from" not in out,
+    "tokenizer_without_pad": lambda out: statuses(out) == [0] and '"records": 11' in out,
+    "tool_calls": lambda out: statuses(out) == [2] and "empty_content.jsonl:1: field `tools`" in out,
 }
 
 

@@ -25,6 +25,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import trouble
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.text.chat import encode_prompt
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.text.records import read_records
 from elbo_kto_jax.train import __main__ as train
@@ -94,12 +95,31 @@ class Line:
     fault: str = ""  # "": good; otherwise what the message must contain
 
 
+def in_parts(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Messages whose contents are two parts of text."""
+    halves = [(m, len(m["content"]) // 2) for m in messages]
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"][:at]}, {"type": "text", "text": m["content"][at:]}]}
+        for m, at in halves
+    ]
+
+
+def with_more(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Messages with fields that say nothing, or nothing of what was said."""
+    return [{**m, "tool_calls": None, "name": "Ada", "weight": 1} for m in messages]
+
+
+FORMS = (list, list, json.dumps, in_parts, with_more)
+
+
 @st.composite
 def good_lines(draw) -> Line:
     prompt, completion, other, label = draw(text), draw(text), draw(text), draw(st.booleans())
     as_messages = draw(st.booleans())
     user = [{"role": "user", "content": prompt}] if as_messages else prompt
-    said = lambda answer: [{"role": "assistant", "content": answer}] if as_messages else answer  # noqa: E731
+    written = draw(st.sampled_from(FORMS))  # of messages
+    said = lambda answer: written([{"role": "assistant", "content": answer}]) if as_messages else answer  # noqa: E731
+    user = written(user) if as_messages else user
     extra = draw(st.dictionaries(st.sampled_from(["score", "note"]), any_json, max_size=1))
     if draw(st.booleans()):
         row, rows = {"prompt": user, "completion": said(completion), "label": label}, ((prompt, completion, label),)
@@ -116,15 +136,23 @@ WRONG = {  # field -> values that no record may have there
         *(None, 7, [], {}, [{"role": "user", "content": "a"}], [{"role": "assistant"}], "a\udfff"),
         [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "assistant", "content": None}],
+        [{"role": "assistant", "content": []}],
+        [{"role": "assistant", "content": [{"type": "image_url"}]}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}],
+        "[{'role': 'assistant', 'content': 'a'}]",
+        '{"role": "assistant", "content": "a"}',
     ],
     "id": [[], {}, True, 1.5, "", "\ud800"],
+    "tools": [[{"type": "function"}], "[1]", 7],
 }
 
 
 @st.composite
 def bad_lines(draw) -> Line:
     row = {"prompt": draw(text), "completion": draw(text), "label": draw(st.booleans())}
-    kind = draw(st.sampled_from(["value", "value", "value", "dropped", "cut", "bytes", "no object", "deep", "digits"]))
+    kind = draw(
+        st.sampled_from(["value", "value", "value", "dropped", "twice", "cut", "bytes", "no object", "deep", "digits"])
+    )
     if kind == "value":
         field = draw(st.sampled_from(sorted(WRONG)))
         return Line(json.dumps({**row, field: draw(st.sampled_from(WRONG[field]))}).encode(), fault=f"`{field}")
@@ -132,6 +160,10 @@ def bad_lines(draw) -> Line:
         field = draw(st.sampled_from(sorted(row)))
         del row[field]
         return Line(json.dumps(row).encode(), fault=f"`{field}`")
+    if kind == "twice":
+        field = draw(st.sampled_from(sorted(row)))
+        again = json.dumps({field: draw(st.sampled_from([row[field], "other"]))})
+        return Line(f"{json.dumps(row)[:-1]}, {again[1:]}".encode(), fault=f"`{field}`: stands twice")
     if kind == "cut":
         whole = json.dumps(row)
         return Line(whole[: draw(st.integers(1, len(whole) - 1))].encode(), fault="JSON")
@@ -420,6 +452,35 @@ def test_tokenizer_files(folder, name, value):
     assets = {file.name: file.read_bytes() for file in scratch.iterdir()} | {name: json.dumps(value).encode()}
     tokenizer, message = refused(store.build_tokenizer, assets, "there")
     assert (tokenizer is None) == message.startswith("there: ") if message else tokenizer is not None
+    if tokenizer is not None:
+        refused(encode_prompt, tokenizer, [{"role": "user", "content": "a"}])
+        assert refused(encode_prompt, tokenizer, "a b")[1] is None
+
+
+BROKEN = {  # place in tokenizer.json -> what no tokenizer should have there
+    "normalizer": [{"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}, {"type": "Sequence"}],
+    "pre_tokenizer": [{"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 40}, {"type": "Split"}],
+    "decoder": [{"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"type": "Fuse"}],
+    "model": [{"type": "BPE"}, {"type": "BPE", "vocab": {"a": 2**70}, "merges": []}, {"type": "Unigram", "vocab": []}],
+    "added_tokens": [[{"id": 10**400, "content": ""}], [{"id": -1, "content": "a"}], {}],
+    "post_processor": [{"type": "TemplateProcessing"}],
+}
+
+
+@cases(60, 3_000)
+@given(st.sampled_from(sorted(BROKEN)), st.data())
+def test_tokenizer_json(folder, place, data):
+    """Whatever stands in a tokenizer.json, it is refused in one line or texts can be tokenised."""
+    scratch = folder / "tokenizer"
+    TOKENIZER.save_pretrained(scratch)
+    assets = {file.name: file.read_bytes() for file in scratch.iterdir()}
+    value = data.draw(st.one_of(st.sampled_from(BROKEN[place]), any_json))
+    assets["tokenizer.json"] = json.dumps({**json.loads(assets["tokenizer.json"]), place: value}).encode()
+    tokenizer, message = refused(store.build_tokenizer, assets, "there")
+    if tokenizer is None:
+        assert message.startswith("there: unreadable tokenizer")
+    else:
+        refused(encode_prompt, tokenizer, "a b")
 
 
 # ---- as the user sees it ----

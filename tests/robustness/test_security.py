@@ -14,6 +14,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.report.training import write_training_report
 from elbo_kto_jax.report.winrate import write_winrate_report
 from elbo_kto_jax.text.records import read_records
+from elbo_kto_jax.text.sources import FORMS
 from tests import runs
 from tests.published import write_published
 from tests.robustness.commands import PROJECT_ROOT
@@ -91,7 +92,7 @@ def test_data_sets_are_fetched_by_revision_and_as_records_only(hub, tmp_path):
     assert len(read_records("org/data@0123abc:train").records) == 2
     for name, options in hub:
         assert (name, options["revision"]) == ("org/data", "0123abc")
-        assert options["allow_patterns"] == ["*.jsonl", "*.parquet"]
+        assert {pattern.removeprefix("*") for pattern in options["allow_patterns"]} == set(FORMS)
 
 
 @pytest.mark.parametrize(

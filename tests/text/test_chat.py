@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 
 from elbo_kto_jax.checkpoint.huggingface import read_assets
@@ -94,10 +95,10 @@ def test_prompt_tokens_differ_only_where_a_token_straddles_the_border(tokenizer,
     records, prefix = golden_records
     for record, is_prefix in zip(records, goldens[f"{prefix}prompt_is_prefix"], strict=True):
         exact, authors = (encode(tokenizer, record, max_length=UNCUT, **mode) for mode in (EXACT, AUTHORS))
-        if not writes_special_tokens(tokenizer, record):  # they are read as text, and as tokens
+        if not any(writes_special_tokens(tokenizer, [record])):  # they are read as text, and as tokens
             assert exact.prompt_length == authors.prompt_length
         prompt = slice(authors.prompt_length)
-        is_prefix &= not writes_special_tokens(tokenizer, record)
+        is_prefix &= not any(writes_special_tokens(tokenizer, [record]))
         assert np.array_equal(exact.tokens[prompt], authors.tokens[prompt]) == is_prefix, record.id
         assert tokenizer.decode(exact.tokens) == tokenizer.decode(authors.tokens)
 
@@ -121,7 +122,7 @@ def test_special_tokens_in_texts_are_text_unless_parity_is_wanted(tokenizer, spe
         {"role": "user", "content": text},
     ]
     record = Record("a", turns, [{"role": "assistant", "content": text}], True, "here")
-    assert writes_special_tokens(tokenizer, record)
+    assert any(writes_special_tokens(tokenizer, [record]))
     exact, authors = (encode(tokenizer, record, max_length=UNCUT, **mode) for mode in (EXACT, AUTHORS))
     template = encode_prompt(tokenizer, [{**turn, "content": "x"} for turn in turns])
     window = exact.tokens[exact.prompt_length :]
@@ -142,8 +143,10 @@ def test_special_tokens_in_texts_are_text_unless_parity_is_wanted(tokenizer, spe
 def test_guarded_texts_are_tokenised_as_others_are(tokenizer, golden_records):
     """The way of texts with special tokens, taken by all texts, gives the tokens of the usual one."""
     for record in golden_records[0]:
-        if not isinstance(record.prompt, str) and not writes_special_tokens(tokenizer, record):
-            assert chat._tokenise_guarded(tokenizer, record.prompt, "here") == encode_prompt(tokenizer, record.prompt)
+        if not isinstance(record.prompt, str) and not any(writes_special_tokens(tokenizer, [record])):
+            guard = chat._Guard(chat._special_tokens(tokenizer), record.prompt, "here")
+            (text,) = chat._render(tokenizer, [guard.disguised], ["here"])
+            assert guard.tokenise(tokenizer, text, None) == encode_prompt(tokenizer, record.prompt)
 
 
 @pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])
@@ -244,3 +247,83 @@ def test_end_of_turn_must_exist(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "get_added_vocab", lambda self: {})
     with pytest.raises(UserError, match="no end-of-turn token"):
         find_eot_id(tokenizer, "x")
+
+
+PREFIX = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "Sure: the"}]
+
+
+@pytest.mark.parametrize("content", ["Sure: the", "Sure: the ", " a <|eot_id|> b"])
+@pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])
+def test_a_prompt_that_ends_with_an_assistant_message_is_continued(tokenizer, content, mode):
+    prompt = [PREFIX[0], {"role": "assistant", "content": content}]
+    expected = tokenizer.apply_chat_template(prompt, tokenize=False, continue_final_message=True)
+    assert expected.endswith(content.strip())
+    record = Record("a", prompt, [{"role": "assistant", "content": " Danube."}], True, "here")
+    encoded = encode(tokenizer, record, max_length=UNCUT, **mode)
+    assert tokenizer.decode(encoded.tokens, clean_up_tokenization_spaces=False) == f"{expected} Danube."
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt), clean_up_tokenization_spaces=False) == expected
+    window = encoded.tokens[encoded.prompt_length :]
+    assert tokenizer.decode(window, clean_up_tokenization_spaces=False) == " Danube."
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_assistant_message_at_the_end_is_none(tokenizer, content):
+    empty = {"role": "assistant", "content": content}
+    assert encode_prompt(tokenizer, [PREFIX[0], empty]) == encode_prompt(tokenizer, PREFIX[:1])
+
+
+def test_a_template_that_drops_what_is_to_be_continued_is_refused(tokenizer):
+    dropping = copy.deepcopy(tokenizer)
+    dropping.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    with pytest.raises(UserError, match="leaves out the assistant message at the end"):
+        encode_prompt(dropping, PREFIX)
+
+
+@pytest.mark.parametrize("unit", ["ab", "the river ", "\U0001f600", "<|eot_id|> x ", "\n"])
+@pytest.mark.parametrize("mode", [AUTHORS, EXACT], ids=["authors", "exact"])
+@pytest.mark.parametrize("long", ["prompt", "completion"])
+def test_of_long_texts_the_first_tokens_are_those_of_the_whole(tokenizer, unit, mode, long, monkeypatch):
+    text, short = unit * (60_000 // len(unit)), "short"
+    prompt, completion = (text, short) if long == "prompt" else (short, text)
+    prompt = [{"role": "user", "content": prompt}]
+    record = Record("a", prompt, [{"role": "assistant", "content": completion}], True, "here")
+    whole = encode(tokenizer, record, max_length=UNCUT, **mode)
+    asked = []
+    usual = chat._encode
+    monkeypatch.setattr(chat, "_encode", lambda t, texts, as_text: asked.extend(texts) or usual(t, texts, as_text))
+    for max_length in (16, 100):
+        cut = encode(tokenizer, record, max_length=max_length, **mode)
+        np.testing.assert_array_equal(cut.tokens, whole.tokens[:max_length])
+        assert cut.completion_length == max(0, min(max_length, whole.text_length) - whole.prompt_length)
+        assert (cut.text_length > max_length) == (whole.text_length > max_length)
+    assert asked
+    assert max(map(len, asked)) < 25_000
+
+
+def test_texts_that_a_normalizer_shortens_are_read_further(tokenizer):
+    short = copy.deepcopy(tokenizer)
+    short.backend_tokenizer.normalizer = Replace("x", "")
+    text = "x" * 100_000 + "the river " * 1000
+    for max_length in (10, 500):
+        assert chat.tokenise(short, [text], max_length)[0][:max_length] == chat.tokenise(short, [text])[0][:max_length]
+
+
+def test_tokens_do_not_depend_on_how_texts_are_batched(tokenizer, golden_records):
+    records, _ = golden_records
+    together = encode_batch(tokenizer, records * 3, max_length=200, **EXACT)
+    alone = [encode(tokenizer, record, max_length=200, **EXACT) for record in records] * 3
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_a_text_of_every_free_character_is_refused(tokenizer):
+    text = "".join(map(chr, range(0xE000, 0x110000)))
+    with pytest.raises(UserError, match="every character that Unicode keeps free"):
+        encode_prompt(tokenizer, [{"role": "user", "content": f"<|eot_id|>{text}"}])
+
+
+@pytest.mark.parametrize("name", ["pad_token", "eos_token"])
+def test_a_token_that_the_tokenizer_does_not_declare_is_the_model_s(tokenizer, model_config, name):
+    bare = copy.deepcopy(tokenizer)
+    setattr(bare, name, None)
+    check_tokenizer(bare, model_config, "some/model")

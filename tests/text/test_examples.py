@@ -1,5 +1,6 @@
 """The flat arrays against the records they come from, the n_D / n_U subsets, and what is reported as left out."""
 
+import copy
 import dataclasses
 import hashlib
 
@@ -174,3 +175,30 @@ def test_special_tokens_and_a_single_label_are_reported(load, write_jsonl, exact
     assert "the same label" in report
     assert "the same label" not in load(write_jsonl([row(0), row(1, label=False)])).report
     assert "the same label" not in load(path, needs_label=False).report
+
+
+@pytest.mark.parametrize(("rare", "other"), [(True, "undesirable"), (False, "desirable")])
+def test_a_label_that_hardly_occurs_is_warned_of(load, write_jsonl, rare, other):
+    rows = [row(i, label=not rare) for i in range(99)]
+    report = load(write_jsonl([*rows, row(99, label=rare)])).report
+    name = "desirable" if rare else "undesirable"
+    assert f"WARNING: only 1 of 100 examples is {name}; in every batch without one" in report
+    assert f"lower config.data.{other}_fraction" in report
+    balanced = load(write_jsonl([*rows, *(row(100 + i, label=rare) for i in range(20))])).report
+    assert "WARNING" not in balanced
+
+
+def test_one_text_with_both_labels_is_warned_of(load, write_jsonl):
+    both = [row(0), {**row(0, label=False), "id": "again"}, row(1)]
+    assert "WARNING: 1 texts are labelled both desirable and undesirable" in load(write_jsonl(both)).report
+
+
+def test_the_first_record_that_a_template_refuses_is_named(tokenizer, write_jsonl):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}ok"
+    rows = [{**row(i), "prompt": [{"role": "user", "content": f"{i}"}]} for i in range(600)]
+    for i in (300, 599):
+        rows[i]["prompt"] = [{"role": "user", "content": "bad"}]
+    path = write_jsonl(rows)
+    with pytest.raises(UserError, match=f"{path}:301: field `prompt`: .*refuses it: no"):
+        load_examples(path, strict, **DEFAULTS)

@@ -144,6 +144,89 @@ def test_half_of_a_pair_with_a_used_id_drops_the_whole_pair(write_jsonl):
     assert len(result.skipped) == 1
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_id_that_is_the_name_of_other_content_leaves_no_id_twice(write_jsonl, order):
+    unnamed = {"prompt": "Say a", "completion": "ab", "label": True}
+    ((name, *_),) = summary(write_jsonl([unnamed]))
+    rows = [unnamed, {**unnamed, "completion": "other", "id": name}]
+    path = write_jsonl([rows[i] for i in order])
+    result = read_records(path, skip_bad=True)
+    if order == (0, 1):
+        assert result.skipped == [f'{path}:2: field `id`: "{name}" is already the id of {path}:1']
+    assert len({record.id for record in result.records}) == len(result.records) == 1 + (order == (1, 0))
+
+
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "get_tide", "arguments": "{}"}}
+PARTS = [{"type": "text", "text": "What colour "}, {"type": "text", "text": "is the sky?"}]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_text_parts_are_joined(write_jsonl, as_text):
+    prompt, completion = [{"role": "user", "content": PARTS}], [{"role": "assistant", "content": PARTS[:1]}]
+    if as_text:
+        prompt, completion = json.dumps(prompt), f" {json.dumps(completion, indent=1)}\n"
+    ((_, *found),) = summary(write_jsonl([{"prompt": prompt, "completion": completion, "label": True}]))
+    content = "".join(part["text"] for part in PARTS)
+    assert found == [[{"role": "user", "content": content}], [{**BLUE, "content": PARTS[0]["text"]}], True]
+
+
+def test_messages_as_json_text_are_messages(write_jsonl, caplog):
+    caplog.set_level("INFO")
+    conversations = {"chosen": [USER, BLUE], "rejected": [USER, GREEN]}
+    rows = [
+        {"prompt": json.dumps([USER]), "completion": json.dumps([BLUE]), "label": True},
+        {"prompt": json.dumps([USER]), "completion": BLUE["content"], "label": True},
+        {name: json.dumps(messages, indent=2) for name, messages in conversations.items()},
+        conversations,
+    ]
+    found = [row[1:] for row in summary(write_jsonl(rows))]
+    assert found[0] == ([USER], [BLUE], True)
+    assert found[1] == ([USER], BLUE["content"], True)
+    assert found[2:4] == found[4:]
+    assert "3 records write messages as JSON text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "{}",
+        '{"role": "king"}',
+        '[{"name": "Ada", "role": 1}] is a list',
+        'Messages look like [{"role": "user", "content": "a"}]',
+        "f({'role': 'user'})",
+        '{"a": {"role": "x"}}',
+    ],
+)
+def test_other_texts_with_braces_stay_texts(write_jsonl, text):
+    ((_, *found),) = summary(write_jsonl([{"prompt": text, "completion": text, "label": True}]))
+    assert found == [text, text, True]
+
+
+def test_what_is_not_used_is_counted(write_jsonl, caplog):
+    caplog.set_level("INFO")
+    named = {**USER, "name": "Ada", "tool_calls": None, "timestamp": 5}
+    part = {"type": "text", "text": "a", "cache_control": {}}
+    rows = [
+        {**GOOD, "id": "a", "prompt": [named, named], "score": 1, "source": ""},
+        {**GOOD, "id": "b", "prompt": [{"role": "user", "content": [part]}], "score": 0},
+    ]
+    read_records(write_jsonl(rows))
+    (line,) = [line for line in caplog.messages if "not used" in line]
+    assert line.endswith(
+        "fields that are not used, with their records: prompt[].content[].cache_control (1), prompt[].name (1), "
+        "prompt[].timestamp (1), score (2)"
+    )
+
+
+def test_many_unused_fields_make_one_short_line(write_jsonl, caplog):
+    caplog.set_level("INFO")
+    read_records(write_jsonl([{**GOOD, **{f"{i:04}{'x' * 1000}": 1 for i in range(1000)}}]))
+    (line,) = [line for line in caplog.messages if "not used" in line]
+    assert line.endswith(" and 990 more")
+    assert len(line) < 1200
+
+
 # Bad records.
 
 BAD = {
@@ -185,6 +268,75 @@ BAD = {
     "label text": ({**GOOD, "label": "yes"}, 'field `label`: expected true or false, got "yes"'),
     "label 1": ({**GOOD, "label": 1}, "field `label`: expected true or false, got 1 (write true)"),
     "label 0": ({**GOOD, "label": 0}, "field `label`: expected true or false, got 0 (write false)"),
+    "label twice": (
+        '{"prompt": "a", "completion": "b", "label": true, "label": false}',
+        "field `label`: stands twice in one object",
+    ),
+    "same label twice": (
+        '{"prompt": "a", "completion": "b", "label": true, "label": true}',
+        "field `label`: stands twice in one object",
+    ),
+    "content twice": (
+        '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "completion": "b", "label": true}',
+        "field `content`: stands twice in one object",
+    ),
+    "label of a pair": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "label": False},
+        "field `label`: a record has either a label or chosen and rejected, not both",
+    ),
+    "tools": ({**GOOD, "tools": [{"type": "function"}]}, "field `tools`: tools are not supported"),
+    "tools as text": ({**GOOD, "tools": '[{"type": "function"}]'}, "field `tools`: tools are not supported"),
+    "tool calls": (
+        {**GOOD, "completion": [{**BLUE, "tool_calls": [TOOL_CALL]}]},
+        "field `completion[0].tool_calls`: not supported, and without it the message is another one",
+    ),
+    "tool call in the prompt": (
+        {**GOOD, "prompt": [USER, {**BLUE, "content": None, "tool_calls": [TOOL_CALL]}, USER]},
+        "field `prompt[1].tool_calls`: not supported",
+    ),
+    "call of a function": (
+        {"prompt": "a", "chosen": [{**BLUE, "function_call": {"name": "f"}}], "rejected": [GREEN]},
+        "field `chosen[0].function_call`: not supported",
+    ),
+    "reasoning": (
+        {**GOOD, "completion": [{**BLUE, "reasoning_content": "Hm."}]},
+        "field `completion[0].reasoning_content`: not supported",
+    ),
+    "role of a tool": (
+        {**GOOD, "prompt": [{"role": "tool", "content": "1 m"}]},
+        'field `prompt[0].role`: expected one of system, user, assistant, got "tool"',
+    ),
+    "image": (
+        {**GOOD, "prompt": [{"role": "user", "content": [*PARTS, {"type": "image_url", "image_url": {"url": "x"}}]}]},
+        'field `prompt[0].content[2].type`: expected "text", got "image_url"',
+    ),
+    "no parts": ({**GOOD, "prompt": [{"role": "user", "content": []}]}, "field `prompt[0].content`: empty"),
+    "part without text": (
+        {**GOOD, "prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+        "field `prompt[0].content[0].text`: expected a string, got null",
+    ),
+    "part type": (
+        {**GOOD, "prompt": [{"role": "user", "content": ["a"]}]},
+        'field `prompt[0].content[0]`: expected an object with type and text, got "a"',
+    ),
+    "messages as Python prints them": (
+        {**GOOD, "prompt": "[{'role': 'user', 'content': 'a'}]"},
+        "field `prompt`: messages as text, \"[{'role': 'user', 'content': 'a'}]\"; write a list of objects",
+    ),
+    "messages as NumPy prints them": (
+        {**GOOD, "completion": "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]"},
+        "field `completion`: messages as text",
+    ),
+    "messages as arrays": (
+        {**GOOD, "prompt": "array([{'content': 'a', 'role': 'user'}], dtype=object)"},
+        "field `prompt`: messages as text",
+    ),
+    "one message as text": ({**GOOD, "prompt": json.dumps(USER)}, "field `prompt`: messages as text"),
+    "wrong role in JSON text": (
+        {**GOOD, "prompt": json.dumps([{**USER, "role": "human"}])},
+        "field `prompt[0].role`: expected one of system, user, assistant",
+    ),
+    "deep label": ('{"label": ' + "[" * 900 + "]" * 900 + "}", "field `prompt`: missing"),
     "id type": ({**GOOD, "id": 1.5}, "field `id`: expected a string or an integer, got 1.5"),
     "id bool": ({**GOOD, "id": True}, "field `id`: expected a string or an integer, got true"),
     "empty id": ({**GOOD, "id": ""}, 'field `id`: expected a string or an integer, got ""'),
