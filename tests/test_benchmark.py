@@ -143,7 +143,7 @@ def test_a_disagreement_is_marked_and_no_traceback(arguments, tmp_path, capsys, 
     """The times are printed; the summary and the page say that they are of different work."""
     same = {"elbo": [1.0] * 12, "rewards": [1.0] * 12, "loss": 0.5, "grad_norm": 1.0, "peak_bytes": 1, "flops": 1.0}
 
-    class Worker:
+    class Worker(measure.Worker):
         def __init__(self, *command, setting):
             self.ready = {"jax": "0"}
             self.wrong = 0.1 if command[-1] == str(measure.PEER) else 0.0
@@ -175,7 +175,7 @@ def test_a_worker_that_stops_is_one_line(tmp_path):
         worker.ask(do="peak")
 
 
-@pytest.mark.parametrize(("memory", "layers"), [(80e9, 6), (150e9, 17), (1e9, 1), (1e15, 32)])
+@pytest.mark.parametrize(("memory", "layers"), [(80e9, 7), (150e9, 22), (1e9, 1), (1e15, 32)])
 def test_layers_that_fit(monkeypatch, memory, layers):
     device = type("Device", (), {"memory_stats": lambda _: {"bytes_limit": memory}})()
     monkeypatch.setattr(fit.jax, "local_devices", lambda: [device])

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id, writes_special_tokens
+from elbo_kto_jax.text.pairs import whole_pairs
 from elbo_kto_jax.text.records import Message, Record, read_records
 
 _RARE = 0.05  # share of a label below which a warning says so: most batches of 8 have none then
@@ -82,6 +83,7 @@ def load_examples(
     needs_label: bool,
     skip_bad: bool,
     progress: bool,
+    needs_pairs: bool = False,
     flag: str = "--config.data.train",
     prompts: int = 0,
 ) -> Examples:
@@ -90,6 +92,9 @@ def load_examples(
     Rows without a token to score (an empty completion, or a prompt that fills max_length) are dropped first. Of the
     rest, round(fraction * count) rows of each label are kept, in their order; which ones depends on the seed and on
     their position among the rows of that label only, and a smaller fraction keeps a subset of a larger one.
+
+    With `needs_pairs`, examples 2p and 2p + 1 are the chosen and the rejected half of pair p. Pairs of which one half
+    would be dropped are dropped. The two fractions are equal then, and keep the same pairs.
 
     Args:
       path: see `read_records`.
@@ -103,6 +108,7 @@ def load_examples(
       needs_label: refuse records without a label; otherwise they count as desirable.
       skip_bad: see `read_records`.
       progress: show a bar on stderr.
+      needs_pairs: see above.
       flag: the command-line flag that gave `path`, for messages.
       prompts: of how many examples, the first ones, the prompts are kept.
 
@@ -118,19 +124,21 @@ def load_examples(
         "eot_id": find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
     }
     encoded = _encode(tokenizer, source.records, settings, progress)
-    rows = [row for row in zip(source.records, encoded, strict=True) if row[1].completion_length > 0]
+    rows, notes = list(zip(source.records, encoded, strict=True)), []
+    if needs_pairs:
+        rows, notes = whole_pairs(rows, flag, path)
+    rows = [row for row in rows if row[1].completion_length > 0]
     is_desirable = np.array([record.label is not False for record, _ in rows], np.bool_)
     kept = np.zeros(len(rows), np.bool_)
     for label, fraction in ((True, desirable_fraction), (False, undesirable_fraction)):
         positions = np.flatnonzero(is_desirable == label)
-        kept[positions[_subset(len(positions), fraction, seed, label)]] = True
+        kept[positions[_subset(len(positions), fraction, seed, label and not needs_pairs)]] = True
     if not kept.any():
         raise UserError(
             f"{flag}: no example is left of the {len(source.records)} records in {path}: {len(rows)} have a completion "
             f"token within --config.data.max_length {max_length}, and the fractions of the two labels keep 0 of these"
         )
     rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    notes = []
     num_special = sum(writes_special_tokens(tokenizer, source.records))
     if num_special:
         reading = "text" if exact_window else "those tokens, as by the authors (config.data.packing=True: as text)"

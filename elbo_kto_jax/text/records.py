@@ -12,7 +12,7 @@ Forms of a record (a JSON object or a Parquet row; null means absent):
 P is a string or a non-empty list of {"role", "content"} messages; C is a string or a list of one assistant message.
 A content is a string or a list of parts {"type": "text", "text"}, whose texts are joined. Messages may be written as
 JSON text. Completions may be empty strings here: such rows are read, and dropped and counted where they are tokenised.
-A pair becomes two unpaired records, chosen (label true) before rejected (label false).
+A pair becomes two records, chosen (label true) before rejected (label false), which keep their link.
 
 What else a record has is left out, and its name logged with the number of records, unless the answer or the prompt is
 not what was said without it: tools and calls of tools, reasoning, images and other parts are refused, and so is a name
@@ -70,6 +70,7 @@ class Record:
       completion: a list of one assistant message, plain text, or None where it was neither given nor needed.
       label: True desirable, False undesirable, None where it was neither given nor needed.
       where: "FILE:LINE" (of a Parquet file: "FILE:ROW"), counted from 1.
+      pair: what only the two halves of a pair have in common; empty for a record that is none.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Record:
     completion: list[Message] | str | None
     label: bool | None
     where: str
+    pair: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,15 +217,16 @@ def _parse(row: dict[str, Any], stem: str, needs: tuple[str, ...], where: str) -
     if row.get("tools") not in (*_EMPTY, "[]", "null"):
         raise BadRecordError("field `tools`: tools are not supported")
     record_id = _parse_id(row.get("id"))
+    pair = ""
     if record_id and stem in _LABEL_OF_STEM:
-        record_id = f"{stem}-{record_id}"
+        pair, record_id = f"id {record_id}", f"{stem}-{record_id}"
     if row.get("chosen") is not None or row.get("rejected") is not None:
         prompt, chosen, rejected = _parse_pair(row)
         if "completion" not in needs:
             return [Record(record_id, prompt, None, None, where)]
         return [
-            Record(record_id and f"{record_id}-chosen", prompt, chosen, True, where),
-            Record(record_id and f"{record_id}-rejected", prompt, rejected, False, where),
+            Record(record_id and f"{record_id}-chosen", prompt, chosen, True, where, where),
+            Record(record_id and f"{record_id}-rejected", prompt, rejected, False, where, where),
         ]
     prompt = _parse_prompt(_required(row, "prompt"))
     completion, label = row.get("completion"), _parse_label(row.get("label"))
@@ -233,7 +236,7 @@ def _parse(row: dict[str, Any], stem: str, needs: tuple[str, ...], where: str) -
         completion = _parse_completion(_required(row, "completion"), "completion")
     if label is None and "label" in needs:
         raise BadRecordError("field `label`: missing; expected true or false")
-    return [Record(record_id, prompt, completion, label, where)]
+    return [Record(record_id, prompt, completion, label, where, pair)]
 
 
 def _required(row: dict[str, Any], name: str) -> Any:

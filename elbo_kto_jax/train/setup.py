@@ -168,6 +168,11 @@ def prepare(
             f"config.train.global_batch_size: {config.train.global_batch_size} completions are no whole pairs, which "
             f"{config.objective.name} needs; choose an even number"
         )
+    if needs.pairs and config.data.desirable_fraction != config.data.undesirable_fraction:
+        raise UserError(
+            f"config.data.desirable_fraction: {config.data.desirable_fraction} is not undesirable_fraction "
+            f"{config.data.undesirable_fraction}; pairs stay whole for {config.objective.name}, so set both alike"
+        )
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
     mesh = rules.make_mesh(config.mesh)
@@ -193,6 +198,7 @@ def prepare(
             undesirable_fraction=undesirable_fraction,
             seed=config.seed,
             needs_label=needs.labels,
+            needs_pairs=needs.pairs,
             skip_bad=skip_bad,
             progress=True,
             flag=flag,

@@ -45,9 +45,13 @@ def analysis(*, n=40, repeats=400, objective=KTO, noise=None, seed=0, schemes=("
     record = np.repeat(np.arange(n), 60)
     count = rng.integers(1, 7, len(record))
     ones = {s: np.ones(n) for s in settings}
+    size = len(objectives.build(objective).contrast)  # gradients are of units
+    first, second, product, ones_of_units = (
+        {s: x[: n // size] for s, x in of.items()} for of in (first, second, product, {s: np.ones(n) for s in settings})
+    )
     return Analysis(
         Values(policy, reference, record, count, rng.normal(scale=count), rng.normal(size=len(record)), ones, 7),
-        Gradients(["a", "b"], first, second, product, ones, record, count, 1.0 * count),
+        Gradients(["a", "b"], first, second, product, ones_of_units, record, count, 1.0 * count),
         objective=objectives.build(objective),
         length=np.full(n, 6),
         is_desirable=np.arange(n) % 2 == 0,
@@ -98,15 +102,20 @@ def test_variances(draws):
         assert holds(row["elbo_bias"], 0)
 
 
-@pytest.mark.parametrize("mode", ["global_mean", "zero"])
-def test_bias_and_variance_of_the_loss(mode):
+@pytest.mark.parametrize(
+    ("name", "mode"), [("elbo_kto", "global_mean"), ("elbo_kto", "zero"), ("elbo_dpo", "zero")], ids=str
+)
+def test_bias_and_variance_of_the_loss(name, mode):
     """Against the loss itself: its mean over many batches less its value without noise, and its variance."""
-    objective = config.Objective("elbo_kto", 0.5, 1.2, 0.8, mode, 0.0)
+    objective = config.Objective(name, 0.5, 1.2, 0.8, mode, 0.1)
     found = analysis(objective=objective, repeats=2000)
     desirable = found.is_desirable[:, None]
     weight = np.where(desirable, 1.2, 0.8)
 
     def loss(reward):
+        if name == "elbo_dpo":
+            p = sigmoid(0.5 * (reward[::2] - reward[1::2]))
+            return np.mean(-0.9 * np.log(p) - 0.1 * np.log(1 - p), axis=0)
         z0 = reward.mean(axis=0) if mode == "global_mean" else 0.0
         return np.mean(weight * sigmoid(np.where(desirable, -1, 1) * 0.5 * (reward - z0)), axis=0)
 
@@ -124,7 +133,7 @@ def test_bias_and_variance_of_the_loss(mode):
 def test_gradients():
     """Slopes of the loss scale the gradient of B_hat; without noise in r they are those of the loss without noise."""
     found = analysis(noise={"uniform": 1e-9, "balanced": 1e-9}, n=300, repeats=3)
-    slope = 0.5 * found._value(found.many_logit, 1)
+    slope = 0.5 * found._value(found.many_margin[:, None], 1)
     for row in found.rows():
         assert row["gradient_signal"]["value"] == pytest.approx(np.mean(slope**2 * 30) / 8, rel=0.2)
         assert row["gradient_variance"]["value"] < 1e-7

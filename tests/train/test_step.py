@@ -200,21 +200,29 @@ def plain_kto_loss(estimates, reference, label, objective):
     return jnp.mean(weight - weight * jax.nn.sigmoid(score))
 
 
+def plain_dpo_loss(estimates, reference, objective):
+    reward = estimates.mean(axis=1) - reference.mean(axis=1)
+    return jnp.mean(-jax.nn.log_sigmoid(objective.beta * (reward[::2] - reward[1::2])))
+
+
 @pytest.mark.parametrize(
     ("objective", "scheme", "batch_size", "dtype"),
     [
         (tiny.KTO, "uniform", 5, "float32"),  # 3 examples in a batch of 5: the last of an epoch
+        (tiny.DPO, "uniform", 6, "float32"),  # 2 pairs in a batch of 3
+        (tiny.DPO, "balanced", 4, "float32"),
         (config.Objective("elbo_kto", 0.3, 0.5, 2.0, "zero", 0.0), "bernoulli", 3, "float32"),
         (tiny.SFT, "complementary", 5, "float32"),
         (tiny.SFT, "complementary", 5, "bfloat16"),
     ],
 )
 def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size, dtype):
-    examples, estimator = tiny.examples(3), config.Estimator(3, scheme)
-    params, reference = tiny.params(0), tiny.params(1)
-    data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=batch_size, seed=0)
+    pairs = objective.name == "elbo_dpo"
+    num, estimator = (4, config.Estimator(2, scheme)) if pairs else (3, config.Estimator(3, scheme))
+    examples, params, reference = tiny.examples(num), tiny.params(0), tiny.params(1)
+    data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=batch_size, seed=0, group=1 + pairs)
     indices = data.indices(0)
-    assert len(indices) == 3
+    assert len(indices) == num
 
     @jax.jit
     @jax.value_and_grad
@@ -223,6 +231,8 @@ def test_gradient_is_autodiff_of_the_whole_loss(objective, scheme, batch_size, d
         if objective.name == "sft":
             return -jnp.mean(estimates.mean(axis=1) / examples.completion_length[indices])
         other = tiny.plain_estimates(reference, examples, indices, estimator, seed=0)
+        if pairs:
+            return plain_dpo_loss(estimates, other, objective)
         return plain_kto_loss(estimates, other, examples.is_desirable[indices], objective)
 
     loss, expected = plain(params)
@@ -266,7 +276,14 @@ def test_reference_point_is_the_mean_over_the_global_batch(rows, batch_size):
 
 
 def trajectory(
-    sizes: config.Mesh, rows: int, *, steps: int = 3, num: int = 4, draws: int = 2, one_pass_microbatches: int = 1
+    sizes: config.Mesh,
+    rows: int,
+    *,
+    steps: int = 3,
+    num: int = 4,
+    draws: int = 2,
+    one_pass_microbatches: int = 1,
+    objective: config.Objective = tiny.KTO,
 ):
     """Losses, gradient norms and total update of a few AdamW steps, and the number of micro-batches."""
     start = tiny.params(0)
@@ -277,7 +294,7 @@ def trajectory(
         tx,
         num_examples=num,
         draws=draws,
-        objective=tiny.KTO,
+        objective=objective,
         sizes=sizes,
         one_pass_microbatches=one_pass_microbatches,
     )
@@ -287,6 +304,7 @@ def trajectory(
         estimator=config.Estimator(draws, "uniform"),
         batch_size=num,
         seed=0,
+        group=2 if objective.name == "elbo_dpo" else 1,
     )
     found, counts = [], set()
     for t in range(steps):
@@ -294,23 +312,26 @@ def trajectory(
         counts.add(len(batch.micro_batches))
         reference = scored(programs, jax.tree.map(jnp.array, tiny.params(1)), batch)
         state, metrics = step.train_step(programs, state, batch, reference)
-        found.append([float(metrics[name]) for name in ("loss", "grad_norm", "reward_margin", "reference_point")])
+        names = ("loss", "grad_norm", "reward_margin", "reward_desirable")
+        found.append([float(metrics[name]) for name in names])
     return np.array(found), jax.device_get(tree_difference(jax.device_get(state.params), start)), counts
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """The trajectory on one device with one micro-batch per step."""
-    metrics, update, counts = trajectory(ONE_DEVICE, rows=8)
+@pytest.fixture(scope="module", params=[tiny.KTO, tiny.DPO], ids=lambda objective: objective.name)
+def whole(request):
+    """The trajectory on one device with one micro-batch per step, and its objective."""
+    metrics, update, counts = trajectory(ONE_DEVICE, rows=8, objective=request.param)
     assert counts == {1}
-    return metrics, update
+    return metrics, update, request.param
 
 
 @pytest.mark.parametrize(("micro_batches", "one_pass_microbatches"), [(2, 1), (4, 1), (2, 2), (4, 4)])
 def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, one_pass_microbatches):
     """In two passes or in one."""
     rows = 8 // micro_batches
-    metrics, update, counts = trajectory(ONE_DEVICE, rows, one_pass_microbatches=one_pass_microbatches)
+    metrics, update, counts = trajectory(
+        ONE_DEVICE, rows, one_pass_microbatches=one_pass_microbatches, objective=whole[2]
+    )
     assert counts == {micro_batches}
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
@@ -320,31 +341,35 @@ def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, o
     "sizes", [config.Mesh(8, 1, 1), config.Mesh(1, 8, 1), config.Mesh(1, 4, 2), config.Mesh(2, 2, 2)], ids=str
 )
 def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
-    metrics, update, _ = trajectory(sizes, rows=8)
+    metrics, update, _ = trajectory(sizes, rows=8, objective=whole[2])
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
 
 
 @pytest.mark.parametrize(
-    ("sizes", "objective"), [(ONE_DEVICE, tiny.KTO), (ONE_DEVICE, tiny.SFT), (config.Mesh(2, 2, 2), tiny.KTO)]
+    ("sizes", "objective"),
+    [(ONE_DEVICE, tiny.KTO), (ONE_DEVICE, tiny.SFT), (ONE_DEVICE, tiny.DPO), (config.Mesh(2, 2, 2), tiny.KTO)],
 )
 def test_one_pass_over_several_micro_batches_gives_what_two_give(sizes, objective):
-    estimator = config.Estimator(3, "uniform")
-    data = TrainingData(tiny.examples(5), tiny.layout(4, False), estimator=estimator, batch_size=5, seed=0)
-    batch, reference = data.batch(0), np.random.default_rng(0).normal(-50, 3, 15).astype(np.float32)
-    assert len(batch.micro_batches) == 4
+    estimator, group = config.Estimator(3, "uniform"), 2 if objective.name == "elbo_dpo" else 1
+    size = 4 + group % 2
+    data = TrainingData(
+        tiny.examples(size), tiny.layout(4, False), estimator=estimator, batch_size=size, seed=0, group=group
+    )
+    batch, reference = data.batch(0), np.random.default_rng(0).normal(-50, 3, 3 * size).astype(np.float32)
+    assert len(batch.micro_batches) == size - 1
     (two_passes, expected), (one_pass, found) = (
         gradient_and_metrics(
             tiny.model(),
             tiny.params(0),
-            reference if objective.name == "elbo_kto" else None,
+            None if objective.name == "sft" else reference,
             batch,
             objective=objective,
             draws=3,
             sizes=sizes,
             one_pass_microbatches=most,
         )
-        for most in (3, 4)
+        for most in (size - 2, size - 1)
     )
     assert found.keys() == expected.keys()
     for name in expected:
