@@ -6,11 +6,10 @@ allocated or looped over that a number in a file alone asks for.
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ModelConfig:
             if not is_number or not 0 <= value <= _LARGEST[key] or value != kind(value):
                 raise UserError(
                     f"{where}: `{key}`: expected a positive {kind.__name__} of at most {_LARGEST[key]:g}, "
-                    f"got {_shown(value)}"
+                    f"got {shown(value)}"
                 )
             return kind(value)
 
@@ -178,12 +177,12 @@ def _refuse_unsupported(mapping: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: expected a JSON object with the keys of a LLaDA config.json")
     _refuse_experts(mapping, where)
     if mapping.get("model_type") != "llada":
-        raise UserError(f"{where}: `model_type`: expected 'llada', got {_shown(mapping.get('model_type'))}")
+        raise UserError(f"{where}: `model_type`: expected 'llada', got {shown(mapping.get('model_type'))}")
     for key, allowed in _REQUIRED.items():
         value = mapping.get(key, _CLASS_DEFAULTS.get(key, allowed[0]))
         if value not in allowed or (isinstance(value, bool) != isinstance(allowed[0], bool)):
             raise UserError(
-                f"{where}: `{key}`: {_shown(value)} is not implemented; only {allowed[0]!r} is"
+                f"{where}: `{key}`: {shown(value)} is not implemented; only {allowed[0]!r} is"
                 if key in mapping
                 else f"{where}: `{key}` is missing, which means {value!r} and is not implemented; only {allowed[0]!r} "
                 "is; is this the config.json of a LLaDA checkpoint?"
@@ -193,7 +192,7 @@ def _refuse_unsupported(mapping: Mapping[str, Any], where: str) -> None:
         is_known = key in known or key.startswith(_BOOKKEEPING_PREFIXES)
         if not is_known and value not in (None, False, 0, "", [], {}):
             raise UserError(
-                f"{where}: `{_shown(key)[1:-1]}`: {_shown(value)} switches on something that is not known here; "
+                f"{where}: `{shown(key)[1:-1]}`: {shown(value)} switches on something that is not known here; "
                 "remove the key if it changes nothing"
             )
     if mapping.get("tie_word_embeddings"):
@@ -212,15 +211,6 @@ def _refuse_experts(mapping: Mapping[str, Any], where: str) -> None:
     found += ["model_type"] if "moe" in kind.lower() else []
     if found:
         raise UserError(
-            f"{where}: `{found[0]}`: {_shown(mapping[found[0]])}: this is LLaDA-MoE, a mixture of experts, which is "
+            f"{where}: `{found[0]}`: {shown(mapping[found[0]])}: this is LLaDA-MoE, a mixture of experts, which is "
             "not supported; choose a LLaDA with dense layers, such as LLaDA-8B"
         )
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-
-
-def _shown(value: Any) -> str:
-    """A value from a file as it stands in a message: on one line, cut where it is long, flat where it is deep."""
-    return _REPR.repr(value)
