@@ -25,7 +25,33 @@ def statuses(output: str) -> list[int]:
     return [int(part.split()[0]) for part in output.split("rc=")[1:]]
 
 
-CASES: dict[str, Callable[[str], bool]] = {}
+def names_the_mixture_of_experts(output: str) -> bool:
+    return statuses(output) == [2] and "num_experts" in output and "LLaDA-MoE" in output and "activation" not in output
+
+
+def exports_the_dtype_that_it_names(output: str) -> bool:
+    """The last two lines: what config.json says, and what the header of the safetensors file says."""
+    *_, said, stored = output.splitlines()
+    return (said, stored) in (
+        ('"torch_dtype": "float32"', '"dtype":"F32"'),
+        ('"torch_dtype": "bfloat16"', '"dtype":"BF16"'),
+    )
+
+
+def finds_the_folders_equal(output: str) -> bool:
+    return statuses(output) == [0] and '"equal": true' in output
+
+
+def succeeds(output: str) -> bool:
+    return statuses(output) == [0]
+
+
+CASES: dict[str, Callable[[str], bool]] = {
+    "config_bookkeeping": succeeds,
+    "config_moe": names_the_mixture_of_experts,
+    "export_dtype": exports_the_dtype_that_it_names,
+    "verify_published": finds_the_folders_equal,
+}
 
 
 def names() -> list[str]:
