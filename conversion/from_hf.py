@@ -10,6 +10,7 @@ import jax
 
 from elbo_kto_jax import cli, lock
 from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.errors import UserError
 
 
 def main(argv: list[str]) -> dict:
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--source", required=True, help="folder of safetensors, or a Hugging Face hub id")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of every parameter (default: as stored)"
+        "--dtype", choices=huggingface.DTYPE_NAMES, help="dtype of every parameter (default: as stored)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
     flags, _ = parser.parse(argv)
@@ -28,6 +29,11 @@ def main(argv: list[str]) -> dict:
     store.check_destination(flags.out, flags.overwrite, store.is_checkpoint)  # before minutes of reading
     with lock.beside(flags.out, "--out"):
         source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+        if flags.dtype and any(leaf.dtype.name != flags.dtype for leaf in source.leaves.values()):
+            raise UserError(
+                f"--dtype={flags.dtype}: --source={flags.source} is a converted checkpoint and is copied as it is "
+                "stored; leave --dtype out, or give it to conversion.to_hf"
+            )
         store.save_model(flags.out, source, flags.overwrite)
     return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 

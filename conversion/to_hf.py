@@ -1,5 +1,7 @@
 """python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors.
 
+Tensors keep the dtype in which they are stored, so that nothing is lost, or get that of --dtype; where the config.json
+of the model that was converted or trained says another one, DIR's says what its tensors are.
 Pieces of tensors go from file to file, so that memory does not grow with the model. DIR appears when it is whole: an
 interrupted conversion leaves a folder .DIR.*.partial without a config.json, and the same command starts again.
 """
@@ -10,10 +12,10 @@ import time
 from pathlib import Path
 
 import jax
+from jax.typing import DTypeLike
 
 from elbo_kto_jax import cli, lock
 from elbo_kto_jax.checkpoint import huggingface, names, store
-from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.digest import Digest
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -24,6 +26,7 @@ def main(argv: list[str]) -> dict:
     parser = cli.Flags("conversion.to_hf", "Converts a checkpoint of ours into the published form.")
     parser.add_argument("--source", required=True, help="converted checkpoint, step of a training run or its workdir")
     parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=huggingface.DTYPE_NAMES, help="of every tensor (default: as stored)")
     parser.add_argument(
         "--shard-size", type=shard_size, default="5GB", help="bytes per file: a number and KB, MB or GB (default: 5GB)"
     )
@@ -35,30 +38,33 @@ def main(argv: list[str]) -> dict:
     out = Path(flags.out)
     with lock.beside(out, "--out"):
         store.check_destination(out, flags.overwrite, huggingface.is_published)
-        source = store.open_source(flags.source, flag="--source")
-        write(out, source, flags.shard_size)
-    return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
+        source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+        size = write(out, source, flags.shard_size, flags.dtype)
+    return {"tensors": len(source.published()), "bytes": size, "seconds": time.monotonic() - started}
 
 
-def write(out: Path, source: store.Source, shard_size: int) -> None:
-    """Writes a model in its published form, replacing `out` at the end.
+def write(out: Path, source: store.Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
+    """Writes a model in its published form, replacing `out` at the end, and returns the bytes of its tensors.
 
     Args:
       shard_size: most bytes of tensors in one file.
+      dtype: of every tensor; None: as `source` has it.
 
     Raises:
-      UserError: what was read is not what was saved; `out` is as it was.
+      UserError: what was read is not what was saved, or a value is too large for `dtype`; `out` is as it was.
     """
     tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
-    buffers = Buffers(4)  # two pieces: one is written while the next one is read
+    structs = source.published(dtype)
+    buffers = source.buffers(2, published=True)  # one is written while the next one is read
     huggingface.write_folder(
         out,
-        source.assets,
-        source.published(),
-        lambda name: source.published_pieces(tensors[name], buffers, digest),
+        huggingface.with_dtype(source.assets, structs),
+        structs,
+        lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,
         check=lambda: source.check(digest),
     )
+    return sum(struct.size * struct.dtype.itemsize for struct in structs.values())
 
 
 def shard_size(text: str) -> int:

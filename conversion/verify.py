@@ -37,7 +37,7 @@ def main(argv: list[str]) -> dict:
     source, checkpoint = huggingface.open_folder(Path(folder)), store.open_source(flags.checkpoint, flag="--checkpoint")
     theirs, ours = names.published_tensors(source.config), names.published_tensors(checkpoint.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
-    buffers, different = Buffers(2), 0
+    buffers, different = checkpoint.buffers(1, published=True), 0
     for name in tqdm(every, desc="comparing", unit="tensor", disable=None, leave=False):
         difference = "not in the source"
         if name in theirs:

@@ -1,4 +1,10 @@
-"""The two ways in which a command ends early on purpose; whatever else is raised is a bug or the machine's fault."""
+"""The two ways in which a command ends early on purpose; whatever else is raised is a bug or the machine's fault.
+
+And how values from files stand in their messages.
+"""
+
+import reprlib
+from typing import Any
 
 from elbo_kto_jax import terminal
 
@@ -15,3 +21,12 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """A signal asked the command to stop and its work is saved: exit status 75; the same command goes on."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """A value in Python's notation: on one line, cut where it is long, flat where it is deep."""
+    return _REPR.repr(value)

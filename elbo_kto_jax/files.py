@@ -47,6 +47,18 @@ def _strict(x: Any) -> Any:
     return _strict(x.item()) if hasattr(x, "item") else x
 
 
+def from_json(text: str | bytes) -> Any:
+    """What the JSON says.
+
+    Raises:
+      ValueError: it is not JSON, or nested or long beyond what Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items; the next one is made in a thread while the present one is used."""
     end = object()

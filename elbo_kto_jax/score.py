@@ -81,6 +81,7 @@ def score_records(
         for i in range(len(examples)):
             segments, weight = exact_segments(examples, i)
             values = estimates(pack(segments, data.layout))[: len(weight)]
+            _check_finite(values, options.checkpoint, examples.ids[i])
             bar.update()
             yield _result(examples, i, float(np.sum(weight * values)), 0.0)
         return
@@ -88,6 +89,7 @@ def score_records(
         micro_batches = data.micro_batches(np.arange(start, min(start + size, len(examples))))
         for i, row in enumerate(estimates(micro_batches).reshape(size, draws)[: len(examples) - start], start):
             bar.update()
+            _check_finite(row, options.checkpoint, examples.ids[i])
             stderr = float(np.std(row, ddof=1) / np.sqrt(draws)) if draws > 1 else None
             yield _result(examples, i, float(np.mean(row)), stderr)
 
@@ -96,6 +98,15 @@ def exact_segments(examples: Examples, i: int) -> tuple[list[Segment], np.ndarra
     """Every mask of example i as a segment of weight 1, and the weights whose sum with the results is the ELBO."""
     masks = all_masks(int(examples.completion_length[i]))
     return [segment_of(examples, i, mask, 1.0, m) for m, mask in enumerate(masks)], exact_weights(masks)
+
+
+def _check_finite(values: np.ndarray, checkpoint: str, record: str) -> None:
+    """Checks the ELBOs of a record under single masks; the weights are finite, or they would not have been loaded."""
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"--checkpoint={checkpoint}: the ELBO of record {record!r} is NaN or infinite: numbers overflow; "
+            "its weights are damaged, or config.model.dtype has no numbers as large (float16: choose bfloat16)"
+        )
 
 
 def _result(examples: Examples, i: int, elbo: float, stderr: float | None) -> dict:

@@ -45,13 +45,15 @@ def write_published(
     dtype: str = "float32",
     shards: int = 2,
     bits: bool = False,
+    finite: bool = True,
     edit: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes a published checkpoint and returns its tensors.
 
     Args:
       shards: number of safetensors files; 1: one file without an index.
-      bits: random bits (NaNs and infinities among them) instead of Gaussian values; each tensor starts with -0.0.
+      bits: random bits instead of Gaussian values; each tensor starts with -0.0.
+      finite: no NaNs and infinities among them.
       edit: changes the dictionary of tensors before it is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,11 @@ def write_published(
     for name, tensor in names.published_tensors(ModelConfig.from_hf(CONFIG, "test")).items():
         if bits:
             word = np.dtype(f"uint{8 * np.dtype(DTYPES[dtype]).itemsize}")
-            values = rng.integers(0, np.iinfo(word).max, tensor.shape, word, endpoint=True).view(DTYPES[dtype])
+            words = rng.integers(0, np.iinfo(word).max, tensor.shape, word, endpoint=True)
+            infinity = np.array(np.inf, DTYPES[dtype]).view(word)
+            if finite:
+                words[words & infinity == infinity] &= ~infinity
+            values = words.view(DTYPES[dtype])
             values[(0,) * values.ndim] = -0.0
         else:
             values = rng.normal(size=tensor.shape).astype(DTYPES[dtype])
@@ -91,3 +97,10 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal shape, dtype and bits: NaNs compare by their bits, and -0.0 is not 0.0."""
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def write_version_1(manifest: Path, *missing: str) -> None:
+    """Makes the manifest.json of a checkpoint one of the first version, which had no checksum, without those keys."""
+    said = json.loads(manifest.read_text())
+    said = {key: value for key, value in said.items() if key not in ("checksum", *missing)}
+    manifest.write_text(json.dumps({**said, "version": 1}))

@@ -16,8 +16,8 @@ class Buffers:
     """Arrays in a few blocks of memory by turns, which grow to the largest array."""
 
     def __init__(self, count: int):
-        """`count`: how many of the latest arrays are valid at a time."""
-        self._blocks = [np.empty(0, np.uint8)] * count
+        """`count`: how many of the latest arrays are valid at a time; see `store.Source.buffers`."""
+        self._blocks = [np.empty(0, np.uint8)] * max(1, count)
         self._turn = 0
 
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

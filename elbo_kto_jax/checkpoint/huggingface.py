@@ -5,6 +5,7 @@ then read slice by slice, so that each process of a mesh reads only what it owns
 in memory unless it is small.
 """
 
+import collections
 import dataclasses
 import functools
 import glob
@@ -24,8 +25,9 @@ from tqdm import tqdm
 
 from elbo_kto_jax.checkpoint import names
 from elbo_kto_jax.checkpoint.buffers import Buffers
+from elbo_kto_jax.checkpoint.finite import check_finite
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import ahead, writing
+from elbo_kto_jax.files import ahead, from_json, writing
 from elbo_kto_jax.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
+_DTYPE_KEYS = ("torch_dtype", "dtype")  # of config.json: transformers 4 and 5
 
 # What a checkpoint carries besides its weights: the configuration, the tokenizer, and the Python files to which the
 # `auto_map` of config.json points (copied so that an exported folder is complete; never executed here).
@@ -108,11 +112,7 @@ class HuggingFaceFolder:
         rows = zip(leaf.tensors[index[0]], out, strict=True) if leaf.stacked else [(leaf.tensors[0], out)]
         for name, row in rows:
             tensor = self.read(name, published_index, buffers)
-            tensor = tensor.T if leaf.transposed else tensor
-            with np.errstate(over="ignore"):  # found below, for bfloat16 too, which sets no flag
-                names.copy(row, tensor)
-            if tensor.dtype != dtype and np.any(np.isinf(row) != np.isinf(tensor)):
-                raise UserError(f"{self.files[name]}: tensor {name}: a value is too large for {dtype}; choose bfloat16")
+            names.convert(row, tensor.T if leaf.transposed else tensor, f"{self.files[name]}: tensor {name}")
         return out
 
 
@@ -122,8 +122,30 @@ def is_published(folder: os.PathLike) -> bool:
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:
-    """The configuration and tokenizer files of a published folder, byte for byte."""
-    return {name: (folder / name).read_bytes() for name in _ASSETS if (folder / name).is_file()}
+    """The configuration and tokenizer files of a published folder, byte for byte.
+
+    Raises:
+      UserError: one is a link to a file of somebody else's.
+    """
+    found = [folder / name for name in _ASSETS if (folder / name).is_file()]
+    for file in found:
+        check_link(file, folder)
+    return {file.name: file.read_bytes() for file in found}
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Checks that a file of the checkpoint `folder` is not a link out of it: what it holds would be published with it.
+
+    In the hub's cache the files of snapshots/COMMIT are links to ../../blobs.
+
+    Raises:
+      UserError: it is one.
+    """
+    target, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs):
+        return
+    raise UserError(f"{file}: a link to {target}, outside of the checkpoint; it is not read: put a copy in its place")
 
 
 def parse_config(assets: Mapping[str, bytes], where: str) -> ModelConfig:
@@ -135,12 +157,29 @@ def parse_config(assets: Mapping[str, bytes], where: str) -> ModelConfig:
     if CONFIG_FILE not in assets:
         raise UserError(f"{where}: no such file; a LLaDA checkpoint needs its config.json")
     try:
-        mapping = json.loads(assets[CONFIG_FILE])
+        mapping = from_json(assets[CONFIG_FILE])
     except ValueError as error:
         raise UserError(f"{where}: not readable as JSON ({error}); download or copy the file again") from error
     if not isinstance(mapping, dict):
         raise UserError(f"{where}: expected a JSON object with the keys of a LLaDA config.json")
     return ModelConfig.from_hf(mapping, where)
+
+
+def with_dtype(assets: Mapping[str, bytes], tensors: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, bytes]:
+    """`assets` whose config.json names the dtype of `tensors` (of several: of the most bytes).
+
+    Where it names that one or none, it stays as it is, byte for byte.
+    """
+    mapping = from_json(assets[CONFIG_FILE])
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += tensor.size * tensor.dtype.itemsize
+    ((dtype, _),) = sizes.most_common(1)
+    named = [key for key in _DTYPE_KEYS if mapping.get(key) is not None]
+    if all(str(mapping[key]).removeprefix("torch.") == dtype for key in named):
+        return dict(assets)
+    mapping |= dict.fromkeys(named, dtype)
+    return {**assets, CONFIG_FILE: (json.dumps(mapping, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def download(hub_id: str, flag: str, weights: bool) -> Path:
@@ -225,7 +264,7 @@ def load_params(
       sharding_of: path of a leaf -> its sharding.
 
     Raises:
-      UserError: the layers of one leaf are stored in different dtypes and `dtype` is None.
+      UserError: a value is NaN or infinite, or layers of one leaf are stored in different dtypes and `dtype` is None.
     """
     params = {}
     leaves = names.parameter_leaves(folder.config)
@@ -233,6 +272,7 @@ def load_params(
         leaf_dtype = stored_dtype(folder, leaf) if dtype is None else dtype
         read = functools.partial(folder.read_leaf, leaf, dtype=leaf_dtype)
         params[path] = jax.make_array_from_callback(leaf.shape, sharding_of(path), read)
+        check_finite(params[path], [f"{folder.files[name]}: tensor {name}" for name in leaf.tensors])
     return names.unflatten(params)
 
 
@@ -368,7 +408,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             )
         raise UserError(f"{folder}: no weights; expected {SINGLE_FILE} or {INDEX_FILE} with the files that it lists")
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = from_json(index.read_bytes())["weight_map"]
         shards: dict[Path, set[str]] = {}
         for name, file_name in weight_map.items():
             if Path(file_name).name != file_name or file_name in ("", ".."):

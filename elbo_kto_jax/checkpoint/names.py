@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
 
 TreePath = tuple[str, ...]
@@ -123,7 +124,14 @@ def pieces(leaf: Leaf, layer: int) -> Iterator[Index]:
         yield (slice(layer, layer + 1), *index) if leaf.stacked else tuple(index)
 
 
-def copy(to: np.ndarray, tensor: np.ndarray) -> None:
-    """to[...] = tensor, also fast where one of them is transposed."""
-    for start in range(0, to.shape[-1], _BAND):
-        to[..., start : start + _BAND] = tensor[..., start : start + _BAND]
+def convert(to: np.ndarray, tensor: np.ndarray, where: str) -> None:
+    """to[...] = tensor in the dtype of `to`, also fast where one of them is transposed.
+
+    Raises:
+      UserError: a value of the tensor, which `where` names, is too large for that dtype.
+    """
+    with np.errstate(over="ignore"):  # found below, for bfloat16 too, which sets no flag
+        for start in range(0, to.shape[-1], _BAND):
+            to[..., start : start + _BAND] = tensor[..., start : start + _BAND]
+    if tensor.dtype != to.dtype and np.any(np.isinf(to) != np.isinf(tensor)):
+        raise UserError(f"{where}: a value is too large for {to.dtype}; choose float32 or bfloat16")

@@ -14,6 +14,9 @@ Where adapters are trained (model/lora.py), params/ are those alone, and the man
 As a model, such a checkpoint is its base with the adapters merged into it.
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
 manifest has a digest of its bits (checked after it was read), checksums of the assets and a copy of the progress.
+It ends with a checksum of itself, in which only the place of a base is left out, since a base may be moved. Manifests
+of version 1 had none: they are read, and what they say is checked for its form alone.
+Weights that are not finite are refused wherever they are loaded to compute with; conversions keep every bit.
 """
 
 import collections
@@ -45,8 +48,9 @@ from transformers import PreTrainedTokenizerFast
 from elbo_kto_jax.checkpoint import huggingface, names
 from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.digest import Digest, params_digest
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import ahead, check_writable, writing
+from elbo_kto_jax.checkpoint.finite import check_finite
+from elbo_kto_jax.errors import UserError, shown
+from elbo_kto_jax.files import ahead, check_writable, from_json, writing
 from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.sharding import rules
@@ -55,11 +59,13 @@ from elbo_kto_jax.text import foreign
 MANIFEST_FILE = "manifest.json"
 SIZES_FILE = "sizes.json"
 STEPS_FOLDER = "checkpoints"
-_FORMAT = {"format": "elbo_kto_jax", "version": 1}
+_FORMAT = "elbo_kto_jax"
+_VERSION = 2  # 1 had no checksum of the manifest
 # Largest sizes of a chunk of a converted model by logical axis: meshes split `model` most finely, 4096 up to 64 times
 # before two devices share a chunk. The others as long as the pieces in which conversions read, names.ROWS.
 _CHUNK = {"layers": 1, "model": 64}
 _CHUNK_BYTES = 2**26  # of a step of training, at most
+_LARGEST_ALPHA = 1e30  # in manifests without a checksum; float32 has no numbers beyond 3e38
 _REMEDY = "copy or convert the checkpoint again, or remove it to go on from an earlier step"
 
 
@@ -95,7 +101,9 @@ class Source:
     Attributes:
       config, assets, path: as in `Model` (there: `source`).
       leaves: shape and dtype of every parameter by its path.
-      read: (path of a leaf, index into it, Buffers or None) -> that piece, in memory of the former or new memory.
+      read: (path of a leaf, index into one layer of it, Buffers or None) -> that piece, in memory of the former or new
+        memory.
+      arrays_per_read: how many arrays of its Buffers a call of `read` takes, the one that it returns among them.
       digest: of the bits that were saved, where that is known.
     """
 
@@ -104,6 +112,7 @@ class Source:
     path: str
     leaves: Mapping[names.TreePath, jax.ShapeDtypeStruct]
     read: Callable[[names.TreePath, names.Index, Buffers | None], np.ndarray]
+    arrays_per_read: int
     digest: str | None = None
 
     @classmethod
@@ -112,33 +121,56 @@ class Source:
         params = {path: names.get(model.params, path) for path in names.parameter_leaves(model.config)}
         leaves = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in params.items()}
         read = lambda path, index, buffers: np.asarray(params[path][index])  # noqa: E731
-        return cls(model.config, model.assets, model.source, leaves, read)
+        return cls(model.config, model.assets, model.source, leaves, read, arrays_per_read=0)
 
     @property
     def nbytes(self) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
 
-    def published(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and dtype of every published tensor, in the order in which they are written."""
+    def published(self, dtype: DTypeLike | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype (of all: `dtype`, or None: as read) of every published tensor, in the order of writing."""
         tensors = names.published_tensors(self.config)
-        return {name: jax.ShapeDtypeStruct(t.shape, self.leaves[t.path].dtype) for name, t in tensors.items()}
+        return {
+            name: jax.ShapeDtypeStruct(t.shape, np.dtype(dtype or self.leaves[t.path].dtype))
+            for name, t in tensors.items()
+        }
+
+    def buffers(self, pieces: int, *, published: bool) -> Buffers:
+        """Memory in which that many of the latest pieces are valid at a time.
+
+        Args:
+          pieces: those in use, and the one that is read meanwhile.
+          published: they come from `published_pieces`; otherwise from `read`.
+        """
+        return Buffers(pieces * (self.arrays_per_read + published))
 
     def published_pieces(
-        self, tensor: names.PublishedTensor, buffers: Buffers, digest: Digest | None = None
+        self,
+        tensor: names.PublishedTensor,
+        buffers: Buffers,
+        digest: Digest | None = None,
+        dtype: DTypeLike | None = None,
     ) -> Iterator[np.ndarray]:
         """A published tensor, names.ROWS of its rows at a time; what is read is added to `digest`.
 
-        Each piece takes one or two of `buffers`.
+        Args:
+          buffers: from the method `buffers`.
+          dtype: of the pieces; None: as they are read.
+
+        Raises:
+          UserError: a value is too large for `dtype`.
         """
         leaf = names.parameter_leaves(self.config)[tensor.path]
+        dtype = self.leaves[tensor.path].dtype if dtype is None else np.dtype(dtype)
         for index in names.pieces(leaf, tensor.layer or 0):
             piece = self.read(tensor.path, index, buffers)
             if digest is not None:
                 digest.add(tensor.path, tuple(axis.start for axis in index), piece)
             piece = piece[0] if leaf.stacked else piece
-            if leaf.transposed:
-                rows = buffers.empty(piece.shape[::-1], piece.dtype)
-                names.copy(rows, piece.T)
+            piece = piece.T if leaf.transposed else piece
+            if leaf.transposed or piece.dtype != dtype:
+                rows = buffers.empty(piece.shape, dtype)
+                names.convert(rows, piece, f"{self.path}: tensor {leaf.tensors[tensor.layer or 0]}")
                 piece = rows
             yield piece
 
@@ -264,6 +296,8 @@ def load_model(
         for leaf_path, leaf in leaves.items()
     }
     params = _restore_tree(folder / "params", stored, names.unflatten(abstract))
+    for leaf_path, leaf in leaves.items():
+        check_finite(names.get(params, leaf_path), [f"{folder}: tensor {name}" for name in leaf.tensors])
     return Model(config, params, assets, str(folder))
 
 
@@ -292,12 +326,15 @@ def load_base(
     source = open_source(path, flag=flag)
     digest, params = Digest(source.leaves), {}
     for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
+        where = [f"{folder}: tensor {name}" for name in names.parameter_leaves(source.config)[leaf_path].tensors]
+        check_finite(leaf, where)
         group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
         if "kernel_scale" in group:
             converted = jax.jit(lora.quantize, out_shardings=to)(leaf)
         elif group[leaf_path[-1]].dtype != leaf.dtype:
             dtype = group[leaf_path[-1]].dtype
             converted = {leaf_path[-1]: jax.jit(lambda x, d=dtype: x.astype(d), out_shardings=leaf.sharding)(leaf)}
+            check_finite(converted[leaf_path[-1]], where)  # float16 has no large values
         else:
             converted = {leaf_path[-1]: leaf}
         params |= {(*leaf_path[:-1], name): jax.block_until_ready(value) for name, value in converted.items()}
@@ -358,10 +395,13 @@ def _load_merged(
     """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
     adaptation, stored = manifest.lora, manifest.trees["params"]
     try:
-        source = open_source(adaptation.base_path, flag="base")
+        base = locate(adaptation.base_path, "base", weights=True)
+        if is_checkpoint(base) and _read_manifest(base).lora is not None:
+            raise UserError(f"{base} holds adapters itself")  # its own folder, perhaps
+        source = open_source(base, flag="base")
     except UserError as error:
         raise UserError(
-            f"{folder}: holds adapters, whose base is not usable: {error}\n"
+            f"{folder}: holds adapters, whose base is not usable: {str(error).splitlines()[0]}\n"
             f"Put it there, or write where it is now into {folder / 'assets' / MANIFEST_FILE} (lora, base_path)"
         ) from error
     leaf_shapes = names.unflatten(dict(source.leaves))
@@ -386,6 +426,8 @@ def _load_merged(
             out_shardings=leaf.sharding,
         )
         params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
+        tensors = names.parameter_leaves(config)[path].tensors
+        check_finite(params[path], [f"{folder}: with its base {source.path}: tensor {name}" for name in tensors])
         del leaf
     if digest.hexdigest() != adaptation.base_digest:
         raise _other_base(folder, adaptation, source.path, digest.hexdigest())
@@ -420,7 +462,8 @@ def open_source(
     """Opens a model for reading piece by piece; see `load_model` for `path` and `flag`.
 
     Args:
-      dtype: dtype in which a published checkpoint is read; None keeps the stored ones.
+      dtype: dtype in which a published checkpoint is read and adapters are merged; None keeps the stored ones. A whole
+        checkpoint of ours is read as it is stored, since its digest is that of the stored bits.
 
     Raises:
       UserError: there is no model at `path`, or a part of it is missing or damaged.
@@ -437,7 +480,8 @@ def open_source(
         def read_published(path: names.TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
             return published.read_leaf(leaves[path], index, stored[path].dtype, buffers)
 
-        return Source(published.config, huggingface.read_assets(published.path), str(folder), stored, read_published)
+        assets = huggingface.read_assets(published.path)
+        return Source(published.config, assets, str(folder), stored, read_published, arrays_per_read=2)
 
     manifest = _read_manifest(folder)
     config, assets = _read_assets(folder, manifest)
@@ -462,7 +506,7 @@ def open_source(
             raise _unreadable(tree, error) from error
 
     leaves = {path: jax.ShapeDtypeStruct(shape, stored.dtypes[path]) for path, shape in stored.shapes.items()}
-    return Source(config, assets, str(folder), leaves, read, stored.digest)
+    return Source(config, assets, str(folder), leaves, read, arrays_per_read=1, digest=stored.digest)
 
 
 def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool = False) -> None:
@@ -612,13 +656,18 @@ class TrainingCheckpoints:
         folder = self._manager.directory / str(step)
         progress_file = folder / "progress" / "metadata"
         try:
-            progress = json.loads(progress_file.read_bytes())
-        except (OSError, ValueError) as error:
+            progress = dict(from_json(progress_file.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{progress_file}: missing or damaged; {_REMEDY}") from error
         manifest, trees = _read_manifest(folder), {}
         ours, theirs = self._adaptation, manifest.lora
         if ours is not None and theirs is not None and ours.base_digest != theirs.base_digest:
             raise _other_base(folder, theirs, ours.base_path, ours.base_digest)
+        if ours is not None and theirs is not None and (ours.rank, ours.alpha) != (theirs.rank, theirs.alpha):
+            raise UserError(
+                f"{folder}: its adapters have rank {theirs.rank} and alpha {theirs.alpha:g}, the config asks for "
+                f"rank {ours.rank} and alpha {ours.alpha:g}; choose another --workdir"
+            )
         if manifest.progress not in (None, progress):
             raise UserError(f"{progress_file}: damaged: it is not what was saved; {_REMEDY}")
         if not isinstance(progress, dict) or progress.get("step", step) != step:
@@ -630,6 +679,8 @@ class TrainingCheckpoints:
             tree, stored = getattr(abstract, item), manifest.trees[item]
             _check_arrays(folder / item, stored, {path: leaf.shape for path, leaf in _by_path(tree).items()})
             trees[item] = _restore_tree(folder / item, stored, tree)
+        for path, leaf in _by_path(trees["params"]).items():
+            check_finite(leaf, [f"{folder}: array {'/'.join(path)}"])
         return TrainingState(**trees, progress=progress)
 
     def restore_latest(self, abstract: TrainingState) -> TrainingState:
@@ -682,7 +733,8 @@ class _AssetsHandler(ocp.CheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         files, trees, adaptation = self._args.files, self._args.trees(), self._args.adaptation
         manifest = {
-            **_FORMAT,
+            "format": _FORMAT,
+            "version": _VERSION,
             "assets": sorted(files),
             "checksums": {name: _checksum(content) for name, content in files.items()},
             "progress": self._args.progress,
@@ -690,6 +742,7 @@ class _AssetsHandler(ocp.CheckpointHandler):
         }
         if adaptation is not None:
             manifest["lora"] = dataclasses.asdict(adaptation)
+        manifest["checksum"] = _manifest_checksum(json.loads(json.dumps(manifest)))
         for name, content in {**files, MANIFEST_FILE: json.dumps(manifest).encode()}.items():
             (directory / name).write_bytes(content)
 
@@ -757,7 +810,7 @@ class _Streamed:
         """Writes every piece; one is read, one is added to the digest and two are written at a time."""
         leaf = names.parameter_leaves(self.source.config)[self.path]
         indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
-        buffers, writing = Buffers(6), None  # three pieces, and what they are transposed from
+        buffers, writing = self.source.buffers(3, published=False), None
         for index, piece in ahead((index, self.source.read(self.path, index, buffers)) for index in indices):
             before, writing = writing, array[index].write(piece, can_reference_source_data_indefinitely=True)
             self.digest.add(self.path, tuple(axis.start for axis in index), piece)
@@ -811,6 +864,10 @@ class _StreamedTreeSave(ocp.args.PyTreeSave):
     """Saves a tree of _Streamed leaves through _StreamedTreeHandler."""
 
 
+# Of what is stored: parameters, and the counters and other state of an optimizer.
+_DTYPES = (*huggingface.DTYPE_NAMES, "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32")
+
+
 @dataclasses.dataclass(frozen=True)
 class _StoredTree:
     """What the manifest says of one tree: its digest, and the shape and dtype of each array by its path.
@@ -833,9 +890,14 @@ class _StoredTree:
 
     @classmethod
     def from_json(cls, tree: dict) -> "_StoredTree":
+        """Raises ValueError, TypeError or KeyError where it is not of the form that `to_json` gives it."""
         arrays = {tuple(path.split("/")): array for path, array in tree["arrays"].items()}
         shapes = {path: tuple(shape) for path, (shape, _) in arrays.items()}
-        return cls(tree["digest"], shapes, {path: np.dtype(dtype) for path, (_, dtype) in arrays.items()})
+        if not all(type(size) is int and 0 <= size < 2**63 for shape in shapes.values() for size in shape):
+            raise ValueError("a shape")
+        if not all(dtype in _DTYPES for _, dtype in arrays.values()):
+            raise ValueError("a dtype")
+        return cls(_hexadecimal(tree["digest"]), shapes, {path: np.dtype(dtype) for path, (_, dtype) in arrays.items()})
 
 
 class _Manifest(NamedTuple):
@@ -879,21 +941,57 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
 def _read_manifest(folder: epath.Path) -> _Manifest:
     file = folder / "assets" / MANIFEST_FILE
     try:
-        manifest = json.loads(file.read_bytes())
-        found = {key: manifest[key] for key in _FORMAT}
-        if found != _FORMAT:
-            raise UserError(f"{file}: expected {_FORMAT}, got {found}; convert the model again with this version")
+        manifest = from_json(file.read_bytes())
+        version = manifest["version"]
+        if manifest["format"] != _FORMAT or version not in (1, _VERSION):
+            raise UserError(
+                f"{file}: expected the format {_FORMAT}, version 1 or {_VERSION}, got {shown(manifest['format'])}, "
+                f"version {shown(version)}; convert the model again with this version"
+            )
+        # A manifest of version 1 with a checksum is one of version 2 that was edited.
+        if manifest.get("checksum") != (_manifest_checksum(manifest) if version == _VERSION else None):
+            raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
         trees = {item: _StoredTree.from_json(tree) for item, tree in manifest["trees"].items()}
         if "params" not in trees:
             raise KeyError("params")
-        adaptation = Adaptation(**manifest["lora"]) if "lora" in manifest else None
-        checksums = dict(manifest.get("checksums", {}))
+        adaptation = _adaptation(manifest["lora"]) if "lora" in manifest else None
+        checksums = {name: _hexadecimal(value) for name, value in manifest.get("checksums", {}).items()}
         assets = {name: checksums.get(name) for name in manifest["assets"]}
+        if "checksums" in manifest and checksums.keys() != assets.keys():
+            raise ValueError("an asset without a checksum")
         if any(not name or "/" in name or "\\" in name or name == ".." for name in assets):
             raise ValueError("an asset outside of the checkpoint")
         return _Manifest(assets, trees, adaptation, manifest.get("progress"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
+
+
+def _manifest_checksum(manifest: dict) -> str:
+    """Of all that a manifest says but itself and the place of a base, whose digest says which one it must be."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    if isinstance(said.get("lora"), dict):
+        said["lora"] = {key: value for key, value in said["lora"].items() if key != "base_path"}
+    return _checksum(json.dumps(said, sort_keys=True).encode())
+
+
+def _adaptation(said: dict) -> Adaptation:
+    """Raises ValueError or TypeError where it does not have the form that was saved."""
+    found = Adaptation(**said)
+    if type(found.rank) is not int or not 0 < found.rank < 2**31:
+        raise ValueError("rank")
+    if type(found.alpha) not in (int, float) or not abs(found.alpha) < _LARGEST_ALPHA:
+        raise ValueError("alpha")
+    if not isinstance(found.base_path, str) or not found.base_path or "\0" in found.base_path:
+        raise ValueError("base_path")
+    _hexadecimal(found.base_digest)
+    return found
+
+
+def _hexadecimal(digest: str) -> str:
+    """`digest`, if it is one: 32 hexadecimal digits."""
+    if not re.fullmatch("[0-9a-f]{32}", digest):
+        raise ValueError("a digest")
+    return digest
 
 
 def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, dict[str, bytes]]:
@@ -903,6 +1001,8 @@ def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, 
         file = folder / "assets" / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {_REMEDY}")
+        if "://" not in str(folder):
+            huggingface.check_link(Path(file), Path(folder))
         assets[name] = file.read_bytes()
         if checksum not in (None, _checksum(assets[name])):
             raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
@@ -913,11 +1013,11 @@ def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[names.T
     """Raises UserError unless the arrays `stored` at `tree` are those of `shapes`, naming the first that is not."""
     for path in sorted(shapes.keys() ^ stored.shapes.keys()):
         what = "is missing" if path in shapes else "belongs to another model or configuration"
-        raise UserError(f"{tree}: array {'/'.join(path)} {what}; {_REMEDY}")
+        raise UserError(f"{tree}: array {'/'.join(path)[:200]} {what}; {_REMEDY}")
     for path, shape in shapes.items():
         if stored.shapes[path] != shape:
             raise UserError(
-                f"{tree}: array {'/'.join(path)}: expected shape {shape}, got {stored.shapes[path]}; {_REMEDY}"
+                f"{tree}: array {'/'.join(path)}: expected shape {shape}, got {shown(stored.shapes[path])}; {_REMEDY}"
             )
 
 
@@ -955,14 +1055,16 @@ def _check_files(tree: epath.Path) -> None:
     """Checks that the files of a stored tree are there, whole and indexed, without reading values."""
     sizes_file = tree / SIZES_FILE
     try:
-        sizes = dict(json.loads(sizes_file.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        sizes = from_json(sizes_file.read_bytes())
+        if not isinstance(sizes, dict) or any("\0" in name for name in sizes):
+            raise ValueError("no sizes of files")
+    except (OSError, ValueError) as error:
         raise UserError(f"{sizes_file}: missing or damaged; {_REMEDY}") from error
     for name, size in sizes.items():
         file = tree / name
         found = file.stat().length if file.is_file() else "no file"
         if found != size:
-            raise UserError(f"{file}: expected {size} bytes, got {found}; {_REMEDY}")
+            raise UserError(f"{file}: expected {shown(size)} bytes, got {found}; {_REMEDY}")
     # Listing the store checks its index: one error here, where Orbax would have one for each array.
     try:
         tensorstore.KvStore.open(_kvstore(tree)).result().list().result()
@@ -989,7 +1091,8 @@ def _damaged(where: str) -> UserError:
 
 
 def _unreadable(tree: epath.Path, error: Exception) -> UserError:
-    return UserError(f"{tree}: cannot be read ({str(error).splitlines()[0][:200]}); {_REMEDY}")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{tree}: cannot be read ({reason[:200]}); {_REMEDY}")
 
 
 def _by_path(tree: Any) -> dict[names.TreePath, Any]:

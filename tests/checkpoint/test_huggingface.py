@@ -1,6 +1,7 @@
 """Published folders are read exactly, lazily, and refused with the name of what is wrong with them."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -10,10 +11,11 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec
 
+from conversion import from_hf, to_hf
 from elbo_kto_jax.checkpoint import huggingface, names, store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model.config import ModelConfig
-from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
+from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published, write_version_1
 
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
 
@@ -212,3 +214,96 @@ def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, tmp_path):
     assert asked == [("somebody/LLaDA-tiny", False), ("somebody/LLaDA-tiny", True)]  # a config needs no weights
     assert model.config == config
     assert_holds(model.params, tensors, config)
+
+
+# ---- links ----
+
+
+def foreign_file(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "passwd").write_text("root:x:0:0:root")
+    return folder / "passwd"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "config.json", "modeling_llada.py"])
+@pytest.mark.parametrize("through", ["file", "relative", "chain", "folder"])
+def test_a_link_out_of_the_folder_is_neither_read_nor_published(tmp_path, name, through):
+    target, folder = foreign_file(tmp_path / "etc"), tmp_path / "model"
+    write_published(folder)
+    (folder / name).unlink(missing_ok=True)
+    if through == "chain":
+        (folder / "inner").symlink_to(target)
+        target = folder / "inner"
+    elif through == "folder":
+        (folder / "inner").symlink_to(target.parent)
+        target = folder / "inner" / target.name
+    (folder / name).symlink_to(f"../etc/{target.name}" if through == "relative" else target)
+    message = refused(folder)
+    assert str(folder / name) in message
+    assert "outside of the checkpoint" in message
+    assert "root:" not in message
+    with pytest.raises(UserError, match="outside"):
+        from_hf.main([f"--source={folder}", f"--out={tmp_path / 'ours'}"])
+    with pytest.raises(UserError, match="outside"):
+        to_hf.main([f"--source={folder}", f"--out={tmp_path / 'theirs'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["etc", "model"]
+
+
+def test_a_link_among_the_assets_of_our_form_is_not_followed(tmp_path):
+    """Nor where the manifest is of a version that had no checksums."""
+    target = foreign_file(tmp_path / "etc")
+    write_published(tmp_path / "model")
+    from_hf.main([f"--source={tmp_path / 'model'}", f"--out={tmp_path / 'ours'}"])
+    assets = tmp_path / "ours" / "assets"
+    (assets / "tokenizer.json").unlink()
+    (assets / "tokenizer.json").symlink_to(target)
+    for missing in ((), ("checksums",)):
+        write_version_1(assets / "manifest.json", *missing)
+        assert "outside of the checkpoint" in refused(tmp_path / "ours")
+
+
+def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_path):
+    write_published(tmp_path / "plain")
+    expected = huggingface.read_assets(tmp_path / "plain")
+    (tmp_path / "plain" / "template.txt").write_text("{{ messages }}")
+    (tmp_path / "plain" / "chat_template.jinja").symlink_to("template.txt")
+    (tmp_path / "link").symlink_to("plain")
+    assert huggingface.read_assets(tmp_path / "link") == expected | {"chat_template.jinja": b"{{ messages }}"}
+    cache = tmp_path / "hub" / "models--org--name"
+    snapshot = cache / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i, file in enumerate(sorted((tmp_path / "plain").iterdir())):
+        (cache / "blobs" / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert huggingface.read_assets(snapshot) == huggingface.read_assets(tmp_path / "plain")
+    store.load_model(snapshot)
+    (cache / "blobs" / "0").unlink()  # chat_template.jinja's
+    (cache / "blobs" / "0").symlink_to(foreign_file(tmp_path / "etc"))
+    assert "outside of the checkpoint" in refused(snapshot)
+
+
+# ---- config.json says what the tensors are ----
+
+
+@pytest.mark.parametrize(
+    ("said", "dtypes", "expected"),
+    [
+        ({}, ["float32"], {}),
+        ({"torch_dtype": None}, ["float32"], {"torch_dtype": None}),
+        ({"torch_dtype": "bfloat16"}, ["float32"], {"torch_dtype": "float32"}),
+        ({"dtype": "float32"}, ["bfloat16"], {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32", "dtype": "bfloat16"}, ["float16"], {"torch_dtype": "float16", "dtype": "float16"}),
+        ({"torch_dtype": "torch.float32"}, ["float32"], {"torch_dtype": "torch.float32"}),
+        ({"torch_dtype": "float32"}, ["float32", "bfloat16", "bfloat16"], {"torch_dtype": "float32"}),
+        ({"torch_dtype": "float32"}, ["float32", *["bfloat16"] * 3], {"torch_dtype": "bfloat16"}),
+        ({"torch_dtype": ["x"]}, ["float32"], {"torch_dtype": "float32"}),
+    ],
+)
+def test_config_json_names_the_dtype_of_the_tensors(said, dtypes, expected):
+    assets = {"config.json": json.dumps(CONFIG | said).encode(), "tokenizer.json": b"{}"}
+    tensors = {str(i): jax.ShapeDtypeStruct((4,), dtype) for i, dtype in enumerate(dtypes)}
+    found = huggingface.with_dtype(assets, tensors)
+    assert json.loads(found["config.json"]) == CONFIG | expected
+    assert list(json.loads(found["config.json"])) == [*CONFIG, *said]
+    assert found == assets or expected != said

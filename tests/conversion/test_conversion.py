@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoint import huggingface, store
+from elbo_kto_jax.checkpoint import huggingface, names, store
 from elbo_kto_jax.errors import UserError
-from tests.published import DTYPES, read_published, same_bits, write_published
+from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
 
 
 def round_trip(source, folder, shard_size="5GB") -> tuple[dict, dict]:
@@ -50,7 +50,7 @@ def test_golden_checkpoints_go_there_and_back(golden_dir, tmp_path, which):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_dtype_goes_there_and_back_bit_by_bit(tmp_path, dtype, shards):
-    write_published(tmp_path / "source", dtype=dtype, shards=shards, bits=True)
+    write_published(tmp_path / "source", dtype=dtype, shards=shards, bits=True, finite=False)
     round_trip(tmp_path / "source", tmp_path)
     assert_same_checkpoint(tmp_path / "source", tmp_path / "theirs")
     assert verify.main([f"--source={tmp_path / 'theirs'}", f"--checkpoint={tmp_path / 'ours'}"])["equal"]
@@ -83,6 +83,71 @@ def test_dtype_rounds_once_and_verify_says_so(tmp_path, capsys):
     with pytest.raises(UserError, match="differ"):
         verify.main([f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'ours'}"])
     assert "float32 in the source, bfloat16 in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [{"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {}])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+@pytest.mark.parametrize("form", ["published", "ours", "step"])
+def test_an_export_has_the_dtype_that_was_asked_for_and_says_so(tmp_path, form, dtype, said):
+    """By default that in which the values are stored: float32, here, of a model that was published in bfloat16."""
+    source = tmp_path / "published"
+    tensors = write_published(source)
+    (source / "config.json").write_text(json.dumps(CONFIG | said))
+    if form == "ours":
+        from_hf.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
+    if form == "step":
+        model = store.load_model(source)
+        checkpoints = store.TrainingCheckpoints(tmp_path / "step" / "checkpoints")
+        checkpoints.save(1, store.TrainingState(model.params, {"n": jnp.zeros(1)}, {}), model.assets)
+        checkpoints.close()
+    more = [] if dtype is None else [f"--dtype={dtype}"]
+    summary = to_hf.main([f"--source={tmp_path / form}", f"--out={tmp_path / 'out'}", "--shard-size=1KB", *more])
+    found, wanted = read_published(tmp_path / "out"), np.dtype(DTYPES[dtype or "float32"])
+    assert all(same_bits(found[name], tensors[name].astype(wanted)) for name in tensors)
+    assert summary["bytes"] == sum(tensor.nbytes for tensor in found.values())
+    expected = dict.fromkeys(said, wanted.name)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG | expected
+    assert store.load_model(tmp_path / "out").params["head"]["kernel"].dtype == wanted
+
+
+def test_a_value_that_the_dtype_of_the_export_does_not_have(tmp_path):
+    def edit(tensors):
+        tensors["model.transformer.blocks.1.q_proj.weight"][2, 3] = 1e6
+
+    write_published(tmp_path / "source", edit=edit)
+    from_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'ours'}"])
+    with pytest.raises(UserError, match=r"blocks\.1\.q_proj.weight: a value is too large for float16"):
+        to_hf.main([f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'theirs'}", "--dtype=float16"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+
+
+def test_from_hf_does_not_pass_over_the_dtype_of_what_is_converted_already(tmp_path):
+    write_published(tmp_path / "source")
+    from_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'ours'}"])
+    again = [f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'again'}"]
+    with pytest.raises(UserError, match="--dtype=bfloat16"):
+        from_hf.main([*again, "--dtype=bfloat16"])
+    from_hf.main([*again, "--dtype=float32"])
+
+
+@pytest.mark.parametrize("rows", [3, 4096])
+def test_published_folders_are_compared_with_each_other_and_copied(tmp_path, monkeypatch, rows):
+    """Every piece is still what was read when it is looked at, whatever the source takes of its buffers."""
+    monkeypatch.setattr(names, "ROWS", rows)
+    write_published(tmp_path / "source", bits=True, finite=False)
+    write_published(tmp_path / "same", bits=True, finite=False, shards=1)
+    verified = verify.main([f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'same'}"])
+    assert verified == {"tensors": 21, "equal": True, "different": 0}
+    to_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'copy'}"])
+    assert_same_checkpoint(tmp_path / "source", tmp_path / "copy")
+    for folder in ("source", "copy"):
+        source = store.open_source(tmp_path / folder)
+        for pieces in (1, 2, 3):
+            buffers, kept = source.buffers(pieces, published=True), []
+            for tensor in names.published_tensors(source.config).values():
+                for piece in source.published_pieces(tensor, buffers):
+                    kept = [*kept, (piece, piece.tobytes())][-pieces:]
+                    assert all(array.tobytes() == content for array, content in kept)
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,34 @@ def lm_eval_long(output: str) -> bool:
     return statuses(output) == [0] and "1 of 2 prompts" in output and "cut from the left" in output
 
 
+def names_the_mixture_of_experts(output: str) -> bool:
+    return statuses(output) == [2] and "num_experts" in output and "LLaDA-MoE" in output and "activation" not in output
+
+
+def exports_the_dtype_that_it_names(output: str) -> bool:
+    """The last two lines: what config.json says, and what the header of the safetensors file says."""
+    *_, said, stored = output.splitlines()
+    return (said, stored) in (
+        ('"torch_dtype": "float32"', '"dtype":"F32"'),
+        ('"torch_dtype": "bfloat16"', '"dtype":"BF16"'),
+    )
+
+
+def finds_the_folders_equal(output: str) -> bool:
+    return statuses(output) == [0] and '"equal": true' in output
+
+
+def succeeds(output: str) -> bool:
+    return statuses(output) == [0]
+
+
 CASES: dict[str, Callable[[str], bool]] = {
     "brackets": lambda out: statuses(out) == [0, 0, 0, 0],
+    "config_bookkeeping": succeeds,
+    "config_moe": names_the_mixture_of_experts,
     "content_parts": lambda out: statuses(out) == [0] and "1 of 1 desirable and 1 of 1 undesirable" in out,
     "denoising_page": lambda out: "0 broken characters; True emoji there" in out,
+    "export_dtype": exports_the_dtype_that_it_names,
     "json_strings": lambda out: statuses(out) == [0] and "2 records write messages as JSON text" in out,
     "judge_busy": lambda output: judged(output, comparisons=60, unparsable=0),
     "judge_empty_cached": judge_empty_cached,
@@ -69,6 +93,7 @@ CASES: dict[str, Callable[[str], bool]] = {
     "tilde": lambda out: statuses(out) == [0, 0] and "home/run/config.json" in out and "going on from" not in out,
     "tokenizer_without_pad": lambda out: statuses(out) == [0] and '"records": 11' in out,
     "tool_calls": lambda out: statuses(out) == [2] and "empty_content.jsonl:1: field `tools`" in out,
+    "verify_published": finds_the_folders_equal,
 }
 
 

@@ -16,7 +16,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train import __main__ as train
 from elbo_kto_jax.train import loop
 from tests import runs
-from tests.published import read_published, same_bits, write_published
+from tests.published import read_published, same_bits, write_published, write_version_1
 from tests.robustness import kill_driver
 from tests.robustness.share import WHOLE, share
 
@@ -132,10 +132,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_pat
     checkpoints.save(7, state, model.assets)
     checkpoints.wait()
     file = tmp_path / "7" / "assets" / store.MANIFEST_FILE
-    manifest = json.loads(file.read_text())
-    for key in ("checksums", "progress"):
-        del manifest[key]
-    file.write_text(json.dumps(manifest))
+    write_version_1(file, "checksums", "progress")
     assert checkpoints.restore_latest(abstract(state)).progress == state.progress
     checkpoints.close()
 
@@ -182,6 +179,7 @@ def test_assets_outside_of_the_checkpoint_are_refused(tmp_path, model, name):
     (tmp_path / "outside").write_text("secret")
     store.save_model(tmp_path / "saved", model)
     file = tmp_path / "saved" / "assets" / store.MANIFEST_FILE
+    write_version_1(file, "checksums")
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps({**manifest, "assets": [*manifest["assets"], name]}))
     with pytest.raises(UserError, match="damaged"):
