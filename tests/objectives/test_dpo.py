@@ -17,7 +17,8 @@ def objective(beta=0.5, smoothing=0.0) -> Dpo:
 
 
 def feedback(completions: int, size: int) -> Feedback:
-    return Feedback(np.arange(size) % 2 == 0, np.arange(size) < completions, np.ones(size, np.int32))
+    at = jnp.arange(size)
+    return Feedback(at % 2 == 0, at < completions, jnp.ones(size, jnp.int32))
 
 
 def test_numbers_by_hand():

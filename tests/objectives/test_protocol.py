@@ -22,7 +22,8 @@ def built(name):
 def inputs(seed=0):
     rng = np.random.default_rng(seed)
     policy, reference = (jnp.asarray(rng.normal(-40, 3, (SIZE, DRAWS)), jnp.float32) for _ in range(2))
-    feedback = Feedback(np.arange(SIZE) % 2 == 0, np.arange(SIZE) < 6, np.arange(1, SIZE + 1, dtype=np.int32))
+    at = jnp.arange(SIZE)
+    feedback = Feedback(at % 2 == 0, at < 6, at + 1)
     return policy, reference, feedback
 
 
@@ -68,7 +69,7 @@ def test_value_function(name):
     reward = np.asarray(policy - reference, np.float64).mean(axis=1)[:6, None]
     contrasted = np.einsum("ucr,c->ur", reward.reshape(-1, len(objective.contrast), 1), objective.contrast)
     margin = OPTIONS.beta * (contrasted - (reward.mean(axis=0) if objective.coupled else 0.0))
-    labels = feedback.is_desirable[:6]
+    labels = np.asarray(feedback.is_desirable[:6])
     loss = objective(policy, reference, feedback).loss
     np.testing.assert_allclose(objective.value(margin, labels, 0).mean(), loss, rtol=1e-5)
     for order in (1, 2):
