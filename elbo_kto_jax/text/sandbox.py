@@ -12,6 +12,7 @@ Memory is limited for the process and processor time for each answer. Who takes 
 then there is no answer.
 """
 
+import contextlib
 import datetime
 import json
 import resource
@@ -29,7 +30,8 @@ _OPEN = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers: stands where the te
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+    with contextlib.suppress(ValueError, OSError):  # a lower limit stands already, or the system has none
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the process that started it
         signal.signal(number, signal.SIG_IGN)
