@@ -9,7 +9,7 @@ import time
 import jax
 
 from elbo_kto_jax import cli, lock
-from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.errors import UserError
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 from tqdm import tqdm
 
 from elbo_kto_jax import config, processes
@@ -29,11 +30,12 @@ from elbo_kto_jax.train.progress import Progress
 from elbo_kto_jax.train.references import RunReference
 from elbo_kto_jax.train.setup import Setup
 from elbo_kto_jax.train.state import TrainState
-from elbo_kto_jax.train.step import Batch, Metrics, Programs, batch_loss
+from elbo_kto_jax.train.step import Batch, Programs, batch_loss
 from elbo_kto_jax.train.workdir import MetricsLog
 
 log = logging.getLogger(__name__)
 _MOST_SKIPPED_IN_A_ROW = 10  # steps with bad numbers; more are no accident of the data
+Measured = dict[str, Array | float]
 _INSPECT = "not_finite"  # folder of the working folder for the state before a step with bad numbers
 
 
@@ -51,7 +53,7 @@ class Step:
 
     number: int
     batch: Batch
-    metrics: Metrics
+    metrics: Measured
     figures: dict[str, Any]
     is_last: bool
 
@@ -60,7 +62,7 @@ class Step:
         return {name: float(value) for name, value in self.metrics.items() if not np.ndim(value)}
 
 
-def of_each(metrics: Metrics) -> tuple[str, np.ndarray]:
+def of_each(metrics: Measured) -> tuple[str, np.ndarray]:
     """The name and values of the metric that has one number for each completion."""
     ((name, values),) = ((name, value) for name, value in metrics.items() if np.ndim(value))
     return name, np.asarray(values)
@@ -69,7 +71,7 @@ def of_each(metrics: Metrics) -> tuple[str, np.ndarray]:
 class Hook:
     """A hook that does nothing."""
 
-    def measure(self, step: Step, state: TrainState) -> Metrics:
+    def measure(self, step: Step, state: TrainState) -> Measured:
         return {}
 
     def tell(self, step: Step, values: dict[str, float], state: TrainState) -> None:
@@ -92,7 +94,7 @@ class NoiseScale(Hook):
         scale = functools.partial(train_state.gradient_noise_scale, options=options, batch_size=batch_size)
         self._scale = jax.jit(scale)
 
-    def measure(self, step: Step, state: TrainState) -> Metrics:
+    def measure(self, step: Step, state: TrainState) -> Measured:
         return {"gradient_noise_scale": self._scale(state.opt_state)}
 
 
@@ -103,7 +105,7 @@ class HeldOut(Hook):
         self._every = setup.config.train.eval_every if setup.eval_data else 0
         self._data, self._programs, self._policy, self._reference = setup.eval_data, programs, policy, reference
 
-    def measure(self, step: Step, state: TrainState) -> Metrics:
+    def measure(self, step: Step, state: TrainState) -> Measured:
         if not self._every or step.number % self._every:
             return {}
         data, programs, policy = self._data, self._programs, self._policy(state.params)

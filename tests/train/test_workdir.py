@@ -386,9 +386,7 @@ def test_every_use_of_the_template_is_told_the_moment(folder):
     messages = [{"role": "user", "content": "hi"}]
     ids = chat.encode_prompt(tokenizer, messages)
     assert tokenizer.decode(ids) == "000000 06 03 hi"
-    with chat.template_clock(tokenizer):
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == "000000 06 03 hi"
-    assert not tokenizer.apply_chat_template(messages, tokenize=False).startswith("000000 06 03")
+    assert chat.render(tokenizer, messages, is_open=False) == "000000 06 03 hi"
 
 
 # ---- --overwrite ----
