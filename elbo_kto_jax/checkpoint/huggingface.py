@@ -26,7 +26,7 @@ from tqdm import tqdm
 from elbo_kto_jax.checkpoint import names
 from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.finite import check_finite
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.errors import UserError, shown
 from elbo_kto_jax.files import ahead, from_json, writing
 from elbo_kto_jax.model.config import ModelConfig
 
@@ -226,14 +226,18 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
         with _open(shard) as file:
             found = set(file.keys())
             for name in sorted(listed - found):
-                raise UserError(f"{shard}: tensor {name} is missing, {folder / INDEX_FILE} says it is in this file")
+                raise UserError(
+                    f"{shard}: tensor {_name(name)} is missing, {folder / INDEX_FILE} says it is in this file"
+                )
             for name in sorted(found):
                 header = file.get_slice(name)
                 if name not in expected or name in files:
                     what = (
                         "twice in this checkpoint" if name in files else "not a tensor of the LLaDA of its config.json"
                     )
-                    raise UserError(f"{shard}: tensor {name} is {what}; remove it or correct {folder / CONFIG_FILE}")
+                    raise UserError(
+                        f"{shard}: tensor {_name(name)} is {what}; remove it or correct {folder / CONFIG_FILE}"
+                    )
                 if header.get_dtype() not in DTYPES:
                     raise UserError(
                         f"{shard}: tensor {name} is stored as {header.get_dtype()}; expected one of {', '.join(DTYPES)}"
@@ -296,6 +300,8 @@ def write_folder(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
+            if partial.is_symlink() or partial.is_file():  # not of ours, and not followed
+                partial.unlink()
             partial.mkdir(parents=True)
             write_shards(partial, tensors, read, shard_size)
             check()
@@ -373,6 +379,11 @@ def stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
     return folder.dtypes[first]
 
 
+def _name(tensor: str) -> str:
+    """A name from a file as it stands in a message: printable and not long."""
+    return shown(tensor)[1:-1]
+
+
 def _open(file: Path):
     try:
         return safe_open(file, framework="numpy")
@@ -412,11 +423,13 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         shards: dict[Path, set[str]] = {}
         for name, file_name in weight_map.items():
             if Path(file_name).name != file_name or file_name in ("", ".."):
-                raise UserError(f"{index}: {file_name!r} is not the name of a file in this folder; it is not read")
+                raise UserError(f"{index}: {shown(file_name)} is not the name of a file in this folder; it is not read")
             shards.setdefault(folder / file_name, set()).add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({error!r}); download or copy it again") from error
     for shard, listed in shards.items():
         if not shard.is_file():
-            raise UserError(f"{shard}: no such file; {INDEX_FILE} lists it for tensor {min(listed)}: download it")
+            raise UserError(
+                f"{shard}: no such file; {INDEX_FILE} lists it for tensor {_name(min(listed))}: download it"
+            )
     return shards

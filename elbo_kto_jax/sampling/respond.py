@@ -145,6 +145,13 @@ def respond(
             watch=watch,
         )
     seconds = time.perf_counter() - start
+    bad = np.flatnonzero(~np.isfinite(responses.confidence).all(axis=1))
+    if len(bad):  # though the weights are finite, or they would not have been loaded
+        raise UserError(
+            f"{checkpoint.flag}={checkpoint.source}: the answer to record {records[bad[0]].id!r} has a probability "
+            "that is NaN or infinite: numbers overflow; its weights are damaged, or config.model.dtype has no numbers "
+            "as large (float16: choose bfloat16)"
+        )
     texts = [decode.to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
     return Answers(prompts, responses, texts, seconds)
 

@@ -161,3 +161,11 @@ def test_an_elbo_that_is_no_number_is_refused_with_its_record(spoilt, tmp_path, 
     with pytest.raises(UserError, match=r"large: the ELBO of record 'record .' is NaN or infinite"):
         score.main([*argv, *["--exact"][: int(exact)]])
     assert not out.exists()
+
+
+def test_an_answer_whose_probability_is_no_number_is_refused_with_its_record(spoilt, tmp_path):
+    out = tmp_path / "out"
+    argv = runs.flags({}, f"--checkpoint={spoilt / 'large'}", f"--prompts={spoilt / 'records.jsonl'}", f"--out={out}")
+    with pytest.raises(UserError, match=r"--checkpoint=.*large: the answer to record 'record .' has a probability"):
+        generate.main(argv)
+    assert not out.exists()

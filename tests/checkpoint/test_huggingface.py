@@ -216,6 +216,22 @@ def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, tmp_path):
     assert_holds(model.params, tensors, config)
 
 
+@pytest.mark.parametrize("name", ["x" * 100_000, "\x1b[31mred", "a\nb"])
+def test_names_from_files_are_shown_short_and_printable(tmp_path, name):
+    write_published(tmp_path, shards=1, edit=lambda tensors: tensors.update({name: np.ones(2, np.float32)}))
+    message = refused(tmp_path)
+    assert "is not a tensor of the LLaDA" in message
+    assert message.isprintable()
+    assert len(message) < 1000
+    write_published(tmp_path / "other")
+    index_file = tmp_path / "other" / "model.safetensors.index.json"
+    for weight_map in ({name: "model-00001-of-00002.safetensors"}, {"a": f"{name}/b"}, {name: "nowhere.safetensors"}):
+        index_file.write_text(json.dumps({"weight_map": weight_map}))
+        message = refused(tmp_path / "other")
+        assert message.isprintable()
+        assert len(message) < 1000
+
+
 # ---- links ----
 
 
@@ -281,6 +297,15 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_pa
     (cache / "blobs" / "0").unlink()  # chat_template.jinja's
     (cache / "blobs" / "0").symlink_to(foreign_file(tmp_path / "etc"))
     assert "outside of the checkpoint" in refused(snapshot)
+
+
+def test_a_link_in_the_place_of_a_half_written_export_is_not_followed(tmp_path):
+    target = foreign_file(tmp_path / "etc").parent
+    write_published(tmp_path / "model")
+    (tmp_path / ".out.partial").symlink_to(target)
+    to_hf.main([f"--source={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"])
+    assert [file.name for file in target.iterdir()] == ["passwd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["etc", "model", "out"]
 
 
 # ---- config.json says what the tensors are ----
