@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from conversion import to_hf
-from elbo_kto_jax import config, generate, precompute, score
+from elbo_kto_jax import config, generate, objectives, precompute, score
 from elbo_kto_jax.checkpoint import names, store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.model import lora
