@@ -1,32 +1,17 @@
 """Does the choice of masks show in the win rate? python -m launch.compare_estimators --workdir=DIR
 
 The quickstart's alignment with every mask scheme of --schemes and number of draws of --draws, from the quickstart's
-base model of each seed, everything else equal; then the win rate of each against that base.
-
-    WORKDIR/seed-S/                        bash launch/quickstart.sh --seed=S: data, base model, and its own alignment
-    WORKDIR/seed-S/cells/SCHEME-K/         the alignment, its evaluation, result.json
-    WORKDIR/table.csv, table.json          per cell: win rate over the seeds, and the difference to uniform's, paired
-                                           by seed; 95% t intervals over the seeds
-
-A cell that has its result is not run again, so the same command goes on where it was interrupted, and more seeds,
-schemes or draws can be added later.
+base model of each seed, everything else equal; then the win rate of each against that base, and its difference to
+uniform's, paired by seed. launch/comparison.py has the files.
 """
 
-import csv
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from tqdm import tqdm
 
-from elbo_kto_jax import cli, evaluate
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.train import __main__ as train
-from launch import quickstart
+from elbo_kto_jax import cli
+from launch import comparison
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -38,90 +23,43 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     flags.add_argument("--draws", type=str, default="1,2,4,8", help="estimator.draws (default: %(default)s)")
     options, _ = flags.parse(argv)
-    workdir = Path(options.workdir)
-    seeds, draws = _numbers(options.seeds, "--seeds"), _numbers(options.draws, "--draws")
-    schemes = options.schemes.split(",")
-    cells = [(seed, scheme, k) for seed in seeds for scheme in schemes for k in draws]
-    missing = [cell for cell in cells if not _result_file(workdir, *cell).is_file()]
-    cli.log.info("%d of %d cells have to be run", len(missing), len(cells))
-    for seed, scheme, k in tqdm(missing, desc="cells", unit="cell"):
-        run_cell(workdir, seed, scheme, k)
-    results = {cell: json.loads(_result_file(workdir, *cell).read_bytes()) for cell in cells}
-    rows = table(results, seeds, schemes, draws)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(workdir / "table.csv", text.getvalue())
-    cells_found = [
-        {"seed": seed, "scheme": scheme, "draws": k, **result} for (seed, scheme, k), result in results.items()
+    workdir, schemes = Path(options.workdir), options.schemes.split(",")
+    seeds, draws = comparison.numbers(options.seeds, "--seeds"), comparison.numbers(options.draws, "--draws")
+    settings = {f"{scheme}-{k}": (scheme, k) for scheme in schemes for k in draws}
+
+    def arguments(home: Path, cell: str) -> list[str]:
+        scheme, k = settings[cell]
+        data = f"--config.data.train={home / 'data' / 'feedback.jsonl'}"
+        return [data, f"--config.estimator.scheme={scheme}", f"--config.estimator.draws={k}"]
+
+    results, ran = comparison.run_cells(workdir, seeds, list(settings), arguments)
+    rows = table(results, seeds, settings)
+    cells = [
+        {"seed": seed, "scheme": settings[cell][0], "draws": settings[cell][1], **result}
+        for (seed, cell), result in results.items()
     ]
-    atomic_write(workdir / "table.json", to_json({"rows": rows, "cells": cells_found}) + "\n")
-    return {"cells": len(cells), "run": len(missing), "table": str(workdir / "table.csv"), "rows": rows}
+    file = comparison.write_tables(workdir, rows, cells)
+    return {"cells": len(results), "run": ran, "table": str(file), "rows": rows}
 
 
-def _numbers(text: str, flag: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag}={text}: expected whole numbers with commas between them") from None
-
-
-def _result_file(workdir: Path, seed: int, scheme: str, draws: int) -> Path:
-    return workdir / f"seed-{seed}" / "cells" / f"{scheme}-{draws}" / "result.json"
-
-
-def run_cell(workdir: Path, seed: int, scheme: str, draws: int) -> None:
-    """Aligns the base model of a seed, which is made first if need be, and evaluates it against that."""
-    home, file = workdir / f"seed-{seed}", _result_file(workdir, seed, scheme, draws)
-    if not (home / "evaluation" / "report.html").is_file():  # the last that the quickstart writes
-        quickstart.main([f"--workdir={home}", f"--seed={seed}"])
-    common = [f"--config={quickstart.CONFIG}", f"--config.seed={seed}"]
-    aligned = train.main(
-        [
-            *common,
-            f"--config.model.path={home / 'base'}",
-            f"--config.data.train={home / 'data' / 'feedback.jsonl'}",
-            f"--config.estimator.scheme={scheme}",
-            f"--config.estimator.draws={draws}",
-            f"--workdir={file.parent / 'aligned'}",
-        ]
-    )
-    result = evaluate.main(
-        [
-            *common,
-            f"--checkpoint={aligned['checkpoint']}",
-            f"--baseline={home / 'base'}",
-            f"--prompts={home / 'data' / 'prompts.jsonl'}",
-            f"--out={file.parent / 'evaluation'}",
-            "--overwrite",
-        ]
-    )
-    kept = ("adjusted_win_rate", "ci95", "comparisons")
-    atomic_write(file, to_json({key: result[key] for key in kept} | {"loss": aligned["loss"]}) + "\n")
-
-
-def table(results: dict, seeds: list[int], schemes: list[str], draws: list[int]) -> list[dict[str, Any]]:
+def table(results: dict, seeds: list[int], settings: dict[str, tuple[str, int]]) -> list[dict[str, Any]]:
     """A row per scheme and number of draws: means over the seeds, with 95% t intervals (NaN for one seed)."""
     rates = {
-        (scheme, k): np.array([results[seed, scheme, k]["adjusted_win_rate"] for seed in seeds])
-        for scheme in schemes
-        for k in draws
+        setting: np.array([results[seed, cell]["adjusted_win_rate"] for seed in seeds])
+        for cell, setting in settings.items()
     }
     rows = []
     for (scheme, k), found in rates.items():
-        row = {"scheme": scheme, "draws": k, "seeds": len(seeds), **_mean("adjusted_win_rate", found)}
-        if "uniform" in schemes:
-            row |= _mean("minus_uniform", found - rates["uniform", k])
+        row = {
+            "scheme": scheme,
+            "draws": k,
+            "seeds": len(seeds),
+            **comparison.interval("adjusted_win_rate", found),
+        }
+        if ("uniform", k) in rates:
+            row |= comparison.interval("minus_uniform", found - rates["uniform", k])
         rows.append(row)
     return rows
-
-
-def _mean(name: str, values: np.ndarray) -> dict[str, float]:
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    margin = stats.t.ppf(0.975, max(1, len(values) - 1)) * error
-    mean = float(np.mean(values))
-    return {name: mean, f"{name}_low": mean - float(margin), f"{name}_high": mean + float(margin)}
 
 
 if __name__ == "__main__":

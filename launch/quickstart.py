@@ -211,6 +211,12 @@ def question(word: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Capitals {word}"}]
 
 
+def feedback_words(folder: Path) -> list[str]:
+    """The words that the feedback in a folder of `write_data` asks for, in order."""
+    records = map(json.loads, (folder / "feedback.jsonl").read_bytes().splitlines())
+    return [record["prompt"][0]["content"].split()[1] for record in records]
+
+
 def demonstration(word: str, label: bool) -> dict[str, Any]:
     answer = good_answer(word) if label else bad_answer(word)
     return {"prompt": question(word), "completion": [{"role": "assistant", "content": answer}], "label": label}

@@ -45,6 +45,14 @@ _CHARTS = (
         "Mean reward of desirable minus that of undesirable answers: zero at the start, higher is better.",
     ),
     _Chart(
+        "Accuracy",
+        {"accuracy": "training", "eval_accuracy": "held out"},
+        "fraction of the pairs",
+        "Pairs of which the model has come to prefer the chosen answer, compared with the reference model. A half is "
+        "chance.",
+        y_from_zero=True,
+    ),
+    _Chart(
         "Loss",
         {"loss": "training", "eval_loss": "held out"},
         "loss per example",

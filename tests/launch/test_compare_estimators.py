@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.errors import UserError
-from launch import compare_estimators
+from launch import compare_estimators, comparison
 
 RATES = {"uniform": [0.60, 0.70, 0.62], "balanced": [0.64, 0.73, 0.67]}
 
@@ -15,13 +15,15 @@ RATES = {"uniform": [0.60, 0.70, 0.62], "balanced": [0.64, 0.73, 0.67]}
 def test_table_and_resuming(tmp_path, monkeypatch):
     ran = []
 
-    def run_cell(workdir, seed, scheme, draws):
-        ran.append((seed, scheme, draws))
-        file = workdir / f"seed-{seed}" / "cells" / f"{scheme}-{draws}" / "result.json"
+    def run_cell(workdir, seed, cell, arguments):
+        ran.append((seed, cell))
+        scheme, draws = cell.split("-")
+        assert f"--config.estimator.draws={draws}" in arguments(workdir, cell)
+        file = workdir / f"seed-{seed}" / "cells" / cell / "result.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"adjusted_win_rate": RATES[scheme][seed] + draws / 100, "loss": 0.4}))
+        file.write_text(json.dumps({"adjusted_win_rate": RATES[scheme][seed] + int(draws) / 100, "loss": 0.4}))
 
-    monkeypatch.setattr(compare_estimators, "run_cell", run_cell)
+    monkeypatch.setattr(comparison, "run_cell", run_cell)
     flags = [f"--workdir={tmp_path}", "--schemes=uniform,balanced", "--draws=1,2"]
     compare_estimators.main([*flags, "--seeds=0,1"])
     summary = compare_estimators.main([*flags, "--seeds=0,1,2"])
