@@ -1,7 +1,7 @@
 """How `evaluate` and `sweep` run tasks of lm-evaluation-harness; a task without a row runs with `config.sampler`.
 
-[authors] marks the settings of ELBO-KTO's own evaluation (METHOD 8), [llada] those published for LLaDA-8B-Instruct
-(METHOD 6 and 7, shots from arXiv 2502.09992), [llada 1.5] those of arXiv 2505.19223, [ours] what publications leave
+[authors] marks the settings of ELBO-KTO's own evaluation, [llada] those published for LLaDA-8B-Instruct
+(arXiv 2502.09992; docs/method.md 6, 7), [llada 1.5] those of arXiv 2505.19223, [ours] what publications leave
 open. `steps` is gen_length everywhere: one token a step, the exact decoding that the published numbers stand for.
 Another table: copy this file, and name it with --task-table.
 """

@@ -191,7 +191,7 @@ class Task:
     num_fewshot: Annotated[int, Range(-1)]  # examples before the question; -1: as many as the task says
     chat_template: bool  # the question, examples included, is one message of the user
     sampler: dict  # keys of config.sampler that it sets; for tasks that generate
-    draws: Count  # masks per answer (mc_num, METHOD 7); for tasks that compare likelihoods
+    draws: Count  # masks per answer (mc_num, docs/method.md 7); for tasks that compare likelihoods
     executes_code: bool  # runs what the model wrote
 
     @classmethod

@@ -3,7 +3,7 @@
     python -m elbo_kto_jax.generate --config=FILE.py --checkpoint=DIR --prompts=FILE.jsonl --out=FILE.jsonl
 
 With --prompt="..." (repeatable) instead of --prompts the responses are printed, and --out may be left out. The options
-of the sampler are config.sampler.* (METHOD 6). Per output line: id, prompt_ids, response_ids (the whole response) and
+of the sampler are config.sampler.* (docs/method.md 6). Per output line: id, prompt_ids, response_ids (all of it) and
 response (its text up to the first end-of-text or end-of-turn token).
 
 With --infill the records' completions are templates: their mask tokens ("<|mdm_mask|>") are filled, the rest stays.

@@ -1,4 +1,4 @@
-"""Rows for the mask predictor: scored sequences, packed several to a row or padded one to a row (METHOD 5).
+"""Rows for the mask predictor: scored sequences, packed several to a row or padded one to a row (docs/method.md 5).
 
 A `Segment` is one draw of one example: its tokens, and which of its completion tokens are hidden. `pack` lays segments
 into rows of a static length, and rows into micro-batches of a static number of rows. Packed rows show no segment to
@@ -22,7 +22,7 @@ class Segment(NamedTuple):
     tokens: Int32[np.ndarray, " n"]  # prompt and completion, nothing hidden yet
     start: int  # where the completion starts
     mask: Bool[np.ndarray, " l"]  # over the completion's tokens; True = hidden and scored
-    weight: float  # of the sum of log-probabilities, METHOD 1
+    weight: float  # of the sum of log-probabilities, docs/method.md 1
     index: int  # where this draw's estimate goes in the flat array of results
 
 

@@ -19,9 +19,10 @@ import numpy as np
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.objectives import dpo, kto, sft
 from launch import comparison, quickstart
 
-OBJECTIVES = {"kto": "elbo_kto", "dpo": "elbo_dpo", "sft": "sft"}
+OBJECTIVES = {"kto": kto.Kto.name, "dpo": dpo.Dpo.name, "sft": sft.Sft.name}
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def layout(rows: int, packed: bool = True, length: int = LENGTH) -> Layout:
 def plain_estimates(
     params: dict, examples: Examples, indices: Sequence[int], estimator: config.Estimator, *, seed: int, epoch: int = 0
 ) -> jax.Array:
-    """B of every draw [n, k] by METHOD 1: each draw alone, with none of the code under test."""
+    """B of every draw [n, k] by docs/method.md 1: each draw alone, with none of the code under test."""
     inputs, targets, hidden, weights = [], [], [], []
     for i in map(int, indices):
         start, length = int(examples.prompt_length[i]), int(examples.completion_length[i])

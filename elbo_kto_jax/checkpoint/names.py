@@ -1,4 +1,4 @@
-"""The one table between the tensor names of a published LLaDA checkpoint and the leaves of our tree (METHOD 4).
+"""The one table between the tensor names of a published LLaDA checkpoint and the leaves of our tree (docs/method.md 4).
 
 Published Linear weights are [out, in] and there is one tensor per layer; our kernels are [in, out] and the layers of
 one kind are stacked along a new first axis:

@@ -1,4 +1,4 @@
-"""From hidden states to ELBO estimates: log-probabilities at the hidden positions only, in chunks (METHOD 1).
+"""From hidden states to ELBO estimates: log-probabilities at the hidden positions only, in chunks (docs/method.md 1).
 
 The output head and the cross-entropy are computed for `CHUNK` targets of each row at a time, forward and backward, so
 that no [batch, length, vocabulary] array exists, and the number of chunks follows the number of targets: positions that
@@ -23,7 +23,7 @@ def elbo_draws(
     num_targets: Int[Array, " m"],
     slots: int,
 ) -> Float32[Array, "m g"]:
-    """One ELBO estimate in nats per slot (one draw of one example): weight * sum over its targets of log p, METHOD 1.
+    """One ELBO estimate in nats per slot (one draw of one example): weight * sum over its targets of log p.
 
     Row i has `num_targets[i]` targets, first in the p axis; later entries are ignored. `target_slot` says to which of
     the row's `slots` draws a target belongs. The sums run over a row in a fixed order, so equal inputs give equal bits,

@@ -1,4 +1,4 @@
-"""The exact ELBO of a short completion, by enumerating every mask (METHOD 1)."""
+"""The exact ELBO of a short completion, by enumerating every mask (docs/method.md 1)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The one mask sampler: which completion tokens are hidden in each draw, and how the draw is weighted (METHOD 1, 3).
+"""The one mask sampler: which completion tokens are hidden in each draw, and its weight (docs/method.md 1, 3).
 
 A draw hides a set M of the completion's L tokens and estimates the ELBO by `weight * sum_{i in M} log p(y_i | rest)`.
 Every scheme but the last makes each single draw an unbiased estimator, so any average of draws is one:

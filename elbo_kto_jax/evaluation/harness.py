@@ -1,7 +1,7 @@
-"""Benchmarks of lm-evaluation-harness (METHOD 8) on a masked diffusion model: the extra `eval`, imported by need.
+"""Benchmarks of lm-evaluation-harness on a masked diffusion model (docs/method.md 8): the extra `eval`, imported by need.
 
-The harness builds prompts and metrics, `DiffusionLM` answers: written answers by the sampler (METHOD 6), likelihoods by
-the Monte-Carlo estimate over masks (METHOD 7). Each task runs with its row of configs/tasks.py.
+The harness builds prompts and metrics, `DiffusionLM` answers: written answers by the sampler (docs/method.md 6),
+likelihoods by the Monte-Carlo estimate over masks (docs/method.md 7). Each task runs with its row of configs/tasks.py.
 """
 
 import collections
@@ -31,14 +31,14 @@ from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.files import atomic_write
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
+from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.likelihood import log_likelihoods
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.records import Record
-from elbo_kto_jax.train.setup import layout_of
 
 log = logging.getLogger(__name__)
 
-# A task that has no row in the table: what its own file says, and the masks of METHOD 7.
+# A task that has no row in the table: what its own file says, and the masks of docs/method.md 7.
 _UNLISTED = Task(num_fewshot=-1, chat_template=True, sampler={}, draws=128, executes_code=False)
 
 
@@ -208,7 +208,7 @@ class DiffusionLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, False) of each continuation given its context.
 
-        The likelihood is the ELBO's estimate of METHOD 7, all draws of an answer stratified together. Whether greedy
+        The likelihood is the estimate of docs/method.md 7, all draws of an answer stratified together. Whether greedy
         decoding would give the answer is reported as False throughout: it takes a decoding of its own for each answer,
         and no metric of the published evaluations reads it.
         """

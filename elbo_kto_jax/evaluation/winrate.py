@@ -1,4 +1,4 @@
-"""The adjusted win rate and its interval (METHOD 8)."""
+"""The adjusted win rate and its interval (docs/method.md 8)."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Bidirectional attention: every token of a segment sees every token of that segment, and no other (METHOD 4, 5).
+"""Bidirectional attention: every token of a segment sees that segment and no other (docs/method.md 4, 5).
 
 Several forms of the same function; the platform decides (`form_for`). `plain_attention` writes the formula down. The
 others never hold more than a tile of scores, walk over the tiles with a running softmax, and recompute the scores in

@@ -1,4 +1,4 @@
-"""The architecture, read from the published config.json of a LLaDA checkpoint (METHOD 4).
+"""The architecture, read from the published config.json of a LLaDA checkpoint (docs/method.md 4).
 
 Every key of that file is either used, known to have no effect on what we compute, or refused by its name: a feature
 that is switched on and not implemented here is never ignored. So is a dimension that no network has: nothing is
@@ -107,7 +107,7 @@ _LARGEST = {
     "eos_token_id": 2**24,
     "pad_token_id": 2**24,
 }
-# What each feature key must say for the network to be the one of METHOD 4. None: any value that means "off".
+# What each feature key must say for the network to be the one of docs/method.md 4. None: any value that means "off".
 _REQUIRED = {
     "activation_type": ("silu",),
     "alibi": (False,),

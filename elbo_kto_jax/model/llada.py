@@ -1,4 +1,4 @@
-"""The LLaDA mask predictor: a Llama-like pre-norm transformer without a causal mask (METHOD 4).
+"""The LLaDA mask predictor: a Llama-like pre-norm transformer without a causal mask (docs/method.md 4).
 
 The parameters are one tree, the layers' parameters stacked along a first axis and scanned over, so that the compiled
 program does not grow with the depth. Names follow the published checkpoint:

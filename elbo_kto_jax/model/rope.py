@@ -1,4 +1,4 @@
-"""Rotary position embedding, "rotate half" (METHOD 4)."""
+"""Rotary position embedding, "rotate half" (docs/method.md 4)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int

@@ -28,10 +28,11 @@ from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
-from elbo_kto_jax.train.setup import build_model, layout_of
+from elbo_kto_jax.train.setup import build_model
 from elbo_kto_jax.train.step import build_programs
 
 log = logging.getLogger(__name__)

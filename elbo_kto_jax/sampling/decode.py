@@ -1,4 +1,4 @@
-"""Block-wise unmasking: from prompts to responses with a mask predictor (METHOD 6).
+"""Block-wise unmasking: from prompts to responses with a mask predictor (docs/method.md 6).
 
 A response starts as `gen_length` mask tokens. Its blocks of `block_length` are filled from left to right, each in
 `steps / num_blocks` steps; a step predicts every masked position and writes the best of them: its share of the block's
@@ -84,7 +84,7 @@ def generate(
     progress: Callable[[int], Any] = lambda prompts_done: None,
     watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
 ) -> Responses:
-    """Samples one response to each prompt (METHOD 6).
+    """Samples one response to each prompt (docs/method.md 6).
 
     Args:
       model: the mask predictor.

@@ -1,4 +1,4 @@
-"""From a checkpoint and records to answers in text: loading, chat template, decoding (METHOD 5, 6)."""
+"""From a checkpoint and records to answers in text: loading, chat template, decoding (docs/method.md 5, 6)."""
 
 import dataclasses
 import functools

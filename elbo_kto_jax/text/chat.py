@@ -1,4 +1,4 @@
-"""Records to tokens (METHOD 5): the tokenizer's chat template around the prompt, then the completion as it is.
+"""Records to tokens (docs/method.md 5): the tokenizer's chat template around the prompt, then the completion as it is.
 
 Two ways to tokenise a record:
 
@@ -175,7 +175,7 @@ def encode_batch(
     append_eot: bool,
     eot_id: int,
 ) -> list[Encoded]:
-    """Tokenises records that have a completion (METHOD 5); one call per few hundred records is fast.
+    """Tokenises records that have a completion (docs/method.md 5); one call per few hundred records is fast.
 
     Args:
       tokenizer: a fast tokenizer.

@@ -87,7 +87,7 @@ def load_examples(
     flag: str = "--config.data.train",
     prompts: int = 0,
 ) -> Examples:
-    """Reads, tokenises and subsamples a data set (METHOD 2 "n_D / n_U", METHOD 5).
+    """Reads, tokenises and subsamples a data set (docs/method.md 2 "n_D / n_U", docs/method.md 5).
 
     Rows without a token to score (an empty completion, or a prompt that fills max_length) are dropped first. Of the
     rest, round(fraction * count) rows of each label are kept, in their order; which ones depends on the seed and on

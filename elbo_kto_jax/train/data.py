@@ -1,4 +1,4 @@
-"""Global batches as a pure function of (data, config, step): order, masks and packing (METHOD 2, 5).
+"""Global batches as a pure function of (data, config, step): order, masks and packing (docs/method.md 2, 5).
 
 Step t of a run is always the same batch, so resuming needs no more than the number of the step, every process can make
 its rows of the batch without asking another, and the reference pass meets the rows that training will meet.

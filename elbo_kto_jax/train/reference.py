@@ -1,4 +1,4 @@
-"""The precomputed reference: B_ref of every draw of every step, computed once and kept (METHOD 2).
+"""The precomputed reference: B_ref of every draw of every step, computed once and kept (docs/method.md 2).
 
     workdir/reference/KEY/fingerprint.json             everything that B_ref depends on; KEY is its hash
     workdir/reference/KEY/steps-FIRST-LAST-SUM.npy     float32 [steps, b * K], nats

@@ -20,8 +20,8 @@ from elbo_kto_jax.model import lora
 from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
 from elbo_kto_jax.objectives.protocol import Needs, Objective
-from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id, make_repeatable
@@ -122,17 +122,6 @@ def build_model(config: Config, model_config: ModelConfig) -> LLaDA:
     """The mask predictor of a run, without weights."""
     dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
     return LLaDA(model_config, dtype, param_dtype, config.model.remat)
-
-
-def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
-    """The shape of a run's micro-batches."""
-    return Layout(
-        rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
-        length=config.data.max_length,
-        mask_token=model_config.mask_token_id,
-        pad_token=model_config.pad_token_id,
-        packed=config.data.packing,
-    )
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""What training changes: parameters and optimizer state; and how (METHOD 2, the authors' published settings)."""
+"""What training changes: parameters and optimizer state; and how (docs/method.md 2)."""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""diffusion/masks.py: a pure function of its arguments, with the distribution that METHOD 1 and 3 state.
+"""diffusion/masks.py: a pure function of its arguments, with the distribution that docs/method.md 1 and 3 state.
 
 Seeds are fixed, so nothing here is random. Each chi-square test refuses a correct sampler with probability 1e-6 over
 the choice of its seed, each test of a mean with probability 6e-5 (4 standard errors).

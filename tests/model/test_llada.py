@@ -30,7 +30,7 @@ def test_golden_logits(golden, name):
 
 
 def naive_logits(params, tokens):
-    """METHOD 4 in float64, one sequence, one head at a time."""
+    """docs/method.md 4 in float64, one sequence, one head at a time."""
     cfg, p = tiny.MODEL, jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, scale):

@@ -1,4 +1,4 @@
-"""preference/kto.py against the golden losses and against autodiff of the loss as METHOD 2 writes it."""
+"""preference/kto.py against the golden losses and against autodiff of the loss as docs/method.md 2 writes it."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def test_cotangent_is_the_gradient_with_the_reference_point_held_constant(point)
     rng = np.random.default_rng(0)
     reward, label = jnp.asarray(rng.normal(0, 20, 9), jnp.float32), rng.random(9) < 0.5
 
-    def loss(r):  # METHOD 2, word for word
+    def loss(r):  # docs/method.md 2, word for word
         z0 = jax.lax.stop_gradient(jnp.mean(r)) if point == "global_mean" else 0.0
         s = BETA * (r - z0)
         weight = jnp.where(label, *WEIGHTS["lam2"])

@@ -137,7 +137,7 @@ def reference_pass(model: LLaDA, examples: list[dict], length_of) -> list[float]
 
 
 def accumulate_gradient(model: LLaDA, examples: list[dict], length_of, elbo_ref, z0: float, beta: float):
-    """The batch's loss (METHOD 2, lambda 1), whose gradient is added to the parameters', and every reward in nats."""
+    """The batch's loss (docs/method.md 2, lambda 1), whose gradient is added to the parameters', and each reward."""
     total, rewards = 0.0, []
     for x, b_ref in zip(examples, elbo_ref, strict=True):
         reward = torch.stack(elbo_draws(model, x, length_of(x))).mean() - b_ref

@@ -1,4 +1,4 @@
-"""scoring/likelihood.py against the golden likelihoods (METHOD 7)."""
+"""scoring/likelihood.py against the golden likelihoods (docs/method.md 7)."""
 
 import jax
 import jax.numpy as jnp

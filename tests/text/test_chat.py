@@ -1,4 +1,4 @@
-"""Tokens against the authors' (METHOD 5), exact windows, and tokenizers that do not fit."""
+"""Tokens against the authors' (docs/method.md 5), exact windows, and tokenizers that do not fit."""
 
 import copy
 import dataclasses

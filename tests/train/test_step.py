@@ -189,7 +189,7 @@ def test_estimates_do_not_depend_on_the_layout():
     np.testing.assert_allclose(scored(programs, state.params, data.batch(0)).reshape(6, 2), alone, rtol=2e-6)
 
 
-# ---- the gradient is that of the loss as METHOD 2 states it ----
+# ---- the gradient is that of the loss as docs/method.md 2 states it ----
 
 
 def plain_kto_loss(estimates, reference, label, objective):

@@ -1,0 +1,19 @@
+"""The shape in which rows are scored, from a config, a model and its devices."""
+
+from jax.sharding import Mesh
+
+from elbo_kto_jax.config import Config
+from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.sharding import rules
+
+
+def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
+    """The shape of a run's micro-batches."""
+    return Layout(
+        rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
+        length=config.data.max_length,
+        mask_token=model_config.mask_token_id,
+        pad_token=model_config.pad_token_id,
+        packed=config.data.packing,
+    )
