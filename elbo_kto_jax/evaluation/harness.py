@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness on a masked diffusion model (docs/method.md 8): the extra `eval`, imported by need.
+"""Benchmarks of lm-evaluation-harness on a masked diffusion model (docs/method.md 8): extra `eval`, imported by need.
 
 The harness builds prompts and metrics, `DiffusionLM` answers: written answers by the sampler (docs/method.md 6),
 likelihoods by the Monte-Carlo estimate over masks (docs/method.md 7). Each task runs with its row of configs/tasks.py.
