@@ -148,7 +148,7 @@ def _answered(prompts: Prompts, models: Sequence[kept.Pinned], config: Config, o
     cli.log.info("%d prompts to %s and to %s, under identical decoding", len(prompts.records), *names)
     texts = [
         kept.answers(
-            out / "answers", model, prompts.records, prompts.digest, config, functools.partial(model.open, config)
+            out / "answers", model, prompts.records, prompts.digest, config, functools.partial(model.load, config)
         )
         for model in models
     ]
