@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from elbo_kto_jax import cli, objectives
 from elbo_kto_jax.config import Config
@@ -105,6 +106,12 @@ def _settings(options) -> list[Setting]:
     return [Setting(s, k) for s in SCHEMES if s in schemes for k in sorted({int(k) for k in draws})]
 
 
+def _chosen(examples: int, records: int, size: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """About so many of the examples, drawn at random, units of `size` neighbours whole."""
+    units = np.sort(np.random.default_rng(seed).permutation(examples // size)[: max(2, records // size)])
+    return (size * units[:, None] + np.arange(size)).ravel()
+
+
 def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     """Everything that diagnosis.json holds, but for the time that it took."""
     reference_path = config.reference.path or config.model.path
@@ -120,7 +127,7 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     examples = setup.data.examples
     if len(examples) < 2:
         raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
-    records = np.sort(np.random.default_rng(config.seed).permutation(len(examples))[: options.records])
+    records = _chosen(len(examples), options.records, len(setup.objective.contrast), config.seed)
     masks = len(records) * options.repeats * sum(setting.draws for setting in settings)
     if masks > _MOST_MASKS:
         raise UserError(

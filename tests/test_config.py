@@ -54,7 +54,7 @@ def message(error) -> str:
         ("objective.beta=nan", "config.objective.beta: expected float, got 'nan'"),
         ("objective.beta=1e999-1e999", "config.objective.beta"),
         ("objective.beta=[0.1]", "config.objective.beta: expected float, got"),
-        ("objective.name=dpo", "config.objective.name: expected one of 'elbo_dpo', 'elbo_kto', 'sft', got 'dpo'"),
+        ("objective.name=dpo", "config.objective.name: expected one of 'elbo_dpo', 'elbo_kto'"),
         ("estimator.draws=0", "config.estimator.draws: expected a number at least 1"),
         ("estimator.scheme=fixed_l", "config.estimator.scheme: expected one of 'uniform', 'bernoulli'"),
         ("model.dtype=float16", "config.model.dtype: expected one of 'float32', 'bfloat16'"),

@@ -51,6 +51,25 @@ def test_files_and_summary(tiny_checkpoint, settings, tmp_path):
         diagnose.main(flags)
 
 
+def test_pairs(tiny_checkpoint, tmp_path):
+    """Of ELBO-DPO the units are pairs: bias through -log sigmoid, the gradient's variance, a recommendation."""
+    rows = [
+        {"prompt": f"Capitals {word}:", "chosen": f" {word.upper()}", "rejected": f" {word}"}
+        for word in ("abc", "dcb", "eaf", "ggb")
+    ]
+    data = runs.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    settings = {"model.path": tiny_checkpoint, "data.train": data, "objective.name": "elbo_dpo"}
+    out = tmp_path / "out"
+    given = [f"--checkpoint={tiny_checkpoint}", f"--out={out}", "--records=6", "--repeats=2"]
+    summary = diagnose.main(runs.flags(settings, *given, "--schemes=uniform", "--draws=1,2"))
+    assert summary["records"] == 6
+    result = json.loads((out / "diagnosis.json").read_text())
+    for row in result["rows"]:
+        assert row["loss_bias"]["value"] == row["reference_point_variance"]["value"] == 0  # policy and reference alike
+        assert row["gradient_variance"]["value"] > 0
+    assert {part["bin"] for part in result["breakdown"] if part["by"] == "label"} == {"desirable", "undesirable"}
+
+
 @pytest.mark.parametrize(
     ("changes", "flag", "said"),
     [

@@ -282,6 +282,7 @@ class _Session:
         """
         retries, repeated = self._endpoint.retries, 0
         while True:
+            answered = self._answered
             try:
                 reply = read_reply(await self._create(client, prompt))
                 if reply.text or reply.reason or repeated >= retries:
@@ -296,17 +297,20 @@ class _Session:
                     return self._refusal(failure)
                 pause = _backoff(repeated) if failure.retry_after is None else failure.retry_after
                 was_repeated = failure.retried and pause <= _CLIENT_WAITS
-                if (was_repeated or repeated >= retries) and not self._is_waiting(prompt, failure):
+                if (was_repeated or repeated >= retries) and not self._is_waiting(prompt, failure, answered):
                     raise self._failed(failure) from None
             repeated += 1
             await asyncio.sleep(pause)
 
-    def _is_waiting(self, prompt: str, failure: Failure) -> bool:
-        """Whether the endpoint is only busy: it has replied since all requests under way were sent back, or may yet."""
+    def _is_waiting(self, prompt: str, failure: Failure, answered: int) -> bool:
+        """Whether the endpoint is only busy: it has replied to others while it sent this prompt back, or may yet.
+
+        `answered` is how many prompts had their reply when this one was sent.
+        """
         if failure.status not in _BUSY:
             return False
         self._busy.add(prompt)
-        return len(self._busy) < self._under_way
+        return self._answered > answered or len(self._busy) < self._under_way
 
     async def _create(self, client: openai.AsyncOpenAI, prompt: str) -> bytes:
         """The body of a response of status 200; raises Failure for all others."""
