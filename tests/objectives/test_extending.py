@@ -32,14 +32,13 @@ def test_the_objective_and_its_test(names):
     assert isinstance(objective, ValueFunction)
     reward = np.array([3.0, -1.0, 0.5, 1.0])
     at = jnp.arange(4)
-    outcome = objective(
-        jnp.asarray(reward, jnp.float32)[:, None], jnp.zeros((4, 1)), Feedback(at % 2 == 0, at < 4, at + 1)
-    )
+    given = Feedback(at % 2 == 0, at < 4, at + 1)
+    outcome = objective(jnp.asarray(reward, jnp.float32)[:, None], jnp.zeros((4, 1)), given)
     margin = 0.4 * (reward[::2] - reward[1::2])[:, None]
     np.testing.assert_allclose(
-        objective.value(margin, np.asarray(feedback.is_desirable), 0).mean(), outcome.loss, rtol=1e-6
+        objective.value(margin, np.asarray(given.is_desirable), 0).mean(), outcome.loss, rtol=1e-6
     )
-    slope = objective.value(margin, np.asarray(feedback.is_desirable), 1)[:, 0] * 0.4 / 2
+    slope = objective.value(margin, np.asarray(given.is_desirable), 1)[:, 0] * 0.4 / 2
     np.testing.assert_allclose(outcome.elbo_cotangent, np.stack([slope, -slope], axis=1).ravel(), rtol=1e-6)
 
 
