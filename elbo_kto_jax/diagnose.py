@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from elbo_kto_jax import cli, objectives
 from elbo_kto_jax.config import Config
@@ -29,7 +29,7 @@ from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.model.flops import forward_flops
 from elbo_kto_jax.objectives.protocol import ValueFunction
 from elbo_kto_jax.report.diagnosis import write_diagnosis_report
-from elbo_kto_jax.train.setup import prepare
+from elbo_kto_jax.train.setup import Setup, prepare
 
 SCHEMES = tuple(name for name, scheme in masks.SCHEMES.items() if scheme.unbiased)
 DRAWS = (1, 2, 4, 8, 16)
@@ -112,6 +112,15 @@ def _chosen(examples: int, records: int, size: int, seed: int) -> Int64[np.ndarr
     return (size * units[:, None] + np.arange(size)).ravel()
 
 
+def _step_flops(
+    setup: Setup, records: Int64[np.ndarray, " n"], setting: Setting, hidden: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " n"]:
+    """FLOPs of a step for each record, forward and backward: three times a forward pass over each draw."""
+    length = np.diff(setup.data.examples.offsets)[records]
+    each = [forward_flops(setup.model.config, length[n : n + 1], hidden[n : n + 1]) for n in range(len(records))]
+    return 3 * setting.draws * np.array(each)
+
+
 def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     """Everything that diagnosis.json holds, but for the time that it took."""
     reference_path = config.reference.path or config.model.path
@@ -125,8 +134,11 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     )
     setup = prepare(config, skip_bad=options.skip_bad_records, flags=("--checkpoint", "--config.data.train"))
     examples = setup.data.examples
-    if len(examples) < 2:
-        raise UserError(f"--config.data.train={config.data.train}: expected at least 2 examples, got {len(examples)}")
+    least = 2 * len(setup.objective.contrast)
+    if len(examples) < least:
+        raise UserError(
+            f"--config.data.train={config.data.train}: expected at least {least} examples, got {len(examples)}"
+        )
     records = _chosen(len(examples), options.records, len(setup.objective.contrast), config.seed)
     masks = len(records) * options.repeats * sum(setting.draws for setting in settings)
     if masks > _MOST_MASKS:
@@ -145,21 +157,13 @@ def diagnose(config: Config, options, settings: list[Setting]) -> dict:
     reference = setup.load_params(reference_path, reference_flag)
     measurement = Measurement(setup, records, settings, setup.objective.contrast)
     values = measurement.values(policy, reference, options.repeats)
-    gradients = measurement.gradients(policy)
-
-    def step_flops(setting: Setting) -> np.ndarray:
-        """Forward and backward, three times a forward pass over each draw."""
-        hidden, length = values.hidden[setting], np.diff(examples.offsets)[records]
-        each = [forward_flops(setup.model.config, length[n : n + 1], hidden[n : n + 1]) for n in range(len(records))]
-        return 3 * setting.draws * np.array(each)
-
     analysis = Analysis(
         values,
-        gradients,
+        measurement.gradients(policy),
         objective=setup.objective,
         length=examples.completion_length[records].astype(np.int64),
         is_desirable=examples.is_desirable[records],
-        flops={setting: step_flops(setting) for setting in settings},
+        flops={setting: _step_flops(setup, records, setting, values.hidden[setting]) for setting in settings},
         batch_size=config.train.global_batch_size,
     )
     return {
