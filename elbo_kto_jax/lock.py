@@ -99,11 +99,15 @@ def _take(file: Path, place: str) -> int:
         os.close(opened)  # its former holder removed it in between
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-    with writing(file):
-        os.ftruncate(opened, 0)
-        os.pwrite(opened, json.dumps(holder).encode(), 0)
-        os.fsync(opened)
     _held.add(opened)
+    try:
+        with writing(file):
+            os.ftruncate(opened, 0)
+            os.pwrite(opened, json.dumps(holder).encode(), 0)
+            os.fsync(opened)
+    except BaseException:  # a full disk, say: nothing is held then
+        _release(file, opened, [])
+        raise
     return opened
 
 

@@ -273,4 +273,5 @@ def test_every_config_file_resolves(spec):
     kind = SweepConfig if spec.endswith("sweep.py") else Config
     config = parse(config=spec, kind=kind)
     assert kind.from_mapping(config.to_dict()) == config
-    assert config.objective.name == ("sft" if spec.endswith(":sft") else "elbo_kto")
+    objective = {":sft": "sft", "dpo.py": "elbo_dpo"}
+    assert config.objective.name == next((objective[end] for end in objective if spec.endswith(end)), "elbo_kto")

@@ -223,7 +223,7 @@ def _run_rounds(requests: Iterable[Request], plan: Plan, found: dict[str, list[d
     for number in range(plan.rounds + 1):
         for name, worker, request in requests:
             answer = worker.ask(**request)
-            if "seconds" in answer:
+            if "count" in request:
                 answer["per_record"] = answer["seconds"] / request["count"]
             if number:
                 found.setdefault(name, []).append(answer)

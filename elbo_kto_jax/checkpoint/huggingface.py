@@ -300,8 +300,6 @@ def write_folder(
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
-            if partial.is_symlink() or partial.is_file():  # not of ours, and not followed
-                partial.unlink()
             partial.mkdir(parents=True)
             write_shards(partial, tensors, read, shard_size)
             check()

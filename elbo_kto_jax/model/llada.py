@@ -33,7 +33,8 @@ CACHE = "cache"
 
 # What a layer's backward pass keeps of its forward pass. "full" keeps the layer's input and computes the rest again;
 # "attention" keeps the result of attention too, the costliest for its size; "dots" keeps the results of matrix products
-# and of attention, and computes what lies between them again.
+# and of attention, and computes what lies between them again. "none" keeps everything, weights that were gathered or
+# changed in dtype among it.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),

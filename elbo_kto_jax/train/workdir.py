@@ -90,9 +90,10 @@ class Workdir:
         Raises:
           UserError: `check`.
         """
+        if self._found is not None or not self._mark:  # what --overwrite deletes may be of any kind
+            self._check_kinds()
         if self._found is None:
             processes.first(self._delete_other)
-        self._check_kinds()
         if self._found is None:
             self._record["files"] = dict(files)
         elif "inputs" not in self._found:

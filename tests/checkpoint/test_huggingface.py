@@ -299,15 +299,6 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_pa
     assert "outside of the checkpoint" in refused(snapshot)
 
 
-def test_a_link_in_the_place_of_a_half_written_export_is_not_followed(tmp_path):
-    target = foreign_file(tmp_path / "etc").parent
-    write_published(tmp_path / "model")
-    (tmp_path / ".out.partial").symlink_to(target)
-    to_hf.main([f"--source={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"])
-    assert [file.name for file in target.iterdir()] == ["passwd"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["etc", "model", "out"]
-
-
 # ---- config.json says what the tensors are ----
 
 

@@ -124,7 +124,7 @@ def test_bias_and_variance_of_the_loss(name, mode):
         error = losses.std() / np.sqrt(len(losses))
         exact = loss(found.many_reward[:, None])[0]
         assert abs(row["loss_bias"]["value"] - (losses.mean() - exact)) < 4 * error
-        assert row["loss_bias_predicted"]["value"] == pytest.approx(row["loss_bias"]["value"], abs=1e-3)
+        assert row["loss_bias_predicted"]["value"] == pytest.approx(row["loss_bias"]["value"], abs=1e-3, rel=0.1)
         # Of a batch of 8 instead of 40 records; to first order.
         assert row["loss_variance"]["value"] * 8 / 40 == pytest.approx(losses.var(), rel=0.15)
     assert (row["reference_point_variance"]["value"] == 0) == (mode == "zero")

@@ -23,6 +23,7 @@ def result(schemes=("uniform", "bernoulli", "balanced"), draws=(1, 2, 4, 8), **c
         {
             "scheme": scheme,
             "draws": k,
+            "finite_variance": scheme != "bernoulli",
             **{name: figure((1 + s) / k) for name in FIGURES},
             "gradient_variance_by_group": {"wte": figure(0.4 / k), "head": figure(0.6 / k)},
         }

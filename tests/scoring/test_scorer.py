@@ -25,15 +25,14 @@ def make(sizes=MESHES[0], *, dtype="float32", remat="none", **options):
 
 
 def data(rows=8):
-    return TrainingData(tiny.examples(6), tiny.layout(rows, False), estimator=ESTIMATOR, batch_size=6, seed=0)
+    return TrainingData(tiny.examples(6), tiny.layout(rows), estimator=ESTIMATOR, batch_size=6, seed=0)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("one_pass_microbatches", [0, 2])
+@pytest.mark.parametrize("one_pass_microbatches", [0, 9])
 def test_estimates_are_those_of_each_draw_alone(cpu_devices, sizes, one_pass_microbatches):
     scorer, params = make(sizes, one_pass_microbatches=one_pass_microbatches)
     batch, indices = data().batch(0), data().indices(0)
-    assert len(batch.micro_batches) == 2
     assert scorer.takes_one_pass(batch.micro_batches) == bool(one_pass_microbatches)
     expected = tiny.plain_estimates(tiny.params(0), tiny.examples(6), indices, ESTIMATOR, seed=0)
     found = scorer(params, batch.micro_batches)
@@ -43,9 +42,12 @@ def test_estimates_are_those_of_each_draw_alone(cpu_devices, sizes, one_pass_mic
 
 def test_indices_that_no_row_has_stay_zero():
     scorer, params = make()
-    found = np.asarray(scorer(params, data().batch(0).micro_batches[:1]))
-    assert (found == 0).sum() == 4
-    assert (found < 0).sum() == 8
+    rows = data(rows=1).batch(0).micro_batches[0]
+    found = np.asarray(scorer(params, [rows]))
+    scored = np.isin(np.arange(12), rows.slot_index)
+    assert 0 < scored.sum() < 12
+    np.testing.assert_array_equal(found < 0, scored)
+    np.testing.assert_array_equal(found == 0, ~scored)
 
 
 def adapted(params):
@@ -61,7 +63,7 @@ def quantized(params):
     return adapted({**params, "blocks": blocks})
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots", "none"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])  # "none" keeps everything that was computed
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights_of", [lambda params: params, adapted, quantized], ids=["whole", "adapters", "int8"])
 def test_weights_are_not_handed_out(weights_of, dtype, remat):
