@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
                 "path": "GSAI-ML/LLaDA-8B-Instruct",  # [paper]
                 "dtype": "bfloat16",  # [paper] bf16 compute; log-probabilities and norms are float32 in any case
                 "param_dtype": "float32",  # [ours] an update of 1e-6 is lost in a bfloat16 weight
+                "mask_token_id": -1,  # what config.json, the tokenizer or the authors say
                 "remat": "full",  # [paper] activation checkpointing
             },
             "data": {

@@ -17,6 +17,7 @@ def get_config(objective: str = "elbo_kto") -> ConfigDict:
                 "path": "",  # given on the command line
                 "dtype": "float32",  # CPUs are no faster in bfloat16
                 "param_dtype": "float32",
+                "mask_token_id": -1,  # what config.json, the tokenizer or the authors say
                 "remat": "none",  # memory is no concern
             },
             "data": {

@@ -50,7 +50,8 @@ class Model:
     path: Location  # Hugging Face folder, hub id or converted checkpoint
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters and of Adam's moments
-    remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, model/llada.py
+    mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say
+    remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, models/network.py
 
 
 @dataclasses.dataclass(frozen=True)

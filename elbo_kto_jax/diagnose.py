@@ -26,7 +26,7 @@ from elbo_kto_jax.diagnosis.measure import Measurement, Setting
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.objectives.protocol import ValueFunction
 from elbo_kto_jax.report.diagnosis import write_diagnosis_report
 from elbo_kto_jax.train.setup import Setup, prepare

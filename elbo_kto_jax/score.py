@@ -16,7 +16,7 @@ from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.objectives.protocol import NOTHING
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.scoring.scorer import Scorer

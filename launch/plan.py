@@ -16,11 +16,11 @@ import jax
 
 from elbo_kto_jax import cli, terminal
 from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.checkpoint.random_folder import SIZES
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import plan as planning
 from elbo_kto_jax.planning.chips import Topology, parse_topology
 from elbo_kto_jax.planning.programs import DoesNotFit
@@ -28,15 +28,6 @@ from elbo_kto_jax.report.plan import as_text, write_plan_report
 from elbo_kto_jax.text.examples import load_examples
 
 log = logging.getLogger("elbo_kto_jax.plan")
-LLADA_8B = ModelConfig(  # as published (GSAI-ML/LLaDA-8B-Instruct, config.json)
-    **SIZES["8b"],
-    vocab_size=126464,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    mask_token_id=126336,
-    eos_token_id=126081,
-    pad_token_id=126081,
-)
 # kto-mix-14k: its published size; 2,964 characters of text per record (mean of 1,500 of its records) at about 4.3
 # characters per token, and the template's tokens.
 EXAMPLES, TOKENS = 14_000, 700
@@ -115,13 +106,22 @@ def _model(config: Config):
     """The architecture, and the tokenizer where there is one."""
     path = Path(config.model.path)
     if not path.exists():
-        log.info("config.model.path=%s is not on this machine: planning for LLaDA-8B as published", config.model.path)
-        return LLADA_8B, None
+        return _published(config.model.path), None
     model, assets = store.load_config(path)
     try:
         return model, store.build_tokenizer(assets, str(path))
     except UserError:  # a config.json is enough for a plan
         return model, None
+
+
+def _published(path: str) -> ModelConfig:
+    """The dimensions of the published model which the hub id or folder `path` may mean; otherwise LLaDA-8B's."""
+    known = registry.architectures()
+    # The longest name that fits: there is a LLaDA in iLLaDA.
+    family = max((name for name in known if name.split("_")[0] in path.lower()), key=len, default="llada")
+    size, model = next(iter(known[family].sizes.items()))
+    log.info("config.model.path=%s is not on this machine: planning for %s, %s, as published", path, family, size)
+    return model
 
 
 def _data(config: Config, tokenizer, examples: int | None, tokens: float | None) -> tuple[int, float]:

@@ -41,8 +41,8 @@ from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.checkpoint.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA, init_params
+from elbo_kto_jax.models.network import MaskPredictor, init_params
+from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.train import __main__ as train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
@@ -224,18 +224,28 @@ def demonstration(word: str, label: bool) -> dict[str, Any]:
 
 # The model.
 
+_DIMENSIONS = {
+    "d_model": 64,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "mlp_hidden_size": 128,
+    "max_sequence_length": 128,
+    "embedding_size": 128,  # rows beyond vocab_size are not used, as in the published models
+}
 
-def write_untrained(folder: Path, seed: int, **dimensions: int) -> None:
-    """Writes a tiny LLaDA with random weights and its tokenizer as a Hugging Face folder; `dimensions` are keys of its
-    config.json that differ from the quickstart's."""
+
+def write_untrained(folder: Path, seed: int, architecture: str = "llada", **dimensions: int) -> None:
+    """Writes a tiny model with random weights and its tokenizer as a Hugging Face folder; `dimensions` are fields of
+    its ModelConfig that differ from the quickstart's."""
     tokenizer = build_tokenizer()
-    config = {**_model_config(tokenizer), **dimensions}
+    config = published_config(tokenizer, architecture, **(_DIMENSIONS | dimensions))
     assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         assets |= {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
-    model_config = ModelConfig.from_hf(config, str(folder))
-    params = init_params(LLaDA(model_config), jax.random.key(seed))
+    model_config = read_config(config, str(folder))
+    params = init_params(MaskPredictor(model_config), jax.random.key(seed))
     model = store.Model(model_config, params, assets, str(folder))
     to_hf.write(folder, store.Source.of(model), to_hf.shard_size("5GB"))
 
@@ -260,20 +270,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=EOS,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-    )
-
-
-def _model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """config.json: LLaDA-8B-Instruct's keys, in small."""
-    return published_config(
-        tokenizer,
-        d_model=64,
-        n_layers=2,
-        n_heads=2,
-        n_kv_heads=2,
-        mlp_hidden_size=128,
-        max_sequence_length=128,
-        embedding_size=128,  # rows beyond vocab_size are not used, as in the published models
     )
 
 

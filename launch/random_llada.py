@@ -5,14 +5,17 @@ from pathlib import Path
 from conversion.to_hf import shard_size
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoint import huggingface, random_folder, store
+from elbo_kto_jax.models import registry
 
 
 def main(argv: list[str]) -> dict:
-    sizes, dtypes = random_folder.SIZES, random_folder.DTYPES
-    parser = cli.Flags("launch.random_llada", "Writes a LLaDA with random weights as a Hugging Face folder.")
-    parser.add_argument("--size", choices=sizes, default="23m", help="of the model (default: %(default)s)")
+    dtypes, architectures = random_folder.DTYPES, registry.architectures()
+    sizes = ", ".join(f"{name}: {'/'.join(known.sizes)}" for name, known in architectures.items())
+    parser = cli.Flags("launch.random_llada", "Writes a model with random weights as a Hugging Face folder.")
+    parser.add_argument("--architecture", choices=architectures, default="llada", help="default: %(default)s")
+    parser.add_argument("--size", default="23m", help=f"23m (the default), or as published ({sizes})")
     parser.add_argument("--layers", type=int, default=0, help="how many (default: those of --size)")
-    parser.add_argument("--tokenizer", required=True, help="folder with LLaDA's tokenizer files")
+    parser.add_argument("--tokenizer", required=True, help="folder with the model's tokenizer files")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--shard-size", type=shard_size, default="5GB", help="bytes per file (default: 5GB)")
@@ -21,9 +24,16 @@ def main(argv: list[str]) -> dict:
     flags, _ = parser.parse(argv)
     out = Path(flags.out)
     store.check_destination(out, flags.overwrite, huggingface.is_published)
-    dimensions = sizes[flags.size] | ({"n_layers": flags.layers} if flags.layers else {})
+    dimensions = random_folder.dimensions(flags.size, flags.architecture)
+    dimensions |= {"n_layers": flags.layers} if flags.layers else {}
     written = random_folder.write(
-        out, Path(flags.tokenizer), dimensions, dtype=flags.dtype, seed=flags.seed, shard_size=flags.shard_size
+        out,
+        Path(flags.tokenizer),
+        dimensions,
+        architecture=flags.architecture,
+        dtype=flags.dtype,
+        seed=flags.seed,
+        shard_size=flags.shard_size,
     )
     return {"tensors": len(written), "bytes": sum(written.values()), "out": str(out)}
 

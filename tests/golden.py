@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from elbo_kto_jax.checkpoint import names, store
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.packing import Layout, Segment, pack
 from elbo_kto_jax.train.step import Batch
@@ -53,7 +54,7 @@ class Golden:
         """A file of tensors under their published names as a parameter tree, without the code of checkpoints."""
         tensors = load_file(self.folder / file)
         leaves = {}
-        for path, leaf in names.parameter_leaves(self.config).items():
+        for path, leaf in registry.parameters(self.config).items():
             parts = [tensors[name].T if leaf.transposed else tensors[name] for name in leaf.tensors]
             leaves[path] = np.stack(parts) if leaf.stacked else parts[0]
         return names.unflatten(leaves)

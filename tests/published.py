@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from elbo_kto_jax.checkpoint import names
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models.registry import read_config
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CONFIG = {
@@ -59,7 +59,7 @@ def write_published(
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, tensor in names.published_tensors(ModelConfig.from_hf(CONFIG, "test")).items():
+    for name, tensor in names.published_tensors(read_config(CONFIG, "test")).items():
         if bits:
             word = np.dtype(f"uint{8 * np.dtype(DTYPES[dtype]).itemsize}")
             words = rng.integers(0, np.iinfo(word).max, tensor.shape, word, endpoint=True)

@@ -10,7 +10,8 @@ from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.sampling.decode import Responses, to_text
 from elbo_kto_jax.sampling.respond import Answers
-from elbo_kto_jax.text.chat import encode_prompt, find_eot_id
+from elbo_kto_jax.text.chat import encode_prompt
+from elbo_kto_jax.text.special import find_eot_id
 from tests.conftest import PROJECT_ROOT
 
 GEN_LENGTH = 4

@@ -8,21 +8,21 @@ import numpy as np
 
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion.masks import draw_masks
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.text.examples import Examples
 from tests.published import CONFIG
 
-MODEL = ModelConfig.from_hf(CONFIG, "tests")  # n_kv_heads < n_heads; every dimension divides over 8 devices
+MODEL = read_config(CONFIG, "tests")  # n_kv_heads < n_heads; every dimension divides over 8 devices
 LENGTH = 32  # tokens of a row
 KTO = config.Objective("elbo_kto", 0.1, 1.33, 0.75, "global_mean", 0.0)
 DPO = config.Objective("elbo_dpo", 0.3, 1.0, 1.0, "zero", 0.0)
 SFT = config.Objective("sft", 0.1, 1.0, 1.0, "global_mean", 0.0)
 
 
-def model(dtype: str = "float32", remat: str = "none") -> LLaDA:
-    return LLaDA(MODEL, jnp.dtype(dtype), jnp.float32, remat)
+def model(dtype: str = "float32", remat: str = "none") -> MaskPredictor:
+    return MaskPredictor(MODEL, jnp.dtype(dtype), jnp.float32, remat)
 
 
 def params(seed: int) -> dict:
@@ -35,7 +35,7 @@ def params(seed: int) -> dict:
         value = 1 + 0.2 * noise if is_norm else noise if is_embedding else noise / np.sqrt(shape.shape[-2])
         return jnp.asarray(value, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(LLaDA(MODEL)))
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(MaskPredictor(MODEL)))
 
 
 def examples(num: int, seed: int = 0, max_length: int = LENGTH) -> Examples:

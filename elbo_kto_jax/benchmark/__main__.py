@@ -26,6 +26,7 @@ from elbo_kto_jax.checkpoint import huggingface, random_folder
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.models import registry
 from elbo_kto_jax.objectives.kto import Kto
 from elbo_kto_jax.planning.fit import layers_that_fit
 from elbo_kto_jax.train.setup import prepare
@@ -83,7 +84,7 @@ def _flags() -> cli.Flags:
     flags.add_argument("--rounds", type=int, default=5, help="measurements of everything (default: %(default)s)")
     flags.add_argument(
         "--size",
-        choices=random_folder.SIZES,
+        choices=(random_folder.SMALL, *registry.architectures()["llada"].sizes),
         help="random weights of this size, with the tokenizer in config.model.path, instead of the model there",
     )
     flags.add_argument("--layers", type=int, default=0, help="with --size: how many (default: as many as fit)")
@@ -98,7 +99,7 @@ def _flags() -> cli.Flags:
 
 def _with_random_model(config: Config, options: argparse.Namespace, folder: Path) -> Config:
     """The config with a model of random weights in `folder`, of as many layers as asked for or as fit."""
-    dimensions = random_folder.SIZES[options.size]
+    dimensions = random_folder.dimensions(options.size)
     layers = options.layers or layers_that_fit(dimensions, options.max_length, config.model.param_dtype)
     log.info("writing %d layers of random weights, size %s", layers, options.size)
     random_folder.write(

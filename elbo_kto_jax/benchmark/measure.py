@@ -23,7 +23,7 @@ from tqdm import tqdm
 from elbo_kto_jax.benchmark import agreement
 from elbo_kto_jax.config import Config, Estimator
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.train.data import TrainingData
 from elbo_kto_jax.train.setup import Setup
 

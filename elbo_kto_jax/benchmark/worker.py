@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elbo_kto_jax.config import Config
-from elbo_kto_jax.model.llada import abstract_params, matmul_precision
+from elbo_kto_jax.models.layers import matmul_precision
+from elbo_kto_jax.models.network import abstract_params
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import Batch
@@ -43,7 +44,7 @@ def main() -> None:
     setup = prepare(config, skip_bad=False)
     draws = config.estimator.draws
     tx = train_state.optimizer(config.optimizer, 100)
-    shardings = train_state.state_shardings(tx, abstract_params(setup.model), setup.mesh)
+    shardings = train_state.state_shardings(tx, abstract_params(setup.model), setup.mesh, setup.model.config)
     scorer = setup.scorer()
     programs = build_programs(scorer, setup.objective, draws=draws, tx=tx, shardings=shardings)
     passes = {None: config.train.one_pass_microbatches, True: sys.maxsize, False: 1}

@@ -1,4 +1,4 @@
-"""Reading and writing the published form of a LLaDA checkpoint: a folder of safetensors, config.json and tokenizer.
+"""Reading and writing the published form of a checkpoint: a folder of safetensors, config.json and tokenizer.
 
 Nothing is read before it is asked for: opening a folder reads the headers of its safetensors files, and every tensor is
 then read slice by slice, so that each process of a mesh reads only what it owns. Written, too, a tensor is never whole
@@ -28,7 +28,10 @@ from elbo_kto_jax.checkpoint.buffers import Buffers
 from elbo_kto_jax.checkpoint.finite import check_finite
 from elbo_kto_jax.errors import UserError, shown
 from elbo_kto_jax.files import ahead, from_json, writing
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.registry import read_config
+from elbo_kto_jax.models.table import Parameter, TreePath
 
 log = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
@@ -52,9 +55,8 @@ _ASSETS = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-    "configuration_llada.py",
-    "modeling_llada.py",
 )
+_CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_utils.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ class HuggingFaceFolder:
         It is a view of the file or, where `index` asks for whole rows, in one of `buffers`: pages that are mapped are
         read from a disk as they are touched, which for a transposed copy is in no good order.
         """
-        file, dtype, shape = self.files[name], self.dtypes[name], names.published_tensors(self.config)[name].shape
+        original = names.published_duplicates(self.config).get(name, name)
+        file, dtype, shape = self.files[name], self.dtypes[name], names.published_tensors(self.config)[original].shape
         try:
             view = np.memmap(file, dtype, "r", self.offsets[name], shape)[index]
             if buffers is None or view.shape[1:] != shape[1:]:
@@ -96,7 +99,7 @@ class HuggingFaceFolder:
             raise _damaged(file, error) from error
 
     def read_leaf(
-        self, leaf: names.Leaf, index: tuple[slice, ...], dtype: np.dtype, buffers: Buffers | None = None
+        self, leaf: Parameter, index: tuple[slice, ...], dtype: np.dtype, buffers: Buffers | None = None
     ) -> np.ndarray:
         """The slice `index` of a leaf of our tree, filled layer by layer into one array of type `dtype`.
 
@@ -127,7 +130,8 @@ def read_assets(folder: Path) -> dict[str, bytes]:
     Raises:
       UserError: one is a link to a file of somebody else's.
     """
-    found = [folder / name for name in _ASSETS if (folder / name).is_file()]
+    named = [folder / name for name in _ASSETS if (folder / name).is_file()]
+    found = named + sorted(file for pattern in _CODE for file in folder.glob(pattern) if file.is_file())
     for file in found:
         check_link(file, folder)
     return {file.name: file.read_bytes() for file in found}
@@ -155,14 +159,14 @@ def parse_config(assets: Mapping[str, bytes], where: str) -> ModelConfig:
       UserError: it is missing, is not JSON, or describes a network that is not implemented.
     """
     if CONFIG_FILE not in assets:
-        raise UserError(f"{where}: no such file; a LLaDA checkpoint needs its config.json")
+        raise UserError(f"{where}: no such file; a model needs its config.json")
     try:
         mapping = from_json(assets[CONFIG_FILE])
     except ValueError as error:
         raise UserError(f"{where}: not readable as JSON ({error}); download or copy the file again") from error
     if not isinstance(mapping, dict):
-        raise UserError(f"{where}: expected a JSON object with the keys of a LLaDA config.json")
-    return ModelConfig.from_hf(mapping, where)
+        raise UserError(f"{where}: expected a JSON object with the keys of a config.json")
+    return read_config(mapping, where)
 
 
 def with_dtype(assets: Mapping[str, bytes], tensors: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, bytes]:
@@ -198,7 +202,7 @@ def download(hub_id: str, flag: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # here: a local folder does not need the second that it takes
 
     name, _, revision = hub_id.partition("@")
-    patterns = [*_ASSETS, INDEX_FILE, "*.safetensors"] if weights else [*_ASSETS]
+    patterns = [*_ASSETS, *_CODE, *([INDEX_FILE, "*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes between its versions
@@ -220,7 +224,7 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
       UserError: a file is missing or damaged, or a tensor is missing, unknown, mis-shaped or of an unsupported dtype.
     """
     config = parse_config(read_assets(folder), str(folder / CONFIG_FILE))
-    expected = names.published_tensors(config)
+    expected, duplicates = names.published_tensors(config), names.published_duplicates(config)
     files, shapes, dtypes, offsets = {}, {}, {}, {}
     for shard, listed in _shards(folder).items():
         with _open(shard) as file:
@@ -231,9 +235,9 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
                 )
             for name in sorted(found):
                 header = file.get_slice(name)
-                if name not in expected or name in files:
+                if name not in expected | duplicates or name in files:
                     what = (
-                        "twice in this checkpoint" if name in files else "not a tensor of the LLaDA of its config.json"
+                        "twice in this checkpoint" if name in files else "not a tensor of the model of its config.json"
                     )
                     raise UserError(
                         f"{shard}: tensor {_name(name)} is {what}; remove it or correct {folder / CONFIG_FILE}"
@@ -245,21 +249,38 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
                 files[name], shapes[name] = shard, tuple(header.get_shape())
                 dtypes[name] = DTYPES[header.get_dtype()]
         offsets |= _data_offsets(shard)
-    for name, tensor in expected.items():
+    for name in expected:
         if name not in files:
             raise UserError(f"{folder}: tensor {name} is missing; its config.json asks for {config.n_layers} layers")
-        if shapes[name] != tensor.shape:
+    for name in files:
+        shape = expected[duplicates.get(name, name)].shape
+        if shapes[name] != shape:
             raise UserError(
-                f"{files[name]}: tensor {name}: expected shape {tensor.shape} by {folder / CONFIG_FILE}, "
-                f"got {shapes[name]}"
+                f"{files[name]}: tensor {name}: expected shape {shape} by {folder / CONFIG_FILE}, got {shapes[name]}"
             )
-    return HuggingFaceFolder(folder, config, files, dtypes, offsets)
+    opened = HuggingFaceFolder(folder, config, files, dtypes, offsets)
+    for name, original in duplicates.items():
+        if name in files and not _same_values(opened, name, original):
+            raise UserError(
+                f"{files[name]}: tensor {name} differs from {original}, and {folder / CONFIG_FILE} says that the two "
+                "are one (`tie_word_embeddings`); remove the wrong one, or set the key to false if both are meant"
+            )
+    return opened
+
+
+def _same_values(folder: HuggingFaceFolder, name: str, other: str) -> bool:
+    """Whether two tensors of one shape have the same dtype and values."""
+    rows = names.published_tensors(folder.config)[other].shape[0]
+    parts = [(slice(start, min(start + names.ROWS, rows)),) for start in range(0, rows, names.ROWS)]
+    return folder.dtypes[name] == folder.dtypes[other] and all(
+        np.array_equal(folder.read(name, part), folder.read(other, part)) for part in parts
+    )
 
 
 def load_params(
     folder: HuggingFaceFolder,
     dtype: np.dtype | None,
-    sharding_of: Callable[[names.TreePath], jax.sharding.Sharding],
+    sharding_of: Callable[[TreePath], jax.sharding.Sharding],
 ) -> dict:
     """The parameter tree of an opened folder; each process reads only the slices that its devices hold.
 
@@ -271,7 +292,7 @@ def load_params(
       UserError: a value is NaN or infinite, or layers of one leaf are stored in different dtypes and `dtype` is None.
     """
     params = {}
-    leaves = names.parameter_leaves(folder.config)
+    leaves = registry.parameters(folder.config)
     for path, leaf in tqdm(leaves.items(), desc="reading weights", unit="leaf", disable=None, leave=False):
         leaf_dtype = stored_dtype(folder, leaf) if dtype is None else dtype
         read = functools.partial(folder.read_leaf, leaf, dtype=leaf_dtype)
@@ -361,7 +382,7 @@ def _safetensors_header(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def stored_dtype(folder: HuggingFaceFolder, leaf: names.Leaf) -> np.dtype:
+def stored_dtype(folder: HuggingFaceFolder, leaf: Parameter) -> np.dtype:
     """The one dtype in which every layer of `leaf` is stored.
 
     Raises:

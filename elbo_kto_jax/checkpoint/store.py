@@ -10,8 +10,8 @@ A checkpoint is one Orbax step folder, the same for a converted model and for a 
 It refers to nothing outside, so it can be moved. Orbax writes it under a temporary name and renames it when complete.
 Arrays are stored layer by layer, and a converted model in chunks that a mesh need not share, so that each process reads
 what it owns, and a conversion holds pieces of a tensor and never a leaf of stacked layers (`Source`).
-Where adapters are trained (model/lora.py), params/ are those alone, and the manifest says on which base (`Adaptation`).
-As a model, such a checkpoint is its base with the adapters merged into it.
+Where adapters are trained (models/lora.py), params/ are those alone, and the manifest says on which base
+(`Adaptation`). As a model, such a checkpoint is its base with the adapters merged into it.
 Orbax's arrays carry no checksum, so each tree has a list of its files' sizes (checked before it is read) and the
 manifest has a digest of its bits (checked after it was read), checksums of the assets and a copy of the progress.
 It ends with a checksum of itself, in which only the place of a base is left out, since a base may be moved. Manifests
@@ -43,7 +43,7 @@ from etils import epath
 from etils.epath import stat_utils
 from jax.typing import DTypeLike
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
 from elbo_kto_jax.checkpoint import huggingface, names
 from elbo_kto_jax.checkpoint.buffers import Buffers
@@ -51,9 +51,9 @@ from elbo_kto_jax.checkpoint.digest import Digest, params_digest
 from elbo_kto_jax.checkpoint.finite import check_finite
 from elbo_kto_jax.errors import UserError, shown
 from elbo_kto_jax.files import ahead, check_writable, from_json, writing
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.models import lora, registry
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.table import TreePath
 from elbo_kto_jax.text import foreign
 
 MANIFEST_FILE = "manifest.json"
@@ -75,7 +75,7 @@ class Model:
 
     Attributes:
       config: the architecture.
-      params: parameter tree (names.parameter_leaves).
+      params: parameter tree (registry.parameters).
       assets: file name -> content: config.json and the tokenizer files, byte for byte as published.
       source: the folder that it was loaded from.
     """
@@ -110,15 +110,15 @@ class Source:
     config: ModelConfig
     assets: Mapping[str, bytes]
     path: str
-    leaves: Mapping[names.TreePath, jax.ShapeDtypeStruct]
-    read: Callable[[names.TreePath, names.Index, Buffers | None], np.ndarray]
+    leaves: Mapping[TreePath, jax.ShapeDtypeStruct]
+    read: Callable[[TreePath, names.Index, Buffers | None], np.ndarray]
     arrays_per_read: int
     digest: str | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Source":
         """The model in memory."""
-        params = {path: names.get(model.params, path) for path in names.parameter_leaves(model.config)}
+        params = {path: names.get(model.params, path) for path in registry.parameters(model.config)}
         leaves = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in params.items()}
         read = lambda path, index, buffers: np.asarray(params[path][index])  # noqa: E731
         return cls(model.config, model.assets, model.source, leaves, read, arrays_per_read=0)
@@ -160,7 +160,7 @@ class Source:
         Raises:
           UserError: a value is too large for `dtype`.
         """
-        leaf = names.parameter_leaves(self.config)[tensor.path]
+        leaf = registry.parameters(self.config)[tensor.path]
         dtype = self.leaves[tensor.path].dtype if dtype is None else np.dtype(dtype)
         for index in names.pieces(leaf, tensor.layer or 0):
             piece = self.read(tensor.path, index, buffers)
@@ -208,21 +208,25 @@ def build_tokenizer(assets: Mapping[str, bytes], source: str) -> PreTrainedToken
     """The tokenizer in the files `assets` of the checkpoint `source`; needs no network and runs no code of theirs.
 
     Raises:
-      UserError: tokenizer.json is missing or damaged.
+      UserError: the tokenizer's files are missing or damaged.
     """
-    if "tokenizer.json" not in assets:
+    kind = PreTrainedTokenizerFast
+    if "tokenizer.json" in assets:
+        try:
+            foreign.check_tokenizer_file(assets["tokenizer.json"])
+        except foreign.ForeignError as error:
+            raise UserError(f"{source}: unreadable tokenizer.json ({error}); copy it again") from error
+    elif {"vocab.json", "merges.txt"} <= assets.keys():
+        kind = Qwen2TokenizerFast  # Dream's tokenizer is Qwen's, and is published in these files only
+    else:
         raise UserError(f"{source}: no tokenizer.json; copy the tokenizer files of the published model into the folder")
-    try:
-        foreign.check_tokenizer_file(assets["tokenizer.json"])
-    except foreign.ForeignError as error:
-        raise UserError(f"{source}: unreadable tokenizer.json ({error}); copy it again") from error
     with tempfile.TemporaryDirectory() as folder:
         for name, content in assets.items():
             # Without config.json, whose `auto_map` makes transformers ask whether it may run the model's own code.
             if name != huggingface.CONFIG_FILE and not name.endswith(".py"):
                 (Path(folder) / name).write_bytes(content)
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
         except BaseException as error:
             reason = foreign.failure(error)
             if not reason:
@@ -273,7 +277,7 @@ def load_model(
     folder = locate(path, flag, weights=True)
     dtype = None if param_dtype is None else np.dtype(param_dtype)
 
-    def sharding_of(leaf_path: names.TreePath) -> jax.sharding.Sharding:
+    def sharding_of(leaf_path: TreePath) -> jax.sharding.Sharding:
         if shardings is None:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return names.get(shardings, leaf_path)
@@ -287,7 +291,7 @@ def load_model(
     config, assets = _read_assets(folder, manifest)
     if manifest.lora is not None:
         return Model(config, _load_merged(folder, manifest, config, dtype, sharding_of), assets, str(folder))
-    stored, leaves = manifest.trees["params"], names.parameter_leaves(config)
+    stored, leaves = manifest.trees["params"], registry.parameters(config)
     _check_arrays(folder / "params", stored, {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
     abstract = {
         leaf_path: jax.ShapeDtypeStruct(
@@ -326,7 +330,7 @@ def load_base(
     source = open_source(path, flag=flag)
     digest, params = Digest(source.leaves), {}
     for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
-        where = [f"{folder}: tensor {name}" for name in names.parameter_leaves(source.config)[leaf_path].tensors]
+        where = [f"{folder}: tensor {name}" for name in registry.parameters(source.config)[leaf_path].tensors]
         check_finite(leaf, where)
         group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
         if "kernel_scale" in group:
@@ -390,7 +394,7 @@ def _load_merged(
     manifest: "_Manifest",
     config: ModelConfig,
     dtype: np.dtype | None,
-    sharding_of: Callable[[names.TreePath], jax.sharding.Sharding],
+    sharding_of: Callable[[TreePath], jax.sharding.Sharding],
 ) -> dict:
     """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
     adaptation, stored = manifest.lora, manifest.trees["params"]
@@ -408,7 +412,7 @@ def _load_merged(
     expected = _by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32))
     _check_arrays(folder / "params", stored, {path: leaf.shape for path, leaf in expected.items()})
 
-    def everywhere(path: names.TreePath) -> jax.sharding.Sharding:
+    def everywhere(path: TreePath) -> jax.sharding.Sharding:
         sharding = sharding_of((*path[:-1], "kernel"))
         mesh = getattr(sharding, "mesh", None)
         return sharding if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -426,7 +430,7 @@ def _load_merged(
             out_shardings=leaf.sharding,
         )
         params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
-        tensors = names.parameter_leaves(config)[path].tensors
+        tensors = registry.parameters(config)[path].tensors
         check_finite(params[path], [f"{folder}: with its base {source.path}: tensor {name}" for name in tensors])
         del leaf
     if digest.hexdigest() != adaptation.base_digest:
@@ -435,11 +439,11 @@ def _load_merged(
 
 
 def _read_leaves(
-    source: Source, digest: Digest, sharding_of: Callable[[names.TreePath], jax.sharding.Sharding]
-) -> Iterator[tuple[names.TreePath, jax.Array]]:
+    source: Source, digest: Digest, sharding_of: Callable[[TreePath], jax.sharding.Sharding]
+) -> Iterator[tuple[TreePath, jax.Array]]:
     """The parameters of `source` one by one, in their stored dtypes; each is added to `digest`."""
 
-    def read(path: names.TreePath) -> jax.Array:
+    def read(path: TreePath) -> jax.Array:
         shape = source.leaves[path].shape
         leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index, None))
         digest.add(path, (0,) * leaf.ndim, leaf)
@@ -471,13 +475,13 @@ def open_source(
     folder = locate(path, flag, weights=True)
     if not is_checkpoint(folder):
         published = huggingface.open_folder(Path(folder))
-        leaves = names.parameter_leaves(published.config)
+        leaves = registry.parameters(published.config)
         stored = {
             path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or huggingface.stored_dtype(published, leaf)))
             for path, leaf in leaves.items()
         }
 
-        def read_published(path: names.TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
+        def read_published(path: TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
             return published.read_leaf(leaves[path], index, stored[path].dtype, buffers)
 
         assets = huggingface.read_assets(published.path)
@@ -488,11 +492,11 @@ def open_source(
     if manifest.lora is not None:
         return Source.of(load_model(path, param_dtype=dtype, flag=flag))
     tree, stored = folder / "params", manifest.trees["params"]
-    _check_arrays(tree, stored, {path: leaf.shape for path, leaf in names.parameter_leaves(config).items()})
+    _check_arrays(tree, stored, {path: leaf.shape for path, leaf in registry.parameters(config).items()})
     _check_files(tree)
     arrays = {}
 
-    def read(path: names.TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
+    def read(path: TreePath, index: names.Index, buffers: Buffers | None) -> np.ndarray:
         try:
             if path not in arrays:
                 arrays[path] = _open_array(tree, path)
@@ -530,7 +534,11 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
         return {"params": _StoredTree.of(source.leaves, digest.hexdigest())}
 
     tree = names.unflatten({path: _Streamed(source, path, digest, bar) for path in source.leaves})
-    items = {"assets": _AssetsSave(source.assets, manifest), "params": _StreamedTreeSave(tree)}
+    mask_token_id = _unsaid_mask(source.config, source.assets)
+    items = {
+        "assets": _AssetsSave(source.assets, manifest, mask_token_id=mask_token_id),
+        "params": _StreamedTreeSave(tree),
+    }
     _remove_unfinished(folder)  # of a save that was killed
     try:
         with (
@@ -610,15 +618,22 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
 class TrainingCheckpoints:
     """The checkpoints/ folder of a training run: one checkpoint per saved step, written in the background."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None = None, adaptation: Adaptation | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int | None = None,
+        adaptation: Adaptation | None = None,
+        model: ModelConfig | None = None,
+    ):
         """Opens or creates the folder, and removes what an interrupted save left there.
 
         Args:
           directory: the folder, usually WORKDIR/checkpoints.
           keep: how many of the latest steps to keep; None keeps all.
           adaptation: what `params` belong to if they are adapters.
+          model: whose special tokens the run uses; None: those of config.json.
         """
-        self._adaptation = adaptation
+        self._adaptation, self._model = adaptation, model
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
@@ -636,7 +651,13 @@ class TrainingCheckpoints:
         trees = {"params": state.params, "opt_state": state.opt_state}
         stored = {item: _StoredTree.of(_by_path(tree), params_digest(tree)) for item, tree in trees.items()}
         items = {
-            "assets": _AssetsSave(assets, lambda: stored, self._adaptation, state.progress),
+            "assets": _AssetsSave(
+                assets,
+                lambda: stored,
+                self._adaptation,
+                state.progress,
+                None if self._model is None else _unsaid_mask(self._model, assets),
+            ),
             "progress": ocp.args.JsonSave(state.progress),
         }
         items |= {item: _TreeSave(tree, save_args=jax.tree.map(_save_args, tree)) for item, tree in trees.items()}
@@ -742,6 +763,8 @@ class _AssetsHandler(ocp.CheckpointHandler):
         }
         if adaptation is not None:
             manifest["lora"] = dataclasses.asdict(adaptation)
+        if self._args.mask_token_id is not None:
+            manifest["mask_token_id"] = self._args.mask_token_id
         manifest["checksum"] = _manifest_checksum(json.loads(json.dumps(manifest)))
         for name, content in {**files, MANIFEST_FILE: json.dumps(manifest).encode()}.items():
             (directory / name).write_bytes(content)
@@ -759,6 +782,7 @@ class _AssetsSave(ocp.args.CheckpointArgs):
     trees: Callable[[], "dict[str, _StoredTree]"]
     adaptation: Adaptation | None = None
     progress: dict | None = None
+    mask_token_id: int | None = None  # None: config.json says it
 
 
 class _ListsSizes(ocp.CheckpointHandler):
@@ -790,7 +814,7 @@ class _Streamed:
     """The leaf `path` of `source`, in the place of an array in a tree that is saved."""
 
     source: Source
-    path: names.TreePath
+    path: TreePath
     digest: Digest
     bar: tqdm
 
@@ -808,7 +832,7 @@ class _Streamed:
 
     def write(self, array: tensorstore.TensorStore) -> None:
         """Writes every piece; one is read, one is added to the digest and two are written at a time."""
-        leaf = names.parameter_leaves(self.source.config)[self.path]
+        leaf = registry.parameters(self.source.config)[self.path]
         indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
         buffers, writing = self.source.buffers(3, published=False), None
         for index, piece in ahead((index, self.source.read(self.path, index, buffers)) for index in indices):
@@ -830,7 +854,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         for value, info in zip(values, infos, strict=True):
-            _, axes = rules.line_of("/".join(value.path))
+            axes = registry.parameters(value.source.config)[value.path].axes
             array = tensorstore.open(
                 {
                     "driver": "zarr",
@@ -876,11 +900,11 @@ class _StoredTree:
     """
 
     digest: str
-    shapes: dict[names.TreePath, tuple[int, ...]]
-    dtypes: dict[names.TreePath, np.dtype]
+    shapes: dict[TreePath, tuple[int, ...]]
+    dtypes: dict[TreePath, np.dtype]
 
     @classmethod
-    def of(cls, leaves: Mapping[names.TreePath, Any], digest: str) -> "_StoredTree":
+    def of(cls, leaves: Mapping[TreePath, Any], digest: str) -> "_StoredTree":
         shapes = {path: leaf.shape for path, leaf in leaves.items()}
         return cls(digest, shapes, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
 
@@ -905,6 +929,7 @@ class _Manifest(NamedTuple):
     trees: dict[str, _StoredTree]
     lora: Adaptation | None  # params are adapters
     progress: dict | None  # what progress/ must say; None where there is none, or as above
+    mask_token_id: int | None  # None: config.json says it
 
 
 def files_in(directory: epath.Path) -> Iterator[epath.Path]:
@@ -961,7 +986,10 @@ def _read_manifest(folder: epath.Path) -> _Manifest:
             raise ValueError("an asset without a checksum")
         if any(not name or "/" in name or "\\" in name or name == ".." for name in assets):
             raise ValueError("an asset outside of the checkpoint")
-        return _Manifest(assets, trees, adaptation, manifest.get("progress"))
+        mask_token_id = manifest.get("mask_token_id")
+        if mask_token_id is not None and (type(mask_token_id) is not int or not 0 <= mask_token_id < 2**31):
+            raise ValueError("mask_token_id")
+        return _Manifest(assets, trees, adaptation, manifest.get("progress"), mask_token_id)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: missing or damaged ({type(error).__name__}); {_REMEDY}") from error
 
@@ -1006,10 +1034,19 @@ def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, 
         assets[name] = file.read_bytes()
         if checksum not in (None, _checksum(assets[name])):
             raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
-    return huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE)), assets
+    config = huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE))
+    if manifest.mask_token_id is not None:
+        config = dataclasses.replace(config, mask_token_id=manifest.mask_token_id)
+    return config, assets
 
 
-def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[names.TreePath, tuple[int, ...]]) -> None:
+def _unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
+    """The mask token of `config`, unless the config.json among `assets` says it."""
+    said = huggingface.parse_config(assets, huggingface.CONFIG_FILE).mask_token_id
+    return None if config.mask_token_id == said else config.mask_token_id
+
+
+def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[TreePath, tuple[int, ...]]) -> None:
     """Raises UserError unless the arrays `stored` at `tree` are those of `shapes`, naming the first that is not."""
     for path in sorted(shapes.keys() ^ stored.shapes.keys()):
         what = "is missing" if path in shapes else "belongs to another model or configuration"
@@ -1081,7 +1118,7 @@ def _kvstore(tree: epath.Path, array: str = "") -> dict:
     }
 
 
-def _open_array(tree: epath.Path, path: names.TreePath) -> tensorstore.TensorStore:
+def _open_array(tree: epath.Path, path: TreePath) -> tensorstore.TensorStore:
     """The array at `path` of a stored tree, to read from."""
     return tensorstore.open({"driver": "zarr", "kvstore": _kvstore(tree, ".".join(path))}, read=True).result()
 
@@ -1095,13 +1132,13 @@ def _unreadable(tree: epath.Path, error: Exception) -> UserError:
     return UserError(f"{tree}: cannot be read ({reason[:200]}); {_REMEDY}")
 
 
-def _by_path(tree: Any) -> dict[names.TreePath, Any]:
+def _by_path(tree: Any) -> dict[TreePath, Any]:
     """The leaves by their paths; names, indices and attributes of the tree all become strings."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_names(path): leaf for path, leaf in leaves}
 
 
-def _names(path: tuple) -> names.TreePath:
+def _names(path: tuple) -> TreePath:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float32, Float64, Int64
 from tqdm import tqdm
 
 from elbo_kto_jax.diffusion.masks import SCHEMES, Draws, draw_masks
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules

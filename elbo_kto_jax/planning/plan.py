@@ -10,7 +10,7 @@ waits. A step is the sum of its programs over its micro-batches, and
 
     mfu_bound = model FLOPs / (chips x peak x seconds of a step)
 
-with the model FLOPs of whole rows: as many forward passes' worth (model/flops.py) as the method cannot do without, 3
+with the model FLOPs of whole rows: as many forward passes' worth (models/flops.py) as the method cannot do without, 3
 for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for the estimates where they need
 a pass of their own (a batch of more than train.one_pass_microbatches), and 1 where the reference is online; half of a
 row's tokens are scored. What rematerialisation computes again is work of the program, not of the model. Rows that a
@@ -30,8 +30,9 @@ import numpy as np
 from elbo_kto_jax import objectives
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.flops import forward_flops, layer_matrices
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology, larger
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, compile_programs, topology_devices
@@ -228,14 +229,14 @@ def mesh_sizes(config: Config, devices: int) -> dict[str, int]:
 
 
 def parameters(model: ModelConfig) -> int:
-    """Weights in all matrices (the norms' are too few to count)."""
-    return model.n_layers * layer_matrices(model) + 2 * model.d_model * model.embedding_size
+    """Numbers in all parameters."""
+    return sum(row.size for row in registry.parameters(model).values())
 
 
 def adapters(model: ModelConfig, rank: int) -> int:
     """Weights in the adapters of all matrices of the blocks."""
-    d, heads, key_value = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    return model.n_layers * rank * (2 * (d + heads) + 2 * (d + key_value) + 3 * (d + model.mlp_hidden_size))
+    shapes = [row.shape for row in registry.parameters(model).values() if row.is_matrix]
+    return sum(layers * rank * (rows + columns) for layers, rows, columns in shapes)
 
 
 def recomputed(model: ModelConfig, remat: str, length: int) -> float:

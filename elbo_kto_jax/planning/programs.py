@@ -21,9 +21,9 @@ from elbo_kto_jax import objectives
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion.elbo import CHUNK
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
@@ -93,12 +93,12 @@ def compile_programs(
     model = build_model(config, model_config)
     trained = train_state.abstract_trained(model, config.lora)
     tx = train_state.optimizer(config.optimizer, _STEPS)
-    shardings = train_state.state_shardings(tx, trained, mesh)
+    shardings = train_state.state_shardings(tx, trained, mesh, model_config)
     state = train_state.abstract_state(tx, trained, shardings)
     weights = state.params
     if config.lora.rank:
         base = train_state.abstract_base(model, config.lora)
-        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh))
+        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh, model_config))
         scale = jax.ShapeDtypeStruct((model_config.n_layers,), jnp.float32, sharding=rules.replicated(mesh))
         weights = lora.Adapted(base, state.params, scale)
     draws, examples = config.estimator.draws, config.train.global_batch_size
@@ -171,7 +171,7 @@ def compile_programs(
         yield _sampler(run, config, model.clone(mesh=mesh), lora.parameters(weights), mesh)
 
 
-def _sampler(run: Callable, config: Config, model: LLaDA, params: Any, mesh: Mesh) -> Compiled:
+def _sampler(run: Callable, config: Config, model: MaskPredictor, params: Any, mesh: Mesh) -> Compiled:
     shards = rules.row_shards(mesh)
     b = -(-config.sampler.batch_size // shards) * shards
     g, by_row, everywhere = config.sampler.gen_length, rules.row_sharding(mesh), rules.replicated(mesh)

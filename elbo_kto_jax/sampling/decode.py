@@ -43,7 +43,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import CACHE, LLaDA, Params, matmul_precision
+from elbo_kto_jax.models.layers import CACHE, matmul_precision
+from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
 from elbo_kto_jax.sharding import rules
 
 BUCKET = 64  # tokens; short rows are as wide as the next multiple, at the price of one compilation per width
@@ -71,7 +72,7 @@ class Responses(NamedTuple):
 
 
 def generate(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     prompts: Sequence[Int32[np.ndarray, "_"]],
     options: Sampler,
@@ -212,7 +213,7 @@ class _Batch:
     def __init__(self, model, params, size: int, width: int, options: Sampler, eot_id: int | None, mesh):
         self.members: dict[int, int] = {}  # row -> prompt
         self.forward_passes = self.forward_tokens = 0
-        self._options, self._size, self._width = options, size, width
+        self._options, self._size, self._width, self._lead = options, size, width, _lead(model)
         self._mask_id, self._eos_id = model.config.mask_token_id, model.config.eos_token_id
         self._stop_ids = _stop_ids(self._eos_id, eot_id)
         static = {"options": options, "eot_id": eot_id, "mesh": mesh}
@@ -255,7 +256,7 @@ class _Batch:
             state, unfinished = self._steps(
                 rows, state, cache, np.int32(1 if watch else self._options.block_length), window=window
             )
-            self._count(int(state.step) - before, window or self._width)
+            self._count(int(state.step) - before, self._width if window is None else window + self._lead)
             self._show(state, watch)
         self._state = State(*(np.array(leaf) for leaf in state))
 
@@ -325,12 +326,12 @@ class _Guess(NamedTuple):
     priority: Float32[Array, "b g"]  # the highest are written
 
 
-Cache = list[Params]  # keys and values of every layer (model/llada.py), of each pass of a step
+Cache = list[Params]  # keys and values of every layer (models/layers.py), of each pass of a step
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh"))
 def _refresh(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     rows: Rows,
     state: State,
@@ -354,7 +355,7 @@ def _refresh(
 
 @functools.partial(jax.jit, static_argnames=("model", "options", "eot_id", "mesh", "window"))
 def take_steps(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     rows: Rows,
     state: State,
@@ -379,8 +380,9 @@ def take_steps(
         else:
             first = rows.block * options.block_length
             start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
-            inputs = _windows(rows, state.response, start, first, window)
-            hidden = [model.apply({"params": params, CACHE: kept}, *inputs) for kept in cache]
+            lead = _lead(model)
+            inputs = _windows(rows, state.response, start - lead, first, lead + window)
+            hidden = [model.apply({"params": params, CACHE: kept}, *inputs)[:, lead:] for kept in cache]
         return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
 
     state = jax.lax.while_loop(unfinished, take_step, state)
@@ -388,7 +390,7 @@ def take_steps(
 
 
 def _hand_out(
-    rows: Rows, state: State, options: Sampler, model: LLaDA, eot_id: int | None, mesh, *, in_block: bool
+    rows: Rows, state: State, options: Sampler, model: MaskPredictor, eot_id: int | None, mesh, *, in_block: bool
 ) -> tuple[State, Bool[Array, ""]]:
     """The state and whether the round goes on, as every process reads them."""
     out = state, _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
@@ -396,7 +398,7 @@ def _hand_out(
 
 
 def _candidates(
-    rows: Rows, state: State, options: Sampler, model: LLaDA, eot_id: int | None, *, in_block: bool
+    rows: Rows, state: State, options: Sampler, model: MaskPredictor, eot_id: int | None, *, in_block: bool
 ) -> Bool[Array, "b g"]:
     """The masked positions up to the end of each row's block, or in it alone, while the row has steps to take."""
     column, first = jnp.arange(options.gen_length), (rows.block * options.block_length)[:, None]
@@ -442,22 +444,29 @@ def _whole_rows(rows: Rows, response: Int[Array, "b g"], options: Sampler, mask_
     return [(jnp.concatenate([prompt, response], axis=1), positions, segment_ids) for prompt in prompts]
 
 
+def _lead(model: MaskPredictor) -> int:
+    """Columns before a window that are run as well, since its first token is predicted from them."""
+    return int(model.config.predicts_next)
+
+
 def _windows(
     rows: Rows, response: Int[Array, "b g"], start: Int[Array, " b"], first: Int[Array, " b"], width: int
 ) -> tuple[Array, ...]:
     """(tokens, positions, segment ids, key segment ids) of `width` columns of each response, from `start` on.
 
+    The first may be the column before the response, number -1.
     Keys and values are the window's own from column `first` of the response on, and the kept ones elsewhere.
     """
     p, g = rows.prompt.shape[1], response.shape[1]
     at = start[:, None] + jnp.arange(width)  # columns of the response
-    tokens = _take(response, start, width)
+    whole = jnp.concatenate([rows.prompt, response], axis=1)
+    tokens = jnp.take_along_axis(whole, jnp.maximum(p + at, 0), axis=1)
     segment_ids = _is_real(rows, p + at).astype(jnp.int32)
     own = jnp.where(at >= first[:, None], segment_ids, _UNSEEN)
     column = jnp.arange(p + g)
     renewed = (column >= p + first[:, None]) & (column < p + start[:, None] + width)
     kept = jnp.where(_is_real(rows, column) & ~renewed, 1, _UNSEEN)
-    return tokens, rows.prompt_length[:, None] + at, segment_ids, jnp.concatenate([kept, own], axis=1)
+    return tokens, jnp.maximum(rows.prompt_length[:, None] + at, 0), segment_ids, jnp.concatenate([kept, own], axis=1)
 
 
 _UNSEEN = -1  # the segment of a key that no query is in
@@ -475,7 +484,7 @@ def _take(x: Shaped[Array, "b g *rest"], start: Int[Array, " b"], size: int) -> 
 
 
 def _take_step(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     rows: Rows,
     state: State,
@@ -503,7 +512,7 @@ def _take_step(
 
 
 def _guess(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     hidden: list[Float[Array, "b w d"]],
     start: Int[Array, " b"],
@@ -544,7 +553,7 @@ def _guess(
 
 def _head_logits(params: Params, hidden: Float[Array, "b c d"]) -> Float32[Array, "b c v"]:
     """Logits accumulated in float32: bfloat16 ones would tie, and ties decide what is written."""
-    kernel = params["head"]["kernel"].astype(hidden.dtype)
+    kernel = head_kernel(head_part(params)).astype(hidden.dtype)
     precision = matmul_precision(hidden.dtype)
     return jnp.einsum("bcd,dv->bcv", hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
 

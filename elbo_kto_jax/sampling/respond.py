@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text import chat
+from elbo_kto_jax.text import chat, special
 from elbo_kto_jax.text.records import Record
 
 log = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ class Checkpoint:
 
     source: str
     flag: str  # the flag or config key that named `source`, for messages
-    model: LLaDA
+    model: MaskPredictor
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
 
     @property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: end-of-text and, where the tokenizer has one, end-of-turn."""
-        eot_id = self.tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+        eot_id = special.end_of_turn(self.tokenizer)
         return [self.model.config.eos_token_id] + ([] if eot_id is None else [eot_id])
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Checkpoint:
         Raises:
           UserError: they are missing, damaged or cannot be split as the mesh asks.
         """
-        shardings = rules.param_shardings(abstract_params(self.model), self.mesh)
+        shardings = rules.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
         dtype = self.model.param_dtype
         return store.load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
 
@@ -78,11 +78,11 @@ def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
     """
     model_config, assets = store.load_config(source, flag)
     tokenizer = store.build_tokenizer(assets, source)
-    chat.check_tokenizer(tokenizer, model_config, source)
+    model_config = special.with_special_tokens(model_config, tokenizer, config.model.mask_token_id, source)
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     dtype = jnp.dtype(config.model.dtype)
-    return Checkpoint(source, flag, LLaDA(model_config, dtype=dtype, param_dtype=dtype), tokenizer, mesh)
+    return Checkpoint(source, flag, MaskPredictor(model_config, dtype=dtype, param_dtype=dtype), tokenizer, mesh)
 
 
 def answer(source: str, records: Sequence[Record], config: Config, *, flag: str) -> Answers:
@@ -116,9 +116,9 @@ def respond(
     """
     decode.check_options(config.sampler)
     tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
-    eot_id = tokenizer.get_added_vocab().get(chat.EOT_TOKEN)
+    eot_id = special.end_of_turn(tokenizer)
     if config.sampler.confidence_eos_eot_inf:
-        chat.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
+        special.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
     longest = model_config.max_sequence_length - config.sampler.gen_length
     prompts = [_encode(tokenizer, record, None if cut_prompts else longest) for record in records]
     if cut_prompts:

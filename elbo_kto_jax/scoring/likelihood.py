@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int32
 
 from elbo_kto_jax.diffusion.masks import draw_masks
-from elbo_kto_jax.model.llada import LLaDA, Params
+from elbo_kto_jax.models.network import MaskPredictor, Params
 from elbo_kto_jax.packing import Layout, Segment, pack
 from elbo_kto_jax.scoring.scorer import Scorer
 
@@ -21,7 +21,7 @@ _AT_ONCE = 1024  # masked answers that are packed into micro-batches together
 
 
 def log_likelihoods(
-    model: LLaDA,
+    model: MaskPredictor,
     params: Params,
     prompts: Sequence[Int32[np.ndarray, "_"]],
     answers: Sequence[Int32[np.ndarray, "_"]],

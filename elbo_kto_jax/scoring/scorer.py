@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from elbo_kto_jax.diffusion import elbo
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import LLaDA, Params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
 from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.sharding import gather, rules
 
@@ -40,10 +40,10 @@ class Scorer:
       forward: the compiled program (weights, estimates, rows) -> (estimates, residuals).
     """
 
-    def __init__(self, model: LLaDA, mesh: Mesh, *, size: int, one_pass_microbatches: int = 0):
+    def __init__(self, model: MaskPredictor, mesh: Mesh, *, size: int, one_pass_microbatches: int = 0):
         self.mesh, self.size, self.one_pass_microbatches = mesh, size, one_pass_microbatches
-        self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype)
-        self._model = model.clone(mesh=mesh, gather=functools.partial(self._whole, prefix="blocks"))
+        self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype, model=model.config)
+        self._model = model.clone(mesh=mesh, gather=functools.partial(self._whole, prefix="blocks/"))
         self.everywhere = rules.replicated(mesh)
         self.score = jax.jit(self._score, donate_argnums=1, out_shardings=self.everywhere)
         self.forward = jax.jit(self._forward, donate_argnums=1, out_shardings=(self.everywhere, None))
@@ -100,18 +100,21 @@ class Scorer:
         """
         params = lora.parameters(weights)
         head = self._head if keeps_head else jax.checkpoint(self._head)
-        return gather.over_rows(functools.partial(self._estimates_of_part, head), self.mesh, params)(params, rows)
+        part = functools.partial(self._estimates_of_part, head)
+        return gather.over_rows(part, self.mesh, params, self._model.config)(params, rows)
 
     def _estimates_of_part(self, head: Callable, params: Params, rows: Rows) -> Float32[Array, "part g"]:
         model = self._model
         embedded = gather.embed(params["wte"]["embedding"], rows.tokens, self.mesh, model.dtype)
-        hidden = model.apply({"params": params}, embedded, rows.positions, rows.segment_ids, method=LLaDA.states)
-        return head(hidden, params["head"], rows)
+        hidden = model.apply(
+            {"params": params}, embedded, rows.positions, rows.segment_ids, method=MaskPredictor.states
+        )
+        return head(hidden, head_part(params), rows)
 
     def _head(self, hidden: Float[Array, "part s d"], head: Params, rows: Rows) -> Float32[Array, "part g"]:
         return elbo.elbo_draws(
             hidden,
-            self._whole(head, prefix="head")["kernel"],
+            head_kernel(self._whole(head)),
             rows.target_position,
             rows.target_token,
             rows.target_slot,

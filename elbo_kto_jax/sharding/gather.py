@@ -13,17 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.sharding import rules
 
 
-def over_rows(function: Callable, mesh: Mesh, params: Any) -> Callable:
+def over_rows(function: Callable, mesh: Mesh, params: Any, model: ModelConfig) -> Callable:
     """function(params, rows) as a shard_map in which every device sees its rows and its parts of the parameters.
 
     The tensor axis is left to the compiler; where it is 1, attention's kernels want it in the shard_map as well.
     """
     manual = {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
     specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: rules.spec(rules.line_of(_name(path))[1], mesh, manual), params
+        lambda path, _: rules.spec(rules.axes_of(_name(path), model), mesh, manual), params
     )
     rows = rules.spec(["rows"], mesh)
     mapped = jax.shard_map(
@@ -35,11 +36,14 @@ def over_rows(function: Callable, mesh: Mesh, params: Any) -> Callable:
     return lambda params, rows: mapped(jax.tree.map(widen, params), rows)
 
 
-def whole(params: Any, prefix: str, mesh: Mesh, dtype: Any) -> Any:
-    """The tree below `prefix`, of which each device has its part along fsdp, gathered in `dtype`; one layer or all."""
+def whole(params: Any, mesh: Mesh, dtype: Any, model: ModelConfig, prefix: str = "") -> Any:
+    """The tree below `prefix`, such as "blocks/", gathered in `dtype`; one layer or all.
+
+    Each device has its part of it along fsdp.
+    """
 
     def gathered(path, leaf):
-        axes = rules.line_of(f"{prefix}/{_name(path)}")[1][-leaf.ndim :]
+        axes = rules.axes_of(prefix + _name(path), model)[-leaf.ndim :]
         names = [(i, name) for i, axis in enumerate(axes) if axis == "model" for name in rules.mesh_axes(axis, mesh)]
         names = [(i, name) for i, name in reversed(names) if mesh.shape[name] > 1]
         # int8 matrices travel as they are, and the scales of their channels are not to be rounded.

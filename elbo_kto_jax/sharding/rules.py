@@ -1,8 +1,10 @@
-"""Two tables: parameter path -> logical axes -> mesh axes; everything that is sharded follows them.
+"""Parameter -> logical axes -> mesh axes; everything that is sharded follows these two tables.
+
+The first is the architecture's table of parameters (models/registry.py), the second stands here.
 
 The mesh has the axes data, fsdp and tensor. Rows of a micro-batch are split over (data, fsdp); parameters, gradients
 and optimizer state over fsdp (their model dimension) and tensor (heads, MLP width, vocabulary). A parameter without
-a line, a line without a parameter and a dimension that does not divide are errors; replication is written down, never
+a row, a row without a parameter and a dimension that does not divide are errors; replication is written down, never
 fallen back to.
 
 On a TPU whose chips form a square, fsdp becomes two axes of the mesh, fsdp_x and fsdp_y, one for each axis of the
@@ -10,9 +12,9 @@ torus: over one flat axis of 16, 64 or 256 chips XLA replaces every reduce-scatt
 """
 
 import contextlib
+import functools
 import math
 import os
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -24,29 +26,9 @@ from jaxtyping import Bool
 
 from elbo_kto_jax import config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
 
-# First match wins; the path is the whole path of the parameter.
-PARAMETER_AXES = (
-    (r"wte/embedding", ("vocabulary", "model")),
-    (r"blocks/(attn_norm|ff_norm)/scale", ("layers", "norm")),
-    (r"blocks/q_proj/kernel", ("layers", "model", "heads")),
-    (r"blocks/(k_proj|v_proj)/kernel", ("layers", "model", "kv_heads")),
-    (r"blocks/attn_out/kernel", ("layers", "heads", "model")),
-    (r"blocks/(ff_proj|up_proj)/kernel", ("layers", "model", "mlp")),
-    (r"blocks/ff_out/kernel", ("layers", "mlp", "model")),
-    (r"ln_f/scale", ("norm",)),
-    (r"head/kernel", ("model", "vocabulary")),
-)
-_MATRICES = tuple(line for line in PARAMETER_AXES if line[0].startswith("blocks/") and line[0].endswith("/kernel"))
-# What model/lora.py puts beside a matrix of the blocks lies as that matrix does; the rank is never split.
-QUANTIZED_AXES = tuple((f"{matrix}_scale", (axes[0], axes[2])) for matrix, axes in _MATRICES)
-ADAPTER_AXES = (
-    *((matrix.replace("kernel", "lora_a"), (*axes[:2], "rank")) for matrix, axes in _MATRICES),
-    *((matrix.replace("kernel", "lora_b"), (axes[0], "rank", axes[2])) for matrix, axes in _MATRICES),
-)
-SCALE_AXES = tuple((matrix.replace("kernel", "lora_scale"), axes[:1]) for matrix, axes in _MATRICES)
-_TABLES = (PARAMETER_AXES, QUANTIZED_AXES, ADAPTER_AXES, SCALE_AXES)
 MESH_AXES = {
     "rows": ("data", "fsdp"),
     "layers": None,
@@ -158,27 +140,52 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def line_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """The line of a table for the parameter with this path: its pattern and logical axes."""
-    line = next((line for table in _TABLES for line in table if re.fullmatch(line[0], name)), None)
-    if line is None:
-        raise ValueError(f"parameter {name} has no line in a table of sharding/rules.py")
-    return line
+@functools.cache
+def parameter_axes(model: ModelConfig) -> tuple[dict[str, tuple[str, ...]], ...]:
+    """The logical axes of every parameter by its path, in four tables.
+
+    They are the model's own, and what models/lora.py puts beside a matrix of the blocks: the scales of int8 channels,
+    adapters, the adapters' scale. These lie as their matrix does; the rank is never split.
+    """
+    rows = registry.parameters(model).values()
+    matrices = [("/".join(row.path), row.axes) for row in rows if row.is_matrix]
+    adapters = {}
+    for name, (layers, into, out) in matrices:
+        adapters[name.replace("kernel", "lora_a")] = (layers, into, "rank")
+        adapters[name.replace("kernel", "lora_b")] = (layers, "rank", out)
+    return (
+        {"/".join(row.path): row.axes for row in rows},
+        {f"{name}_scale": (layers, out) for name, (layers, _, out) in matrices},
+        adapters,
+        {name.replace("kernel", "lora_scale"): axes[:1] for name, axes in matrices},
+    )
 
 
-def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
+def axes_of(name: str, model: ModelConfig) -> tuple[str, ...]:
+    """The logical axes of the parameter with this path.
+
+    Raises:
+      ValueError: the model has no such parameter.
+    """
+    axes = next((table[name] for table in parameter_axes(model) if name in table), None)
+    if axes is None:
+        raise ValueError(f"parameter {name} has no row in models/{model.architecture}.py")
+    return axes
+
+
+def param_shardings(abstract_params: Any, mesh: Mesh, model: ModelConfig) -> Any:
     """A NamedSharding for each parameter of the tree (arrays or ShapeDtypeStructs): a model, its adapters, or both.
 
     Raises:
       UserError: a dimension is not divisible by its mesh axis.
-      ValueError: a parameter has no line in a table, or a line no parameter though others of its table have.
+      ValueError: a parameter has no row in a table, or a row no parameter though others of its table have.
     """
     used = set()
 
     def sharding(path, leaf):
         name = "/".join(key.key for key in path)
-        pattern, axes = line_of(name)
-        used.add(pattern)
+        axes = axes_of(name, model)
+        used.add(name)
         if len(axes) != len(leaf.shape):
             raise ValueError(f"parameter {name}: axes {axes} do not describe the shape {leaf.shape}")
         for dimension, axis in zip(leaf.shape, axes, strict=True):
@@ -191,8 +198,8 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec(axes, mesh))
 
     shardings = jax.tree_util.tree_map_with_path(sharding, abstract_params)
-    for table in _TABLES:
-        unused = [pattern for pattern, _ in table if pattern not in used]
+    for table in parameter_axes(model):
+        unused = [name for name in table if name not in used]
         if 0 < len(unused) < len(table):
-            raise ValueError(f"lines of sharding/rules.py without a parameter: {unused}")
+            raise ValueError(f"rows of models/{model.architecture}.py without a parameter: {unused}")
     return shardings

@@ -38,11 +38,9 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
 from elbo_kto_jax.text import foreign
 from elbo_kto_jax.text.records import Message, Record
 
-EOT_TOKEN = "<|eot_id|>"
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")  # what Jinja has of it
 _CLOCK = "strftime_now"
 _CHARACTERS = 16  # of a text that are tokenised for every token wanted; again four times as many if they are too few
@@ -68,32 +66,6 @@ class Encoded:
     text_length: int
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig, where: str) -> None:
-    """Checks that `tokenizer`, read from `where`, belongs to the model.
-
-    Raises:
-      UserError: an id differs from the model's, or there are more tokens than rows of the embedding.
-    """
-    if len(tokenizer) > model_config.embedding_size:
-        raise UserError(
-            f"{where}: wrong tokenizer: it has {len(tokenizer)} tokens, the model embeds {model_config.embedding_size}"
-        )
-    for name in ("eos_token_id", "pad_token_id"):  # one that the tokenizer does not declare is the model's
-        if getattr(tokenizer, name) not in (None, getattr(model_config, name)):
-            raise UserError(
-                f"{where}: wrong tokenizer: its {name} is {getattr(tokenizer, name)}, "
-                f"the model's config.json says {getattr(model_config, name)}"
-            )
-    # The published tokenizer declares no mask token, so the id comes from the model. It must be a special token:
-    # an ordinary one would turn up in texts and be taken for a mask.
-    mask_id = model_config.mask_token_id
-    if tokenizer.mask_token_id not in (None, mask_id) or mask_id not in tokenizer.added_tokens_decoder:
-        token = tokenizer.convert_ids_to_tokens(mask_id) if mask_id < len(tokenizer) else None
-        raise UserError(
-            f"{where}: wrong tokenizer: the model's mask_token_id {mask_id} is {token!r} there, not its mask token"
-        )
-
-
 def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetime, where: str) -> None:
     """Makes `tokenizer`, read from `where`, render a conversation in the same way on every day.
 
@@ -111,17 +83,6 @@ def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetim
         )
     if _CLOCK in templates:
         tokenizer.moment = moment  # which `foreign.render` hands on
-
-
-def find_eot_id(tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """The id of the end-of-turn token <|eot_id|>.
-
-    Raises:
-      UserError: the tokenizer has no such token.
-    """
-    if EOT_TOKEN not in tokenizer.get_added_vocab():
-        raise UserError(f"{where}: the tokenizer has no end-of-turn token {EOT_TOKEN}; switch the option off")
-    return tokenizer.get_added_vocab()[EOT_TOKEN]
 
 
 def encode_prompt(

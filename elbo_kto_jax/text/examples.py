@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.text.chat import Encoded, encode_batch, find_eot_id, writes_special_tokens
+from elbo_kto_jax.text.chat import Encoded, encode_batch, writes_special_tokens
 from elbo_kto_jax.text.pairs import whole_pairs
 from elbo_kto_jax.text.records import Message, Record, read_records
+from elbo_kto_jax.text.special import find_eot_id
 
 _RARE = 0.05  # share of a label below which a warning says so: most batches of 8 have none then
 _BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar

@@ -22,7 +22,7 @@ from elbo_kto_jax import config, processes
 from elbo_kto_jax.checkpoint.store import Adaptation, TrainingCheckpoints, TrainingState
 from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.health import Health
@@ -176,7 +176,7 @@ class BadNumbers(Hook):
         folder = self._workdir / _INSPECT
         if processes.is_first():
             atomic_write(folder / f"{number}.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
-        inspected = TrainingCheckpoints(folder, adaptation=self._adaptation)
+        inspected = TrainingCheckpoints(folder, adaptation=self._adaptation, model=self._setup.model.config)
         if inspected.latest_step() != number:
             inspected.save(
                 number, TrainingState(*state, dataclasses.asdict(self._progress) | {"step": number}), self._setup.assets

@@ -18,8 +18,7 @@ import numpy as np
 from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.checkpoint.digest import params_digest
 from elbo_kto_jax.config import Config
-from elbo_kto_jax.model.llada import Params, abstract_params
-from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.text.examples import Examples
 from elbo_kto_jax.train.setup import Setup
 from elbo_kto_jax.train.workdir import Workdir
@@ -114,7 +113,7 @@ class Weights:
             self._workdir.check({key: {"stored weights": stored}})
             self._checked.add(key)
         else:
-            shardings = rules.param_shardings(abstract_params(self._setup.model), self._setup.mesh)
+            shardings = self._setup.shardings(abstract_params(self._setup.model))
             self.check(key, store.read_digest(path, self._setup.config.model.param_dtype, shardings, flag))
 
 

@@ -47,7 +47,9 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
 def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> dict:
     """Does what is left of a run in its working folder, and returns the summary."""
     trainer, weights = Trainer.of(setup), inputs.Weights(setup, folder)
-    checkpoints = TrainingCheckpoints(folder.path / "checkpoints", adaptation=trainer.adaptation)
+    checkpoints = TrainingCheckpoints(
+        folder.path / "checkpoints", adaptation=trainer.adaptation, model=trainer.setup.model.config
+    )
     state, progress = trainer.start(weights, checkpoints)
     samples = Samples(setup, folder.path / "samples.json")
 

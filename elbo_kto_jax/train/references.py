@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from elbo_kto_jax.checkpoint.digest import params_digest
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.train import inputs
 from elbo_kto_jax.train.data import TrainingData

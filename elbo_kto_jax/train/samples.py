@@ -7,10 +7,10 @@ from pathlib import Path
 from elbo_kto_jax import processes
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write
-from elbo_kto_jax.model import lora
+from elbo_kto_jax.models import lora
 from elbo_kto_jax.sampling.decode import generate, to_text
 from elbo_kto_jax.scoring.scorer import Weights
-from elbo_kto_jax.text.chat import EOT_TOKEN
+from elbo_kto_jax.text.special import end_of_turn
 from elbo_kto_jax.train.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Samples:
         examples = (setup.eval_data or setup.data).examples
         chosen = range(min(count, len(examples)))
         prompts = [examples.tokens[examples.offsets[i] :][: examples.prompt_length[i]] for i in chosen]
-        eot = setup.tokenizer.get_added_vocab().get(EOT_TOKEN)
+        eot = end_of_turn(setup.tokenizer)
         log.info("sampling %d answers %s training", len(prompts), when)
         responses = generate(
             setup.model,

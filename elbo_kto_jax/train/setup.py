@@ -16,16 +16,17 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.objectives.protocol import Needs, Objective
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import check_tokenizer, find_eot_id, make_repeatable
+from elbo_kto_jax.text.chat import make_repeatable
 from elbo_kto_jax.text.examples import load_examples
+from elbo_kto_jax.text.special import find_eot_id, with_special_tokens
 from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train.data import TrainingData
 
@@ -38,7 +39,7 @@ class Setup:
     """A run's model (without weights), devices and data."""
 
     config: Config
-    model: LLaDA
+    model: MaskPredictor
     assets: Mapping[str, bytes]
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
@@ -59,9 +60,13 @@ class Setup:
             one_pass_microbatches=self.config.train.one_pass_microbatches,
         )
 
+    def shardings(self, params: Params) -> Params:
+        """Where each parameter of a tree of the model's, or of its adapters', lies."""
+        return rules.param_shardings(params, self.mesh, self.model.config)
+
     def load_params(self, path: str, flag: str) -> Params:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
-        shardings = rules.param_shardings(abstract_params(self.model), self.mesh)
+        shardings = self.shardings(abstract_params(self.model))
         dtype = jnp.dtype(self.config.model.param_dtype)
         log.info("loading %s", path)
         return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
@@ -74,7 +79,7 @@ class Setup:
         abstract = train_state.abstract_base(self.model, options)
         log.info("loading %s as the base of adapters of rank %d", config.model.path, options.rank)
         params, path, digest = store.load_base(
-            config.model.path, abstract, rules.param_shardings(abstract, self.mesh), flag="--config.model.path"
+            config.model.path, abstract, self.shardings(abstract), flag="--config.model.path"
         )
         base = lora.Base(params, options.alpha / options.rank)
         return base, store.Adaptation(options.rank, options.alpha, path, digest)
@@ -82,7 +87,7 @@ class Setup:
     def init_adapters(self) -> Params:
         """The adapters before the first step."""
         abstract = train_state.abstract_trained(self.model, self.config.lora)
-        return lora.init_adapters(abstract, rules.param_shardings(abstract, self.mesh), self.config.seed)
+        return lora.init_adapters(abstract, self.shardings(abstract), self.config.seed)
 
     def fingerprint(self, reference: str, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
@@ -118,10 +123,10 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def build_model(config: Config, model_config: ModelConfig) -> LLaDA:
+def build_model(config: Config, model_config: ModelConfig) -> MaskPredictor:
     """The mask predictor of a run, without weights."""
     dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    return LLaDA(model_config, dtype, param_dtype, config.model.remat)
+    return MaskPredictor(model_config, dtype, param_dtype, config.model.remat)
 
 
 def prepare(
@@ -144,9 +149,10 @@ def prepare(
     model_flag, data_flag = flags
     model_config, assets = store.load_config(config.model.path, model_flag)
     tokenizer = store.build_tokenizer(assets, config.model.path)
-    check_tokenizer(tokenizer, model_config, f"{model_flag}={config.model.path}")
+    where = f"{model_flag}={config.model.path}"
+    model_config = with_special_tokens(model_config, tokenizer, config.model.mask_token_id, where)
     if moment is not None:
-        make_repeatable(tokenizer, moment, f"{model_flag}={config.model.path}")
+        make_repeatable(tokenizer, moment, where)
     check_options(config.sampler)
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)
@@ -167,7 +173,7 @@ def prepare(
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)
     model = build_model(config, model_config)
-    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh)
+    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model_config)
     if config.data.max_length > model_config.max_sequence_length:
         log.warning(
             "config.data.max_length %d is more than the %d positions that the model was trained with",

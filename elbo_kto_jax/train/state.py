@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
 from elbo_kto_jax import config
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import LLaDA, Params, abstract_params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.sharding import rules
 
 
@@ -20,13 +21,13 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def abstract_trained(model: LLaDA, options: config.Lora) -> Params:
+def abstract_trained(model: MaskPredictor, options: config.Lora) -> Params:
     """Shapes and dtypes of what the optimizer moves: every parameter, or adapters alone."""
     whole = abstract_params(model)
     return lora.abstract_adapters(whole, options.rank, model.param_dtype) if options.rank else whole
 
 
-def abstract_base(model: LLaDA, options: config.Lora) -> Params:
+def abstract_base(model: MaskPredictor, options: config.Lora) -> Params:
     """Shapes and dtypes of the base of adapters.
 
     It is kept in the dtype that the model computes in: nothing is ever added to it, so more bits would change nothing.
@@ -65,9 +66,9 @@ def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTran
     )
 
 
-def state_shardings(tx: optax.GradientTransformation, abstract: Params, mesh: Mesh) -> TrainState:
+def state_shardings(tx: optax.GradientTransformation, abstract: Params, mesh: Mesh, model: ModelConfig) -> TrainState:
     """Shardings of the whole state: Adam's moments lie where their parameters do, counters everywhere."""
-    params = rules.param_shardings(abstract, mesh)
+    params = rules.param_shardings(abstract, mesh, model)
     opt_state = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,

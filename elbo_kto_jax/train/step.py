@@ -10,7 +10,7 @@ is that of one micro-batch, whatever the number of draws or examples. In one pas
 scores and hands out what the backward pass needs, and BACKWARD, with LOSS between them: memory grows by what every
 micro-batch keeps, and the step does three quarters of the work.
 
-Where adapters are trained (model/lora.py), the programs take a lora.Adapted for params, state and gradient hold the
+Where adapters are trained (models/lora.py), the programs take a lora.Adapted for params, state and gradient hold the
 adapters alone, and the reference is the base with the adapters' scale at 0.
 """
 
@@ -23,8 +23,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float32
 
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.objectives.protocol import Feedback, Objective
 from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.scoring.scorer import Scorer, Weights, pull_back, write

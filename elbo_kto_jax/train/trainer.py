@@ -6,8 +6,8 @@ from typing import NamedTuple
 import optax
 
 from elbo_kto_jax.checkpoint.store import Adaptation, TrainingCheckpoints, TrainingState
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import Params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.train import inputs
 from elbo_kto_jax.train import state as train_state
@@ -38,7 +38,7 @@ class Trainer(NamedTuple):
         config = setup.config
         tx = train_state.optimizer(config.optimizer, setup.total_steps)
         abstract = train_state.abstract_trained(setup.model, config.lora)
-        shardings = train_state.state_shardings(tx, abstract, setup.mesh)
+        shardings = train_state.state_shardings(tx, abstract, setup.mesh, setup.model.config)
         draws = config.estimator.draws
         programs = build_programs(setup.scorer(), setup.objective, draws=draws, tx=tx, shardings=shardings)
         return cls(setup, programs, tx, shardings, *setup.load_base())

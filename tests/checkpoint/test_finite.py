@@ -13,7 +13,7 @@ from conversion import from_hf, to_hf, verify
 from elbo_kto_jax import generate, precompute, score
 from elbo_kto_jax.checkpoint import names, store
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model import lora
+from elbo_kto_jax.models import lora, registry
 from elbo_kto_jax.train import __main__ as train
 from tests import runs
 from tests.published import DTYPES, read_published, same_bits, write_published
@@ -65,7 +65,7 @@ def test_wherever_the_weights_lie(tmp_path, cpu_devices):
     shardings = names.unflatten(
         {
             path: NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - 1), "fsdp"))
-            for path, leaf in names.parameter_leaves(model).items()
+            for path, leaf in registry.parameters(model).items()
         }
     )
     assert TENSORS[2] in refusal(store.load_model, tmp_path, shardings=shardings)

@@ -4,13 +4,14 @@ import json
 import math
 
 from elbo_kto_jax.checkpoint import names
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.registry import read_config
 from tests.published import CONFIG, read_published
 
 
 def test_fewer_key_value_heads_than_query_heads_narrow_only_keys_and_values():
-    config = ModelConfig.from_hf(CONFIG, "test")
-    leaves = names.parameter_leaves(config)
+    config = read_config(CONFIG, "test")
+    leaves = registry.parameters(config)
     assert config.n_kv_heads < config.n_heads
     assert leaves["blocks", "q_proj", "kernel"].shape == (2, 16, 16)
     assert leaves["blocks", "k_proj", "kernel"].shape == leaves["blocks", "v_proj", "kernel"].shape == (2, 16, 8)
@@ -18,8 +19,8 @@ def test_fewer_key_value_heads_than_query_heads_narrow_only_keys_and_values():
 
 
 def test_every_leaf_is_filled_by_the_published_tensors_exactly_once():
-    config = ModelConfig.from_hf(CONFIG, "test")
-    leaves, tensors = names.parameter_leaves(config), names.published_tensors(config)
+    config = read_config(CONFIG, "test")
+    leaves, tensors = registry.parameters(config), names.published_tensors(config)
     slots = [(tensor.path, tensor.layer) for tensor in tensors.values()]
     assert len(set(slots)) == len(slots) == 9 * config.n_layers + 3
     for path, leaf in leaves.items():
@@ -29,7 +30,7 @@ def test_every_leaf_is_filled_by_the_published_tensors_exactly_once():
 
 
 def test_names_and_shapes_are_those_of_a_published_checkpoint(golden_dir):
-    config = ModelConfig.from_hf(json.loads((golden_dir / "policy" / "config.json").read_text()), "golden")
+    config = read_config(json.loads((golden_dir / "policy" / "config.json").read_text()), "golden")
     published = {name: tensor.shape for name, tensor in read_published(golden_dir / "policy").items()}
     assert {name: tensor.shape for name, tensor in names.published_tensors(config).items()} == published
 

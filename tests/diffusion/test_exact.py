@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
-from elbo_kto_jax.model.llada import LLaDA
+from elbo_kto_jax.models.network import MaskPredictor
 
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
@@ -18,9 +18,9 @@ def test_golden_elbo(golden, which):
 
     hidden = np.where(masks, golden.config.mask_token_id, answer)
     tokens = np.concatenate([np.broadcast_to(prompt, (len(masks), len(prompt))), hidden], axis=1)
-    logits = LLaDA(golden.config).apply({"params": getattr(golden, which)}, jnp.asarray(tokens), method="logits")[
-        :, len(prompt) :
-    ]
+    logits = MaskPredictor(golden.config).apply(
+        {"params": getattr(golden, which)}, jnp.asarray(tokens), method="logits"
+    )[:, len(prompt) :]
     log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(answer)), answer]
     log_probs = np.where(masks, log_probs, 0.0)
 

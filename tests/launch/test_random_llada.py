@@ -5,8 +5,8 @@ from launch import random_llada
 
 
 def test_folder(tiny_checkpoint, tmp_path, monkeypatch):
-    small = dict(random_folder.SIZES["23m"], d_model=32, n_layers=3, mlp_hidden_size=48, embedding_size=128)
-    monkeypatch.setitem(random_folder.SIZES, "23m", small)
+    small = {"d_model": 32, "head_dim": 8, "n_layers": 3, "mlp_hidden_size": 48, "embedding_size": 128}
+    monkeypatch.setattr(random_folder, "_SMALL", random_folder._SMALL | small)
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         flags = [

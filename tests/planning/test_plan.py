@@ -9,8 +9,8 @@ import pytest
 from elbo_kto_jax import cli
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.flops import forward_flops
-from elbo_kto_jax.model.llada import LLaDA
+from elbo_kto_jax.models.flops import forward_flops
+from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo, plan
 from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
@@ -104,7 +104,7 @@ def test_model_passes(config, mode, one_pass, passes):
 
 def test_adapters_are_counted(config):
     options = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8))
-    abstract = train_state.abstract_trained(LLaDA(LLADA_8B), options.lora)
+    abstract = train_state.abstract_trained(MaskPredictor(LLADA_8B), options.lora)
     assert plan.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
     mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     by_dtype = {

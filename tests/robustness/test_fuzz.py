@@ -23,7 +23,7 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import trouble
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.text.chat import encode_prompt
 from elbo_kto_jax.text.examples import load_examples

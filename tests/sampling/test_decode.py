@@ -12,11 +12,11 @@ from elbo_kto_jax import config as configs
 from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
 from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import LLaDA, init_params
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.network import MaskPredictor, init_params
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.chat import find_eot_id
+from elbo_kto_jax.text.special import find_eot_id
 
 DEFAULT = Sampler(
     gen_length=8,
@@ -63,7 +63,7 @@ def tokenizer(golden):
 def tiny():
     """A model and parameters that predict many tokens, the mask token and both stop tokens among them, and whose
     responses every option changes (tested below)."""
-    model = LLaDA(TINY)
+    model = MaskPredictor(TINY)
     params = jax.tree.map(lambda leaf: leaf * 6, init_params(model, jax.random.key(8)))
     special = jnp.array([TINY.mask_token_id, TINY.eos_token_id, TINY_EOT])
     boost = jnp.ones(TINY.embedding_size).at[special].set(1.5)
@@ -98,7 +98,7 @@ def test_golden_responses(golden, tokenizer, monkeypatch, alone):
         # Rows wide enough for all prompts, so that they share a batch (and a configuration one program).
         monkeypatch.setattr(decode, "BUCKET", max(len(prompt) for prompt in prompts) + sampler.gen_length)
         responses = decode.generate(
-            LLaDA(golden.config),
+            MaskPredictor(golden.config),
             golden.policy,
             prompts + strangers,
             sampler,
@@ -392,7 +392,7 @@ def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monk
 def test_a_prompt_gets_the_same_on_any_number_of_devices(tiny, tiny_prompts, cpu_devices, sizes, cache):
     model, params = tiny
     mesh = rules.make_mesh(configs.Mesh(*sizes), cpu_devices)
-    sharded = jax.device_put(params, rules.param_shardings(params, mesh))
+    sharded = jax.device_put(params, rules.param_shardings(params, mesh, model.config))
     sampler = options(temperature=1.0, remasking="random", cache=cache)
     one, many = run(tiny, tiny_prompts, sampler), run((model, sharded), tiny_prompts, sampler, mesh=mesh)
     np.testing.assert_array_equal(many.tokens, one.tokens)

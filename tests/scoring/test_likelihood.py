@@ -8,7 +8,7 @@ import pytest
 from elbo_kto_jax import config
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
 from elbo_kto_jax.diffusion.masks import Draws, spread_counts
-from elbo_kto_jax.model.llada import LLaDA
+from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.packing import Layout
 from elbo_kto_jax.scoring import likelihood
 from elbo_kto_jax.scoring.likelihood import log_likelihoods
@@ -33,7 +33,7 @@ def test_golden_values(golden):
         np.testing.assert_array_equal(mask[:, len(prompt) :].sum(axis=1), counts)
         whole = np.concatenate([prompt, answer])
         tokens = np.where(mask, golden.config.mask_token_id, whole)
-        logits = LLaDA(golden.config).apply({"params": golden.policy}, jnp.asarray(tokens), method="logits")
+        logits = MaskPredictor(golden.config).apply({"params": golden.policy}, jnp.asarray(tokens), method="logits")
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[:, np.arange(len(whole)), whole]
         value = np.mean(len(answer) / counts * (log_probs * mask).sum(axis=1))
         np.testing.assert_allclose(value, arrays[f"likelihood.{j}.value"], atol=1e-3)
@@ -57,7 +57,7 @@ def test_golden_likelihoods(golden, cpu_devices, monkeypatch):
 
     monkeypatch.setattr(likelihood, "draw_masks", draw_masks)
     found = log_likelihoods(
-        LLaDA(golden.config),
+        MaskPredictor(golden.config),
         golden.policy,
         [arrays[f"likelihood.{j}.prompt"] for j in range(len(described))],
         [arrays[f"likelihood.{j}.answer"] for j in range(len(described))],

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from elbo_kto_jax import config
 from elbo_kto_jax.sharding import gather, rules
+from tests import tiny
 
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
@@ -37,7 +38,7 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
     def of_part(params, rows):
         tokens, weight = rows
         embedded = gather.embed(params["wte"]["embedding"], tokens, mesh, jnp.float32)
-        head = gather.whole(params["head"], "head", mesh, jnp.float32)["kernel"]
+        head = gather.whole({"head": params["head"]}, mesh, jnp.float32, tiny.MODEL)["head"]["kernel"]
         return jnp.sum(weight * jnp.tanh(embedded @ head), axis=(1, 2))
 
     def plain(params, rows):
@@ -49,12 +50,12 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
         return jax.jit(jax.value_and_grad(total))(params)
 
     shardings = {
-        group: {name: jax.NamedSharding(mesh, rules.spec(rules.line_of(f"{group}/{name}")[1], mesh))}
+        group: {name: jax.NamedSharding(mesh, rules.spec(rules.axes_of(f"{group}/{name}", tiny.MODEL), mesh))}
         for group, name in (("wte", "embedding"), ("head", "kernel"))
     }
     expected = value_and_gradient(plain)
     params = jax.device_put(params, shardings)
-    found = value_and_gradient(gather.over_rows(of_part, mesh, params))
+    found = value_and_gradient(gather.over_rows(of_part, mesh, params, tiny.MODEL))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 

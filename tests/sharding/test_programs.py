@@ -14,7 +14,7 @@ import pytest
 
 from elbo_kto_jax import config, objectives
 from elbo_kto_jax.diffusion import elbo
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
@@ -31,10 +31,10 @@ class Compiled:
     """The programs for a mesh, with what they take."""
 
     def __init__(self, sizes: config.Mesh):
-        model = LLaDA(MODEL, jnp.float32, jnp.float32, "none")
+        model = MaskPredictor(MODEL, jnp.float32, jnp.float32, "none")
         self.mesh = rules.make_mesh(sizes, jax.devices()[:8])
         tx = train_state.optimizer(config.Optimizer(1e-3, 0.0, 0.9, 0.95, 0.01, 1.0), 10)
-        self.shardings = train_state.state_shardings(tx, abstract_params(model), self.mesh)
+        self.shardings = train_state.state_shardings(tx, abstract_params(model), self.mesh, model.config)
         self.scorer = Scorer(model, self.mesh, size=8)
         objective = objectives.build(tiny.KTO)
         self.programs = step.build_programs(self.scorer, objective, draws=2, tx=tx, shardings=self.shardings)

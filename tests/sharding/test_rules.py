@@ -1,7 +1,6 @@
 """sharding/rules.py: the two tables cover every parameter once, and what does not fit is refused, never replicated."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from elbo_kto_jax import config
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from tests import tiny
@@ -29,27 +28,23 @@ def leaves_by_name(tree) -> dict:
 
 @pytest.fixture(scope="module")
 def abstract():
-    return abstract_params(LLaDA(tiny.MODEL))
+    return abstract_params(MaskPredictor(tiny.MODEL))
 
 
 def test_every_parameter_has_exactly_one_line_and_every_line_a_parameter(abstract):
-    names = leaves_by_name(abstract)
-    for name in names:
-        assert sum(re.fullmatch(pattern, name) is not None for pattern, _ in rules.PARAMETER_AXES) == 1, name
-    for pattern, _ in rules.PARAMETER_AXES:
-        assert any(re.fullmatch(pattern, name) for name in names), pattern
+    parameters, *_ = rules.parameter_axes(tiny.MODEL)
+    assert parameters.keys() == leaves_by_name(abstract).keys()
 
 
 def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
-    options, model = config.Lora(4, 1.0, "int8"), LLaDA(tiny.MODEL)
+    options, model = config.Lora(4, 1.0, "int8"), MaskPredictor(tiny.MODEL)
     mesh, found = mesh_of(2, 2, 2), {}
     for tree in (train_state.abstract_base(model, options), train_state.abstract_trained(model, options)):
         names = leaves_by_name(tree)
-        found |= leaves_by_name(rules.param_shardings(tree, mesh))
-        tables = (rules.PARAMETER_AXES, rules.QUANTIZED_AXES, rules.ADAPTER_AXES)
+        found |= leaves_by_name(rules.param_shardings(tree, mesh, tiny.MODEL))
         for name in names:
-            assert sum(re.fullmatch(pattern, name) is not None for table in tables for pattern, _ in table) == 1, name
-    for name, sharding in leaves_by_name(rules.param_shardings(abstract, mesh)).items():
+            assert sum(name in table for table in rules.parameter_axes(tiny.MODEL)) == 1, name
+    for name, sharding in leaves_by_name(rules.param_shardings(abstract, mesh, tiny.MODEL)).items():
         if name.startswith("blocks/") and name.endswith("/kernel"):
             layers, rows, columns = sharding.spec
             assert found[name] == sharding
@@ -60,14 +55,17 @@ def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
 
 @pytest.mark.parametrize("missing", ["lora_a", "lora_b"])
 def test_an_adapter_without_its_other_half_is_an_error(abstract, missing):
-    tree = train_state.abstract_trained(LLaDA(tiny.MODEL), config.Lora(4, 1.0, "none"))
+    tree = train_state.abstract_trained(MaskPredictor(tiny.MODEL), config.Lora(4, 1.0, "none"))
     del tree["blocks"]["attn_out"][missing]
     with pytest.raises(ValueError, match=f"attn_out/{missing}"):
-        rules.param_shardings(tree, mesh_of(2, 2, 2))
+        rules.param_shardings(tree, mesh_of(2, 2, 2), tiny.MODEL)
 
 
 def test_matrices_are_split_over_fsdp_and_tensor_and_scales_are_whole(abstract):
-    shardings, shapes = leaves_by_name(rules.param_shardings(abstract, mesh_of(2, 2, 2))), leaves_by_name(abstract)
+    shardings, shapes = (
+        leaves_by_name(rules.param_shardings(abstract, mesh_of(2, 2, 2), tiny.MODEL)),
+        leaves_by_name(abstract),
+    )
     for name, leaf in shapes.items():
         parts = 1 if name.endswith("scale") else 4
         size = shardings[name].shard_shape(leaf.shape)
@@ -76,7 +74,7 @@ def test_matrices_are_split_over_fsdp_and_tensor_and_scales_are_whole(abstract):
 
 def test_moments_of_adam_lie_where_their_parameters_do(abstract):
     tx = train_state.optimizer(config.Optimizer(1e-3, 0.1, 0.9, 0.95, 0.01, 1.0), 10)
-    shardings = train_state.state_shardings(tx, abstract, mesh_of(2, 2, 2))
+    shardings = train_state.state_shardings(tx, abstract, mesh_of(2, 2, 2), tiny.MODEL)
     expected, found = leaves_by_name(shardings.params), 0
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings.opt_state):
         name = "/".join(key.key for key in path if hasattr(key, "key"))
@@ -91,18 +89,22 @@ def test_moments_of_adam_lie_where_their_parameters_do(abstract):
 def test_a_parameter_without_a_line_is_an_error(abstract):
     with pytest.raises(ValueError, match="blocks/q_proj/bias"):
         rules.param_shardings(
-            {**abstract, "blocks": {**abstract["blocks"], "q_proj": {"bias": jnp.zeros((2, 16))}}}, mesh_of(8, 1, 1)
+            {**abstract, "blocks": {**abstract["blocks"], "q_proj": {"bias": jnp.zeros((2, 16))}}},
+            mesh_of(8, 1, 1),
+            tiny.MODEL,
         )
 
 
 def test_a_line_without_a_parameter_is_an_error(abstract):
     with pytest.raises(ValueError, match="ln_f"):
-        rules.param_shardings({name: leaf for name, leaf in abstract.items() if name != "ln_f"}, mesh_of(8, 1, 1))
+        rules.param_shardings(
+            {name: leaf for name, leaf in abstract.items() if name != "ln_f"}, mesh_of(8, 1, 1), tiny.MODEL
+        )
 
 
 def test_a_line_of_another_rank_is_an_error(abstract):
     with pytest.raises(ValueError, match="head/kernel"):
-        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros((2, 16, 48))}}, mesh_of(8, 1, 1))
+        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros((2, 16, 48))}}, mesh_of(8, 1, 1), tiny.MODEL)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_line_of_another_rank_is_an_error(abstract):
 )
 def test_a_dimension_that_does_not_divide_is_an_error(abstract, shape, mesh, named):
     with pytest.raises(UserError) as refused:
-        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros(shape)}}, mesh_of(*mesh))
+        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros(shape)}}, mesh_of(*mesh), tiny.MODEL)
     message = str(refused.value)
     assert f"config.mesh.{named[0]}" in message
     assert all(word in message for word in (named[1], "head/kernel"))

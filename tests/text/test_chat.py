@@ -12,17 +12,16 @@ from tokenizers.processors import TemplateProcessing
 from elbo_kto_jax.checkpoint.huggingface import read_assets
 from elbo_kto_jax.checkpoint.store import build_tokenizer
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.chat import (
-    check_tokenizer,
     encode,
     encode_batch,
     encode_prompt,
-    find_eot_id,
     writes_special_tokens,
 )
 from elbo_kto_jax.text.records import Record, read_records
+from elbo_kto_jax.text.special import find_eot_id, with_special_tokens
 
 AUTHORS = {"exact_window": False, "append_eot": False, "eot_id": -1}
 EXACT = {"exact_window": True, "append_eot": False, "eot_id": -1}
@@ -39,7 +38,7 @@ def golden_records(request, golden_dir):
 @pytest.fixture(scope="session")
 def model_config(golden_dir):
     path = golden_dir / "policy" / "config.json"
-    return ModelConfig.from_hf(json.loads(path.read_text()), str(path))
+    return read_config(json.loads(path.read_text()), str(path))
 
 
 def assert_golden(encoded, goldens, prefix, pad_id):
@@ -214,7 +213,7 @@ def test_template_that_refuses_a_record_names_it(tokenizer):
 
 @pytest.mark.parametrize("part", ["tokenizer", "policy", "reference"])
 def test_golden_tokenizers_fit_the_model(golden_dir, model_config, part):
-    check_tokenizer(build_tokenizer(read_assets(golden_dir / part), part), model_config, part)
+    with_special_tokens(model_config, build_tokenizer(read_assets(golden_dir / part), part), -1, part)
 
 
 @pytest.mark.parametrize(
@@ -230,16 +229,16 @@ def test_golden_tokenizers_fit_the_model(golden_dir, model_config, part):
 def test_wrong_tokenizer_is_refused(tokenizer, model_config, field, change, message):
     wrong = dataclasses.replace(model_config, **{field: change(model_config, tokenizer)})
     with pytest.raises(UserError, match=f"^some/model: {message}"):
-        check_tokenizer(tokenizer, wrong, "some/model")
+        with_special_tokens(wrong, tokenizer, -1, "some/model")
 
 
 def test_declared_mask_token_must_agree(tokenizer, model_config):
     declared = copy.deepcopy(tokenizer)
     declared.mask_token = declared.convert_ids_to_tokens(model_config.mask_token_id)
-    check_tokenizer(declared, model_config, "some/model")
+    with_special_tokens(model_config, declared, -1, "some/model")
     declared.mask_token = declared.bos_token
     with pytest.raises(UserError, match="mask_token_id"):
-        check_tokenizer(declared, model_config, "some/model")
+        with_special_tokens(model_config, declared, -1, "some/model")
 
 
 def test_end_of_turn_must_exist(tokenizer, monkeypatch):
@@ -326,4 +325,4 @@ def test_a_text_of_every_free_character_is_refused(tokenizer):
 def test_a_token_that_the_tokenizer_does_not_declare_is_the_model_s(tokenizer, model_config, name):
     bare = copy.deepcopy(tokenizer)
     setattr(bare, name, None)
-    check_tokenizer(bare, model_config, "some/model")
+    with_special_tokens(model_config, bare, -1, "some/model")

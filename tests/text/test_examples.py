@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.text.chat import encode, find_eot_id
+from elbo_kto_jax.text.chat import encode
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.text.records import read_records
+from elbo_kto_jax.text.special import find_eot_id
 
 DEFAULTS = {
     "max_length": 64,

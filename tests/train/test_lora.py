@@ -15,8 +15,8 @@ from conversion import to_hf
 from elbo_kto_jax import config, generate, objectives, precompute, score
 from elbo_kto_jax.checkpoint import names, store
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import __main__ as train
@@ -24,7 +24,7 @@ from elbo_kto_jax.train import state as train_state
 from elbo_kto_jax.train import step
 from elbo_kto_jax.train.data import TrainingData
 from tests import runs, tiny
-from tests.model.test_lora import adapters, merged, quantized
+from tests.models.test_lora import adapters, merged, quantized
 from tests.train.test_step import KEEP_GRADIENT, ONE_DEVICE, assert_same_gradient, plain_kto_loss, relative_distance
 
 SCALE, NUM = 0.7, 6
@@ -45,10 +45,10 @@ def setup(
     params = jax.tree.map(lambda x: x.astype(dtype), tiny.params(0))
     params = quantized(params) if quantize else params
     tree = adapters(1, random_b=random_b)
-    shardings = train_state.state_shardings(tx, tree, mesh)
+    shardings = train_state.state_shardings(tx, tree, mesh, tiny.MODEL)
     scorer = Scorer(model, mesh, size=NUM * 2, one_pass_microbatches=one_pass_microbatches)
     programs = step.build_programs(scorer, objectives.build(tiny.KTO), draws=2, tx=tx, shardings=shardings)
-    base = lora.Base(jax.device_put(params, rules.param_shardings(params, mesh)), SCALE)
+    base = lora.Base(jax.device_put(params, rules.param_shardings(params, mesh, tiny.MODEL)), SCALE)
     state = train_state.init_state(tx, jax.tree.map(jnp.array, jax.device_put(tree, shardings.params)), shardings)
     return programs, state, base
 
@@ -230,7 +230,9 @@ def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, setting
         assert unchanged == (not lora.is_matrix(path)), path
 
     # The same in another dtype, over devices.
-    spread = rules.param_shardings(abstract_params(LLaDA(base.config)), rules.make_mesh(config.Mesh(2, 2, 2)))
+    spread = rules.param_shardings(
+        abstract_params(MaskPredictor(base.config)), rules.make_mesh(config.Mesh(2, 2, 2)), base.config
+    )
     again = store.load_model(whole[0], param_dtype=jnp.bfloat16, shardings=spread).params
     close = lambda x, y: np.testing.assert_allclose(np.float32(x), y, rtol=2**-8, atol=1e-6)  # noqa: E731
     jax.tree.map(close, again, exported.params)

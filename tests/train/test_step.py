@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from elbo_kto_jax import config, objectives
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
@@ -38,7 +38,7 @@ def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE
     """The programs, and the state before the first step, over as many devices as the mesh has."""
     devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
     mesh = rules.make_mesh(sizes, devices)
-    shardings = train_state.state_shardings(tx, abstract_params(model), mesh)
+    shardings = train_state.state_shardings(tx, abstract_params(model), mesh, model.config)
     scorer = Scorer(model, mesh, size=num_examples * draws, one_pass_microbatches=one_pass_microbatches)
     programs = step.build_programs(scorer, objectives.build(objective), draws=draws, tx=tx, shardings=shardings)
     own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
@@ -83,7 +83,12 @@ def golden_programs(golden):
     """Programs and first state for batches of every golden record, whose "optimizer" keeps the gradient."""
     records, draws = golden.arrays["l_values"].shape
     return setup(
-        LLaDA(golden.config), golden.policy, KEEP_GRADIENT, num_examples=records, draws=draws, objective=GOLDEN_KTO
+        MaskPredictor(golden.config),
+        golden.policy,
+        KEEP_GRADIENT,
+        num_examples=records,
+        draws=draws,
+        objective=GOLDEN_KTO,
     )
 
 
@@ -113,7 +118,7 @@ def test_golden_gradient(golden, golden_programs, mode, name):
 def golden_training(golden):
     steps, size, draws = golden.arrays["traj.l_values"].shape
     tx = train_state.optimizer(GOLDEN_ADAMW, steps)
-    return setup(LLaDA(golden.config), golden.policy, tx, num_examples=size, draws=draws, objective=GOLDEN_KTO)
+    return setup(MaskPredictor(golden.config), golden.policy, tx, num_examples=size, draws=draws, objective=GOLDEN_KTO)
 
 
 @pytest.mark.parametrize("reference_mode", ["online", "precomputed"])

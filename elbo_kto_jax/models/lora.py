@@ -77,6 +77,7 @@ class Linear(nn.Module):
     param_dtype: Any
     precision: jax.lax.Precision | None
     kernel_init: Callable[..., Array]
+    bias_init: Callable[..., Array] | None = None  # None: no bias
 
     @nn.compact
     def __call__(self, x: Float[Array, "*positions in"]) -> Float[Array, "*positions out"]:
@@ -94,6 +95,8 @@ class Linear(nn.Module):
             out = scaled(out, given("kernel_scale"))
         if self.has_variable("params", "lora_a"):
             out = out + times(scaled(times(rows, given("lora_a")), given("lora_scale")), given("lora_b"))
+        if self.bias_init is not None:
+            out = out + self.param("bias", self.bias_init, (self.features,), self.param_dtype).astype(self.dtype)
         return out.reshape(*x.shape[:-1], self.features)
 
 

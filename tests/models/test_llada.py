@@ -1,4 +1,4 @@
-"""model/llada.py against the golden logits and a naive model, and model/config.py against what it must refuse."""
+"""models/llada.py against the golden logits and a naive model, and models/config.py against what it must refuse."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
-from elbo_kto_jax.model.llada import CACHE, REMAT_POLICIES, LLaDA
+from elbo_kto_jax.models.layers import CACHE
+from elbo_kto_jax.models.network import REMAT_POLICIES, MaskPredictor
+from elbo_kto_jax.models.registry import read_config
 from tests import tiny
 from tests.published import CONFIG
 
@@ -25,7 +26,7 @@ def random_tokens(*shape):
 @pytest.mark.parametrize("name", ["logits.0", "logits.1", "logits.2", "logits.padded"])
 def test_golden_logits(golden, name):
     tokens = golden.arrays[f"{name}.input_ids"][None]
-    found = logits(golden.policy, tokens, model=LLaDA(golden.config))
+    found = logits(golden.policy, tokens, model=MaskPredictor(golden.config))
     np.testing.assert_allclose(found[0], golden.arrays[name], atol=1e-4, rtol=0)
 
 
@@ -133,7 +134,7 @@ def test_remat_changes_no_gradient():
 )
 def test_config_refuses(key, value):
     with pytest.raises(UserError, match=f"^here: .*`{key}`"):
-        ModelConfig.from_hf(CONFIG | {key: value}, "here")
+        read_config(CONFIG | {key: value}, "here")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_config_refuses(key, value):
 )
 def test_config_names_a_missing_key(key):
     with pytest.raises(UserError, match=f"^here: `{key}`"):
-        ModelConfig.from_hf({name: value for name, value in CONFIG.items() if name != key}, "here")
+        read_config({name: value for name, value in CONFIG.items() if name != key}, "here")
 
 
 def test_kept_keys_and_values_stand_in_for_the_tokens_that_left_them():

@@ -3,13 +3,13 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
 
 
 def layer_matrices(model: ModelConfig) -> int:
     """Weights in the matrices of one layer: every token is multiplied with each of them once."""
-    heads, key_value = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    return model.d_model * (2 * heads + 2 * key_value + 3 * model.mlp_hidden_size)
+    return sum(row.size for row in registry.parameters(model).values() if row.is_matrix) // model.n_layers
 
 
 def forward_flops(

@@ -1,4 +1,4 @@
-"""model/lora.py: adapters beside kernels do what merged kernels do, and int8 kernels are as near as they can be."""
+"""models/lora.py: adapters beside kernels do what merged kernels do, and int8 kernels are as near as they can be."""
 
 import functools
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import config
-from elbo_kto_jax.model import lora
-from elbo_kto_jax.model.llada import LLaDA, abstract_params
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.train import state as train_state
 from tests import tiny
@@ -51,7 +51,7 @@ def merged(base: dict, tree: dict, scale: float) -> dict:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def logits(params, dtype: str = "float32"):
-    return tiny.model(dtype).apply({"params": params}, TOKENS, method=LLaDA.logits)
+    return tiny.model(dtype).apply({"params": params}, TOKENS, method=MaskPredictor.logits)
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -89,7 +89,7 @@ def test_adapters_belong_to_the_matrices_of_the_blocks_and_start_at_nothing():
 def test_new_adapters_do_not_depend_on_the_devices():
     abstract = lora.abstract_adapters(abstract_params(tiny.model()), RANK, jnp.float32)
     mesh = rules.make_mesh(config.Mesh(2, 2, 2), jax.devices()[:8])
-    spread = lora.init_adapters(abstract, rules.param_shardings(abstract, mesh), 0)
+    spread = lora.init_adapters(abstract, rules.param_shardings(abstract, mesh, tiny.MODEL), 0)
     jax.tree.map(np.testing.assert_array_equal, spread, adapters(0, random_b=False))
 
 

@@ -1,11 +1,11 @@
-"""model/config.py: what a config.json may carry along, what it may not ask for, and how both are told."""
+"""models/config.py: what a config.json may carry along, what it may not ask for, and how both are told."""
 
 import json
 
 import pytest
 
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.model.config import ModelConfig
+from elbo_kto_jax.models.registry import read_config
 from tests.published import CONFIG
 
 MOE = {
@@ -21,7 +21,7 @@ MOE = {
 
 def refusal(mapping) -> str:
     with pytest.raises(UserError) as refused:
-        ModelConfig.from_hf(mapping, "here")
+        read_config(mapping, "here")
     assert len(str(refused.value)) < 500
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -55,7 +55,7 @@ def refusal(mapping) -> str:
     ],
 )
 def test_bookkeeping_changes_nothing(key, value):
-    assert ModelConfig.from_hf(CONFIG | {key: value}, "here") == ModelConfig.from_hf(CONFIG, "here")
+    assert read_config(CONFIG | {key: value}, "here") == read_config(CONFIG, "here")
 
 
 def test_what_transformers_writes_for_every_model_is_bookkeeping():
@@ -66,7 +66,7 @@ def test_what_transformers_writes_for_every_model_is_bookkeeping():
 
     mapping = json.loads(LLaDAConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}).to_json_string(False))
     assert mapping.keys() > CONFIG.keys()
-    assert ModelConfig.from_hf(mapping, "here") == ModelConfig.from_hf(CONFIG, "here")
+    assert read_config(mapping, "here") == read_config(CONFIG, "here")
 
 
 @pytest.mark.parametrize("key", ["is_encoder_decoder", "is_decoder", "add_cross_attention", "quantization", "sparse"])

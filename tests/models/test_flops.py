@@ -1,8 +1,8 @@
-"""model/flops.py: one sequence, written out."""
+"""models/flops.py: one sequence, written out."""
 
 import numpy as np
 
-from elbo_kto_jax.model.flops import forward_flops
+from elbo_kto_jax.models.flops import forward_flops
 from tests import tiny
 
 

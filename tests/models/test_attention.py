@@ -1,11 +1,11 @@
-"""model/attention.py: the formula in numpy, and the tiled form against it in values and gradients."""
+"""models/attention.py: the formula in numpy, and the tiled form against it in values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.model import attention
+from elbo_kto_jax.models import attention
 
 
 def random_inputs(s, *, h=4, kv=2, b=2, e=6, dtype=jnp.float32, seed=0):
