@@ -64,12 +64,20 @@ def golden_dir() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def golden(golden_dir):
-    """The golden values and models; imported late, after the hook above."""
+# The golden folders of the architectures: GOLDEN_DIR alone, or all that lie beside each other.
+FAMILIES = ["GOLDEN_DIR"] if "GOLDEN_DIR" in os.environ else ["", "-illada", "-dream", "-a2d-qwen3"]
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=[f"golden{name}" for name in FAMILIES])
+def golden(request):
+    """The golden values and models of one architecture after the other; imported late, after the hook above."""
     from tests.golden import Golden
 
-    return Golden(golden_dir)
+    shared = PROJECT_ROOT.parent / "shared"
+    folder = Path(os.environ.get("GOLDEN_DIR", shared / f"golden{request.param}"))
+    if not (folder / "goldens.npz").is_file():
+        pytest.skip(f"no golden values in {folder}; set GOLDEN_DIR")
+    return Golden(folder)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from elbo_kto_jax.checkpoint import names, store
@@ -19,6 +20,20 @@ from elbo_kto_jax.train.step import Batch
 LAYOUTS = {"padded": False, "unpadded": True}  # the goldens' two modes -> Layout.packed
 
 
+def golden_file(folder: Path, name: str) -> Path:
+    """A file of a golden folder; a test that asks for one that is not there is skipped."""
+    if not (folder / name).is_file():
+        pytest.skip(f"these goldens have no {name}")
+    return folder / name
+
+
+class Values(dict):
+    """Golden values by key; a test that asks for one that this folder does not hold is skipped."""
+
+    def __missing__(self, key: str):
+        pytest.skip(f"these goldens have no {key}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Golden:
     """Arrays and descriptions of goldens.npz and goldens.json, and the models beside them."""
@@ -28,15 +43,16 @@ class Golden:
     @cached_property
     def arrays(self) -> Mapping[str, np.ndarray]:
         with np.load(self.folder / "goldens.npz") as arrays:
-            return dict(arrays)
+            return Values(arrays)
 
     @cached_property
     def described(self) -> dict:
-        return json.loads((self.folder / "goldens.json").read_text())
+        return Values(json.loads((self.folder / "goldens.json").read_text()))
 
     @cached_property
     def config(self) -> ModelConfig:
-        return store.load_config(self.folder / "policy")[0]
+        config = store.load_config(self.folder / "policy")[0]
+        return dataclasses.replace(config, mask_token_id=self.described.get("mask_token_id", config.mask_token_id))
 
     @cached_property
     def policy(self) -> dict:
@@ -46,13 +62,22 @@ class Golden:
     def reference(self) -> dict:
         return store.load_model(self.folder / "reference").params
 
+    def elbo(self, mode: str, name: str) -> np.ndarray:
+        """The mean over the draws of the estimates of the model called `name`, "theta" or "ref"."""
+        return self.arrays[f"{mode}.B_{name}_draws"].mean(axis=1)
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """Config keys with which a command uses the models: who says which token is the mask."""
+        return {"model.mask_token_id": self.config.mask_token_id}
+
     @property
     def max_length(self) -> int:
         return self.arrays["input_ids"].shape[1]
 
     def tree(self, file: str) -> dict:
         """A file of tensors under their published names as a parameter tree, without the code of checkpoints."""
-        tensors = load_file(self.folder / file)
+        tensors = load_file(golden_file(self.folder, file))
         leaves = {}
         for path, leaf in registry.parameters(self.config).items():
             parts = [tensors[name].T if leaf.transposed else tensors[name] for name in leaf.tensors]

@@ -13,6 +13,7 @@ from elbo_kto_jax.sampling.respond import Answers
 from elbo_kto_jax.text.chat import encode_prompt
 from elbo_kto_jax.text.special import find_eot_id
 from tests.conftest import PROJECT_ROOT
+from tests.golden import Golden
 
 GEN_LENGTH = 4
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
@@ -24,17 +25,24 @@ RECORDS = [
 
 
 @pytest.fixture
-def tokenizer(golden_dir):
-    return build_tokenizer(load_config(golden_dir / "policy")[1], "policy")
+def golden(golden_dir):
+    """One architecture is enough here."""
+    return Golden(golden_dir)
 
 
 @pytest.fixture
-def command(golden_dir, tmp_path):
+def tokenizer(golden):
+    return build_tokenizer(load_config(golden.folder / "policy")[1], "policy")
+
+
+@pytest.fixture
+def command(golden, tmp_path):
     """Runs the command, on records where some are given; returns (summary, output lines)."""
 
     def run(*flags, records=None):
         out = tmp_path / "out.jsonl"
-        argv = [f"--config={PROJECT_ROOT / 'configs' / 'tiny.py'}", f"--checkpoint={golden_dir / 'policy'}"]
+        argv = [f"--config={PROJECT_ROOT / 'configs' / 'tiny.py'}", f"--checkpoint={golden.folder / 'policy'}"]
+        argv += [f"--config.{key}={value}" for key, value in golden.flags.items()]
         argv += [f"--config.sampler.{key}={GEN_LENGTH}" for key in ("gen_length", "steps", "block_length")]
         argv += ["--config.sampler.temperature=0", "--config.sampler.remasking=low_confidence"]
         if records is not None:

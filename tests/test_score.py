@@ -14,9 +14,9 @@ DRAWS = 16
 
 
 @pytest.fixture(scope="module")
-def exact_record(golden, golden_dir) -> dict:
+def exact_record(golden) -> dict:
     """The record of the goldens' `exact.*`, as plain strings that tokenise to its tokens."""
-    tokenizer = store.build_tokenizer(store.load_config(golden_dir / "policy")[1], "golden")
+    tokenizer = store.build_tokenizer(store.load_config(golden.folder / "policy")[1], "golden")
     record = {"id": "exact"}
     for field, name in (("prompt", "exact.prompt"), ("completion", "exact.answer")):
         tokens = golden.arrays[name].tolist()
@@ -32,31 +32,35 @@ def run(checkpoint, data, out, *more: str, **settings) -> tuple[dict, list[dict]
     return summary, runs.read_jsonl(out)
 
 
-def test_golden_records(golden, golden_dir, tmp_path):
+def test_golden_records(golden, tmp_path):
     """Every record has its line, whatever the batches; lengths as in the goldens, where the border is no problem."""
     arrays, draws = golden.arrays, golden.arrays["l_values"].shape[1]
-    settings = {"data.max_length": golden.max_length, "train.microbatch_tokens": golden.max_length}
+    settings = {"data.max_length": golden.max_length, "train.microbatch_tokens": golden.max_length, **golden.flags}
     summary, rows = run(
-        golden_dir / "policy", golden_dir / "records.jsonl", tmp_path / "out", **settings, **{"estimator.draws": draws}
+        golden.folder / "policy",
+        golden.folder / "records.jsonl",
+        tmp_path / "out",
+        **settings,
+        **{"estimator.draws": draws},
     )
     assert summary["records"] == len(rows) == len(arrays["label"])
     assert summary["mean_elbo"] == pytest.approx(np.mean([row["elbo"] for row in rows]))
     assert all(row.keys() == {"id", "elbo", "stderr", "tokens"} for row in rows)
-    assert [row["id"] for row in rows] == [row["id"] for row in runs.read_jsonl(golden_dir / "records.jsonl")]
+    assert [row["id"] for row in rows] == [row["id"] for row in runs.read_jsonl(golden.folder / "records.jsonl")]
     tokens = np.array([row["tokens"] for row in rows])
     clean = arrays["prompt_is_prefix"]
     np.testing.assert_array_equal(tokens[clean], arrays["completion_length"][clean])
     # Other masks than the goldens', so within the spread of both estimates.
     stderr = np.std(arrays["unpadded.B_theta_draws"], axis=1, ddof=1) / np.sqrt(draws)
     spread = stderr + np.array([row["stderr"] for row in rows])
-    difference = np.array([row["elbo"] for row in rows]) - arrays["unpadded.B_theta"]
+    difference = np.array([row["elbo"] for row in rows]) - golden.elbo("unpadded", "theta")
     assert np.all(np.abs(difference[clean]) < 6 * spread[clean])
 
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
-def test_exact_is_the_golden_enumeration(golden, golden_dir, exact_record, tmp_path, which):
+def test_exact_is_the_golden_enumeration(golden, exact_record, tmp_path, which):
     data = runs.write_jsonl(tmp_path / "data.jsonl", [exact_record])
-    _, (row,) = run(golden_dir / which, data, tmp_path / "out", "--exact")
+    _, (row,) = run(golden.folder / which, data, tmp_path / "out", "--exact", **golden.flags)
     assert row["id"] == "exact"
     assert row["tokens"] == len(golden.arrays["exact.answer"])
     assert row["elbo"] == pytest.approx(float(golden.arrays[f"exact.{which}.elbo"]), abs=1e-4)
@@ -64,12 +68,12 @@ def test_exact_is_the_golden_enumeration(golden, golden_dir, exact_record, tmp_p
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "complementary"])
-def test_the_estimate_is_within_its_error_of_the_exact_value(golden, golden_dir, exact_record, tmp_path, scheme):
+def test_the_estimate_is_within_its_error_of_the_exact_value(golden, exact_record, tmp_path, scheme):
     """Copies of a record have other ids, hence other masks; `stderr` is that of one of them."""
     copies = [{**exact_record, "id": i} for i in range(8)]
     data = runs.write_jsonl(tmp_path / "data.jsonl", copies)
-    settings = {"estimator.draws": DRAWS, "estimator.scheme": scheme}
-    _, rows = run(golden_dir / "policy", data, tmp_path / "out", **settings)
+    settings = {"estimator.draws": DRAWS, "estimator.scheme": scheme, **golden.flags}
+    _, rows = run(golden.folder / "policy", data, tmp_path / "out", **settings)
     exact = float(golden.arrays["exact.policy.elbo"])
     elbo, stderr = (np.array([row[key] for row in rows]) for key in ("elbo", "stderr"))
     assert len(set(elbo)) == len(rows)
@@ -87,9 +91,9 @@ def test_one_draw_has_no_standard_error(tiny_checkpoint, tmp_path):
     assert [row["stderr"] for row in rows] == [None] * 3
 
 
-def test_exact_refuses_a_long_completion_before_loading(golden_dir, tmp_path):
+def test_exact_refuses_a_long_completion_before_loading(golden, tmp_path):
     with pytest.raises(UserError, match=r"--exact.*at most 12") as refused:
-        run(golden_dir / "policy", golden_dir / "records.jsonl", tmp_path / "out", "--exact")
+        run(golden.folder / "policy", golden.folder / "records.jsonl", tmp_path / "out", "--exact", **golden.flags)
     assert str(refused.value).count("\n") <= 1
     assert not (tmp_path / "out").exists()
 

@@ -22,15 +22,34 @@ from tests.published import CONFIG, DTYPES, read_published, same_bits, write_pub
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
 
 
+ENDS = {
+    "wte": ("wte", "embedding"),
+    "embed_tokens": ("wte", "embedding"),
+    "ln_f": ("ln_f", "scale"),
+    "norm": ("ln_f", "scale"),
+    "ff_out": ("head", "kernel"),
+    "lm_head": ("head", "kernel"),
+}
+KINDS = {  # what transformers' Llama calls a matrix or a norm of a layer, where LLaDA has another name
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "o_proj": "attn_out",
+    "gate_proj": "ff_proj",
+    "down_proj": "ff_out",
+}
+
+
 def assert_holds(params: dict, tensors: dict[str, np.ndarray], config: ModelConfig) -> None:
     """Every published tensor is where the contract of the parameter tree says, by rules written out here."""
     for name, tensor in tensors.items():
-        *_, kind, _ = name.split(".")
-        layer = int(name.split(".")[3]) if ".blocks." in name else None
+        *before, kind, what = name.split(".")
+        layer = next((int(part) for part in before if part.isdecimal()), None)
         if layer is None:
-            path = {"wte": ("wte", "embedding"), "ln_f": ("ln_f", "scale"), "ff_out": ("head", "kernel")}[kind]
+            path = ENDS[kind]
         else:
-            path = ("blocks", kind, "scale" if kind.endswith("norm") else "kernel")
+            kind = KINDS.get(kind, kind)
+            leaf = "bias" if what == "bias" else "scale" if kind.endswith("norm") else "kernel"
+            path = ("blocks", kind, leaf)
         leaf = np.asarray(names.get(params, path))
         mine = leaf if layer is None else leaf[layer]
         assert same_bits(mine, tensor.T if path[-1] == "kernel" else tensor), name
@@ -38,9 +57,9 @@ def assert_holds(params: dict, tensors: dict[str, np.ndarray], config: ModelConf
 
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
-def test_golden_checkpoint_is_read_exactly(golden_dir, which):
-    model = store.load_model(golden_dir / which)
-    assert_holds(model.params, read_published(golden_dir / which), model.config)
+def test_golden_checkpoint_is_read_exactly(golden, which):
+    model = store.load_model(golden.folder / which)
+    assert_holds(model.params, read_published(golden.folder / which), model.config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,13 +36,13 @@ def assert_same_checkpoint(source, result) -> None:
 
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
-def test_golden_checkpoints_go_there_and_back(golden_dir, tmp_path, which):
-    forth, back = round_trip(golden_dir / which, tmp_path, shard_size="400KB")
-    assert_same_checkpoint(golden_dir / which, tmp_path / "theirs")
+def test_golden_checkpoints_go_there_and_back(golden, tmp_path, which):
+    forth, back = round_trip(golden.folder / which, tmp_path, shard_size="400KB")
+    assert_same_checkpoint(golden.folder / which, tmp_path / "theirs")
     assert forth.keys() >= {"tensors", "bytes", "seconds"} <= back.keys()
-    assert forth["tensors"] == back["tensors"] == len(read_published(golden_dir / which))
-    assert forth["bytes"] == back["bytes"] == sum(t.nbytes for t in read_published(golden_dir / which).values())
-    verified = verify.main([f"--source={golden_dir / which}", f"--checkpoint={tmp_path / 'ours'}"])
+    assert forth["tensors"] == back["tensors"] == len(read_published(golden.folder / which))
+    assert forth["bytes"] == back["bytes"] == sum(t.nbytes for t in read_published(golden.folder / which).values())
+    verified = verify.main([f"--source={golden.folder / which}", f"--checkpoint={tmp_path / 'ours'}"])
     assert verified["tensors"] == forth["tensors"]
     assert verified["equal"] is True
 

@@ -28,8 +28,8 @@ def examples(golden):
 
 
 @pytest.mark.parametrize("mode", ["padded", "unpadded"])
-def test_estimates(golden, golden_dir, examples, mode):
-    model = peer.LLaDA.load(golden_dir / "policy")
+def test_estimates(golden, examples, mode):
+    model = peer.LLaDA.load(golden.folder / "policy")
     longest = golden.arrays["input_ids"].shape[1]
     length_of = (lambda _: longest) if mode == "padded" else (lambda x: len(x["tokens"]))
     with torch.no_grad():
@@ -37,12 +37,12 @@ def test_estimates(golden, golden_dir, examples, mode):
     np.testing.assert_allclose(found, golden.arrays[f"{mode}.B_theta_draws"][: len(examples)], rtol=1e-5)
 
 
-def test_gradient(golden, golden_dir, examples):
+def test_gradient(golden, examples):
     """Also with activation checkpointing, which must change nothing."""
     arrays, longest = golden.arrays, golden.arrays["input_ids"].shape[1]
-    elbo_ref, z0 = arrays["padded.B_ref"][: len(examples)], golden.described["grads.z0"]
+    elbo_ref, z0 = golden.elbo("padded", "ref")[: len(examples)], golden.described["grads.z0"]
     for checkpointing in (False, True):
-        model = peer.LLaDA.load(golden_dir / "policy")
+        model = peer.LLaDA.load(golden.folder / "policy")
         model.activation_checkpointing = checkpointing
         loss, rewards = peer.accumulate_gradient(model, examples, lambda _: longest, elbo_ref, z0, beta=0.1)
         np.testing.assert_allclose(loss, golden.described["grads.loss"], atol=2e-5)

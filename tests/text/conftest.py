@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from elbo_kto_jax.checkpoint.huggingface import read_assets
 from elbo_kto_jax.checkpoint.store import build_tokenizer
+from tests.golden import Golden
 
 
 @pytest.fixture(scope="session")
 def goldens(golden_dir):
-    with np.load(golden_dir / "goldens.npz") as arrays:
-        yield arrays
+    return Golden(golden_dir).arrays
 
 
 @pytest.fixture(scope="session")

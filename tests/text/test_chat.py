@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from elbo_kto_jax.checkpoint.huggingface import read_assets
 from elbo_kto_jax.checkpoint.store import build_tokenizer
 from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.text import chat
 from elbo_kto_jax.text.chat import (
     encode,
@@ -22,6 +20,7 @@ from elbo_kto_jax.text.chat import (
 )
 from elbo_kto_jax.text.records import Record, read_records
 from elbo_kto_jax.text.special import find_eot_id, with_special_tokens
+from tests.golden import Golden, golden_file
 
 AUTHORS = {"exact_window": False, "append_eot": False, "eot_id": -1}
 EXACT = {"exact_window": True, "append_eot": False, "eot_id": -1}
@@ -32,13 +31,12 @@ UNCUT = 1 << 20
 def golden_records(request, golden_dir):
     """(records, prefix of their keys in the npz)."""
     name, prefix = request.param
-    return read_records(golden_dir / name).records, prefix
+    return read_records(golden_file(golden_dir, name)).records, prefix
 
 
 @pytest.fixture(scope="session")
 def model_config(golden_dir):
-    path = golden_dir / "policy" / "config.json"
-    return read_config(json.loads(path.read_text()), str(path))
+    return Golden(golden_dir).config
 
 
 def assert_golden(encoded, goldens, prefix, pad_id):
@@ -63,7 +61,9 @@ def test_one_string_tokens_are_the_authors(tokenizer, goldens, golden_records):
 
 @pytest.mark.parametrize("as_messages", ["prompt", "completion", "both"])
 def test_string_beside_messages_is_a_conversation(tokenizer, goldens, golden_dir, as_messages):
-    plain = [r for r in read_records(golden_dir / "records_extra.jsonl").records if isinstance(r.prompt, str)]
+    plain = [
+        r for r in read_records(golden_file(golden_dir, "records_extra.jsonl")).records if isinstance(r.prompt, str)
+    ]
     assert plain
     if as_messages != "completion":
         plain = [dataclasses.replace(r, prompt=[{"role": "user", "content": r.prompt}]) for r in plain]

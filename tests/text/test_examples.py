@@ -12,6 +12,7 @@ from elbo_kto_jax.text.chat import encode
 from elbo_kto_jax.text.examples import load_examples
 from elbo_kto_jax.text.records import read_records
 from elbo_kto_jax.text.special import find_eot_id
+from tests.golden import golden_file
 
 DEFAULTS = {
     "max_length": 64,
@@ -38,7 +39,7 @@ def row(index, label=True, completion=" yes"):
 @pytest.mark.parametrize("exact_window", [True, False])
 @pytest.mark.parametrize("append_eot", [True, False])
 def test_rows_are_the_encoded_records_in_order(load, tokenizer, golden_dir, goldens, exact_window, append_eot):
-    path = golden_dir / "records_extra.jsonl"
+    path = golden_file(golden_dir, "records_extra.jsonl")
     text = {"max_length": goldens["input_ids"].shape[1], "exact_window": exact_window, "append_eot": append_eot}
     examples = load(path, **text)
     records = read_records(path).records
