@@ -226,6 +226,18 @@ class SweepConfig(Config):
     sweep: Sweep
 
 
+# Keys that came later, and what a run without them did.
+_LATER = {("model", "mask_token_id"): -1, ("objective", "label_smoothing"): 0.0}
+
+
+def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run of an earlier version, as this version would have written it down."""
+    complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+    for (group, key), meant in _LATER.items():
+        complete[group].setdefault(key, meant)
+    return complete
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
     """One "key: old -> new" line for each leaf in which two nested mappings differ."""
     lines = []

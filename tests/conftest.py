@@ -47,6 +47,30 @@ import pytest  # noqa: E402
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+# A file runs in one process. The longest begin first, so that none is left over when the others are done.
+LONGEST = (
+    "train/test_lora.py",
+    "test_processes.py",
+    "robustness/test_kills.py",
+    "train/test_step.py",
+    "test_benchmark.py",
+    "train/test_work_split.py",
+    "sampling/test_decode.py",
+    "robustness/test_cases.py",
+    "train/test_workdir.py",
+    "train/test_step_goldens.py",
+    "launch/test_quickstart.py",
+    "test_sweep.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of the longest files to the front."""
+    tests = Path(__file__).resolve().parent
+    place = {tests / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def cpu_devices() -> list[jax.Device]:
     """The eight CPU devices on which sharded code is tested."""

@@ -3,7 +3,7 @@
 import pytest
 
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.config import Config, SweepConfig, Task, differences
+from elbo_kto_jax.config import Config, SweepConfig, Task, differences, with_later_keys
 from elbo_kto_jax.errors import UserError
 from tests.conftest import PROJECT_ROOT
 
@@ -275,3 +275,11 @@ def test_every_config_file_resolves(spec):
     assert kind.from_mapping(config.to_dict()) == config
     objective = {":sft": "sft", "dpo.py": "elbo_dpo"}
     assert config.objective.name == next((objective[end] for end in objective if spec.endswith(end)), "elbo_kto")
+
+
+def test_the_config_of_an_earlier_version_means_what_it_did():
+    now = parse().to_dict()
+    earlier = {key: dict(value) if isinstance(value, dict) else value for key, value in now.items()}
+    del earlier["model"]["mask_token_id"], earlier["objective"]["label_smoothing"]
+    assert with_later_keys(earlier) == now
+    assert "mask_token_id" not in earlier["model"]

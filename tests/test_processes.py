@@ -16,6 +16,7 @@ from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.train import __main__ as train
 from tests import runs
 from tests.conftest import FLAGS, PROJECT_ROOT
+from tests.share import cases
 
 NONE = (None, None, None)
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
@@ -143,7 +144,7 @@ def killed(argv, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("num", "devices"), [(1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("num", "devices"), cases([(1, 2), (2, 2)], [(4, 1)]))
 def test_any_number_of_processes_goes_on_as_one_would_have(argv, whole, killed, tmp_path, num, devices):
     workdir = shutil.copytree(killed, tmp_path / "run")
     assert job(workdir, argv, num, devices, {}) == [0] * num, logs(workdir)

@@ -28,7 +28,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax import lock, processes
-from elbo_kto_jax.config import Config, differences
+from elbo_kto_jax.config import Config, differences, with_later_keys
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, is_leftover, to_json, writing
 
@@ -178,7 +178,7 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
         return None
     try:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
-        changes = differences(dict(found["config"]), config.to_dict())
+        changes = differences(with_later_keys(found["config"]), config.to_dict())
         _check_record(found)
     except (ValueError, KeyError, TypeError, AttributeError):
         if overwrite:

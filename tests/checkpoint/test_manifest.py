@@ -17,7 +17,7 @@ from elbo_kto_jax.checkpoint import store
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import lora
 from tests.published import same_bits, write_published, write_version_1
-from tests.robustness.share import share
+from tests.share import share
 
 DEEP = "[" * 100_000
 VALUES = [

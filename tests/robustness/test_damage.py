@@ -18,7 +18,7 @@ from elbo_kto_jax.train import loop
 from tests import runs
 from tests.published import read_published, same_bits, write_published, write_version_1
 from tests.robustness import kill_driver
-from tests.robustness.share import WHOLE, share
+from tests.share import WHOLE, share
 
 DAMAGE = ("missing", "empty", "cut", "flipped", "foreign")
 

@@ -34,7 +34,7 @@ from launch.quickstart import build_tokenizer
 from tests import runs
 from tests.published import CONFIG
 from tests.robustness.commands import PROJECT_ROOT, environment
-from tests.robustness.share import share
+from tests.share import share
 
 SPECIAL = ("<|eot_id|>", "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|start_header_id|>")
 TOKENIZER = build_tokenizer()

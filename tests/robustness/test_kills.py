@@ -7,7 +7,7 @@ import pytest
 from elbo_kto_jax.checkpoint import store
 from tests.robustness import soak
 from tests.robustness.kill_driver import JOBS, Driver
-from tests.robustness.share import share
+from tests.share import share
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_the_driver_sees_a_difference(tmp_path, monkeypatch):
 
 def test_soak(tmp_path, request):
     """Memory at this length is noise; that nothing is compiled late and no file stays open is exact."""
-    steps = share(60, 2000)
+    steps = share(30, 2000)
     found = soak.soak(tmp_path, steps, warm=steps // 3 if steps < 600 else soak.WARM)
     assert found["steps"] == steps
     assert (found["late_compilations"], found["late_files"]) == (0, 0)

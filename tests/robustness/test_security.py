@@ -18,7 +18,7 @@ from elbo_kto_jax.text.sources import FORMS
 from tests import runs
 from tests.published import write_published
 from tests.robustness.commands import PROJECT_ROOT
-from tests.robustness.share import share
+from tests.share import share
 
 CODE = [
     file for name in ("elbo_kto_jax", "conversion", "launch", "configs") for file in (PROJECT_ROOT / name).rglob("*.py")

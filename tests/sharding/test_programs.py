@@ -1,6 +1,6 @@
 """The compiled step follows the table: the state, the gradients, the head and the loss are split as it says.
 
-That the losses and the parameters are the same whatever the mesh is tested in tests/train/test_step.py.
+That the losses and the parameters are the same whatever the mesh is tested in tests/train/test_work_split.py.
 """
 
 import dataclasses

@@ -25,7 +25,8 @@ from elbo_kto_jax.train import step
 from elbo_kto_jax.train.data import TrainingData
 from tests import runs, tiny
 from tests.models.test_lora import adapters, merged, quantized
-from tests.train.test_step import KEEP_GRADIENT, ONE_DEVICE, assert_same_gradient, plain_kto_loss, relative_distance
+from tests.share import cases
+from tests.train.steps import KEEP_GRADIENT, ONE_DEVICE, assert_same_gradient, plain_kto_loss, relative_distance
 
 SCALE, NUM = 0.7, 6
 ESTIMATOR = config.Estimator(2, "uniform")
@@ -62,9 +63,27 @@ def scored(programs, weights, batch) -> np.ndarray:
     return np.asarray(programs.scorer(weights, batch.micro_batches))
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "one_pass_microbatches"), [(4, 1), (4, 3), (12, 1)])  # 3 micro-batches, and one
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "rows", "one_pass_microbatches"),  # 3 micro-batches, and one
+    cases(
+        [
+            ("float32", False, 4, 1),
+            ("bfloat16", True, 4, 1),
+            ("float32", True, 4, 3),
+            ("bfloat16", False, 4, 3),
+            ("bfloat16", True, 12, 1),
+        ],
+        [
+            ("float32", True, 4, 1),
+            ("bfloat16", False, 4, 1),
+            ("float32", False, 4, 3),
+            ("bfloat16", True, 4, 3),
+            ("float32", False, 12, 1),
+            ("float32", True, 12, 1),
+            ("bfloat16", False, 12, 1),
+        ],
+    ),
+)
 def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows, one_pass_microbatches):
     """Online, and precomputed with other adapters."""
     programs, state, base = setup(
