@@ -333,8 +333,9 @@ def load_base(
         where = [f"{folder}: tensor {name}" for name in registry.parameters(source.config)[leaf_path].tensors]
         check_finite(leaf, where)
         group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
-        if "kernel_scale" in group:
-            converted = jax.jit(lora.quantize, out_shardings=to)(leaf)
+        if lora.is_matrix(leaf_path) and "kernel_scale" in group:
+            int8 = {name: to[name] for name in ("kernel", "kernel_scale")}
+            converted = jax.jit(lora.quantize, out_shardings=int8)(leaf)
         elif group[leaf_path[-1]].dtype != leaf.dtype:
             dtype = group[leaf_path[-1]].dtype
             converted = {leaf_path[-1]: jax.jit(lambda x, d=dtype: x.astype(d), out_shardings=leaf.sharding)(leaf)}
