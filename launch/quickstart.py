@@ -41,8 +41,8 @@ from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.checkpoint.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, init_params
-from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.train import __main__ as train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
@@ -65,10 +65,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     _open(workdir, flags)
     feedback = workdir / "data" / ("feedback-shuffled.jsonl" if flags.shuffle_labels else "feedback.jsonl")
 
-    _stage(1, f"making data and a random tiny LLaDA: the task is to write {LENGTH} letters in capitals")
+    _stage(1, f"making data and a random tiny {flags.architecture}: the task is to write {LENGTH} letters in capitals")
     write_data(workdir / "data", flags.seed)
     if not huggingface.is_published(workdir / "untrained"):
-        write_untrained(workdir / "untrained", flags.seed)
+        write_untrained(workdir / "untrained", flags.seed, flags.architecture)
 
     _stage(2, "fine-tuning it (SFT) on demonstrations of which half are bad: it learns good and bad answers alike")
     sft = _run(
@@ -123,9 +123,11 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     """The flags, and the words that go on to the alignment."""
-    parser = cli.Flags("launch.quickstart", "Makes a tiny LLaDA, aligns it with ELBO-KTO and measures the win rate.")
+    parser = cli.Flags("launch.quickstart", "Makes a tiny model, aligns it with ELBO-KTO and measures the win rate.")
     parser.add_argument("--workdir", default="runs/quickstart", help="working folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    architectures = registry.architectures()
+    parser.add_argument("--architecture", choices=architectures, default="llada", help="default: %(default)s")
     parser.add_argument("--shuffle-labels", action="store_true", help="align with labels that say nothing")
     parser.add_argument("--overwrite", action="store_true", help="delete what --workdir holds and start again")
     return (
@@ -140,7 +142,8 @@ def _open(workdir: Path, flags: Any) -> None:
     Raises:
       UserError: it is something else.
     """
-    file, made = workdir / "quickstart.json", to_json({"seed": flags.seed})
+    other = {} if flags.architecture == "llada" else {"architecture": flags.architecture}
+    file, made = workdir / "quickstart.json", to_json({"seed": flags.seed, **other})
     if flags.overwrite and file.is_file():
         shutil.rmtree(workdir)
     if workdir.exists() and not file.is_file() and (not workdir.is_dir() or any(workdir.iterdir())):
@@ -244,7 +247,7 @@ def write_untrained(folder: Path, seed: int, architecture: str = "llada", **dime
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         assets |= {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
-    model_config = read_config(config, str(folder))
+    model_config = registry.read_config(config, str(folder))
     params = init_params(MaskPredictor(model_config), jax.random.key(seed))
     model = store.Model(model_config, params, assets, str(folder))
     to_hf.write(folder, store.Source.of(model), to_hf.shard_size("5GB"))
