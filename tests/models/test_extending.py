@@ -1,0 +1,37 @@
+"""docs/extending.md: its example of a backbone works as it is printed."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from launch.quickstart import write_untrained
+from tests.conftest import PROJECT_ROOT
+
+
+@pytest.fixture
+def heron(monkeypatch):
+    """What the page's example defines; the architecture is known only within the test."""
+    page = (PROJECT_ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "Heron" in code)
+    found: dict = {}
+    exec(example, found)
+    known = {**registry.architectures(), "heron": found["ARCHITECTURE"]}
+    monkeypatch.setattr(registry, "architectures", lambda: known)
+    return found["ARCHITECTURE"]
+
+
+def test_a_folder_of_the_example_loads_and_every_row_is_a_parameter(heron, tmp_path):
+    write_untrained(tmp_path / "heron", 0, "heron", n_kv_heads=1)
+    model = store.load_model(tmp_path / "heron")
+    assert (model.config.architecture, model.config.n_kv_heads, model.config.tied_head) == ("heron", 1, False)
+    network = MaskPredictor(model.config)
+    assert abstract_params(network)["blocks"]["q_norm"]["scale"].shape == (2, 32)
+    logits = network.apply({"params": model.params}, jnp.arange(6)[None], method="logits")
+    assert np.isfinite(logits).all()
+    (size,) = heron.sizes.values()
+    assert heron.read(heron.published(size), "here") == size
