@@ -15,7 +15,7 @@ from elbo_kto_jax.errors import UserError
 
 def main(argv: list[str]) -> dict:
     """Converts and returns the summary: published tensors, bytes of parameters written, seconds."""
-    parser = cli.Flags("conversion.from_hf", "Converts a published LLaDA checkpoint into ours.")
+    parser = cli.Flags("conversion.from_hf", "Converts a published checkpoint into ours.")
     parser.add_argument("--source", required=True, help="folder of safetensors, or a Hugging Face hub id")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
