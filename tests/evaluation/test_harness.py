@@ -20,6 +20,7 @@ from elbo_kto_jax.evaluation import harness
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
 from elbo_kto_jax.scoring import likelihood
 from elbo_kto_jax.text.records import Record
+from launch.quickstart import write_untrained
 from tests import runs
 
 WRITE = """
@@ -75,6 +76,13 @@ def task(tmp_path):
     return write
 
 
+@pytest.fixture(params=["llada", "dream"])
+def published(request, tmp_path):
+    """A folder of a tiny random model; Dream's logits are shifted by one."""
+    write_untrained(tmp_path / "model", 0, request.param)
+    return tmp_path / "model"
+
+
 def config(**overrides) -> Config:
     flags = Flags("evaluate", "test")
     flags.add_config()
@@ -88,10 +96,10 @@ def command(checkpoint, tmp_path, tasks: str, *more: str) -> dict:
     return evaluate.main(runs.flags({"tasks": tasks}, *argv))
 
 
-def test_generated_and_compared_answers(tiny_checkpoint, tmp_path, task):
+def test_generated_and_compared_answers(published, tmp_path, task):
     """Both kinds of task through the command: the metrics are those of the answers that the sampler writes."""
     tasks = [task("local_write", WRITE), task("local_choose", CHOOSE)]
-    summary = command(tiny_checkpoint, tmp_path, ",".join(tasks))
+    summary = command(published, tmp_path, ",".join(tasks))
     assert set(summary["tasks"]) == {"local_write", "local_choose"}
     assert summary["tasks"]["local_choose"]["acc,none"] in [pytest.approx(n / 3) for n in range(4)]
 
@@ -100,13 +108,13 @@ def test_generated_and_compared_answers(tiny_checkpoint, tmp_path, task):
         written
     )
     assert written["results"]["local_write"]["exact_match,none"] == summary["tasks"]["local_write"]["exact_match,none"]
-    assert written["config"]["model_args"]["path"] == str(tiny_checkpoint)
+    assert written["config"]["model_args"]["path"] == str(published)
     assert written["n-samples"]["local_write"]["effective"] == 3
 
     rows = runs.read_jsonl(tmp_path / "out" / "tasks" / "local_write.samples.jsonl")
     sampler = {"gen_length": 8, "steps": 8, "block_length": 8, "temperature": 1.0, "remasking": "random"}
     settings = config().with_sampler(sampler, "test")
-    checkpoint = open_checkpoint(str(tiny_checkpoint), settings, flag="")
+    checkpoint = open_checkpoint(str(published), settings, flag="")
     messages = [[{"role": "user", "content": f"Capitals {doc['q']}"}] for doc in DOCS]
     contexts = [harness.DiffusionLM(checkpoint, settings, 1).apply_chat_template(chat) for chat in messages]
     assert [row["arguments"][0][0] for row in rows] == contexts
@@ -137,10 +145,10 @@ def request(context: str, answer: object) -> Instance:
     return Instance("loglikelihood", {}, (context, answer), 0, ("task", 7, 1))
 
 
-def test_likelihood_estimates_the_exact_elbo(tiny_checkpoint):
+def test_likelihood_estimates_the_exact_elbo(published):
     """Against the enumeration of all masks: within 4.5 standard errors (two-sided false alarms: 7e-6 each)."""
     settings = config()
-    checkpoint = open_checkpoint(str(tiny_checkpoint), settings, flag="")
+    checkpoint = open_checkpoint(str(published), settings, flag="")
     pairs = [("Capitals abc are ", "XYZ"), ("Capitals", " Q12w"), ("", "user")]
     draws = 512
     found = harness.DiffusionLM(checkpoint, settings, draws).loglikelihood([request(*pair) for pair in pairs])
