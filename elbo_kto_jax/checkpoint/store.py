@@ -332,9 +332,12 @@ def load_base(
     for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
         where = [f"{folder}: tensor {name}" for name in registry.parameters(source.config)[leaf_path].tensors]
         check_finite(leaf, where)
-        group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
-        if "kernel_scale" in group:
-            converted = jax.jit(lora.quantize, out_shardings=to)(leaf)
+        group = names.get(abstract, leaf_path[:-1])
+        if lora.is_matrix(leaf_path) and "kernel_scale" in group:  # a bias beside it stays as it is
+            to = names.get(shardings, leaf_path[:-1])
+            converted = jax.jit(lora.quantize, out_shardings={name: to[name] for name in ("kernel", "kernel_scale")})(
+                leaf
+            )
         elif group[leaf_path[-1]].dtype != leaf.dtype:
             dtype = group[leaf_path[-1]].dtype
             converted = {leaf_path[-1]: jax.jit(lambda x, d=dtype: x.astype(d), out_shardings=leaf.sharding)(leaf)}
