@@ -537,7 +537,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
         return {"params": _StoredTree.of(source.leaves, digest.hexdigest())}
 
     tree = names.unflatten({path: _Streamed(source, path, digest, bar) for path in source.leaves})
-    mask_token_id = _unsaid_mask(source.config, source.assets)
+    mask_token_id = unsaid_mask(source.config, source.assets)
     items = {
         "assets": _AssetsSave(source.assets, manifest, mask_token_id=mask_token_id),
         "params": _StreamedTreeSave(tree),
@@ -659,7 +659,7 @@ class TrainingCheckpoints:
                 lambda: stored,
                 self._adaptation,
                 state.progress,
-                None if self._model is None else _unsaid_mask(self._model, assets),
+                None if self._model is None else unsaid_mask(self._model, assets),
             ),
             "progress": ocp.args.JsonSave(state.progress),
         }
@@ -1039,14 +1039,14 @@ def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, 
             raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
     config = huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE))
     if manifest.mask_token_id is not None:
-        config = dataclasses.replace(config, mask_token_id=manifest.mask_token_id)
+        config = dataclasses.replace(config, mask_token_id=manifest.mask_token_id, mask_is_chosen=True)
     return config, assets
 
 
-def _unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
-    """The mask token of `config`, unless the config.json among `assets` says it."""
+def unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
+    """The mask token of `config`, unless the config.json among `assets` says it, and no user had to."""
     said = huggingface.parse_config(assets, huggingface.CONFIG_FILE).mask_token_id
-    return None if config.mask_token_id == said else config.mask_token_id
+    return None if config.mask_token_id == said and not config.mask_is_chosen else config.mask_token_id
 
 
 def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[TreePath, tuple[int, ...]]) -> None:
