@@ -142,6 +142,8 @@ class Plain:
         Where the network predicts the next token, the column before the first of `columns` is run as well, with its
         kept keys and values.
         """
+        if columns is None:
+            self.kept = {}
         renewed = np.arange(len(tokens)) if columns is None else np.asarray(columns)
         shift = int(self.config.predicts_next)
         run = np.arange(max(0, renewed[0] - shift), renewed[-1] + 1)
