@@ -1,7 +1,8 @@
 """python -m conversion.to_hf --source=CHECKPOINT --out=DIR: our checkpoint to published safetensors.
 
 Tensors keep the dtype in which they are stored, so that nothing is lost, or get that of --dtype; where the config.json
-of the model that was converted or trained says another one, DIR's says what its tensors are.
+of the model that was converted or trained says another one, DIR's says what its tensors are. It also says with which
+mask token the model was trained, where that of the published model did not.
 Pieces of tensors go from file to file, so that memory does not grow with the model. DIR appears when it is whole: an
 interrupted conversion leaves a folder .DIR.*.partial without a config.json, and the same command starts again.
 """
@@ -55,10 +56,11 @@ def write(out: Path, source: store.Source, shard_size: int, dtype: DTypeLike | N
     """
     tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
     structs = source.published(dtype)
+    assets = huggingface.with_mask(source.assets, store.unsaid_mask(source.config, source.assets))
     buffers = source.buffers(2, published=True)  # one is written while the next one is read
     huggingface.write_folder(
         out,
-        huggingface.with_dtype(source.assets, structs),
+        huggingface.with_dtype(assets, structs),
         structs,
         lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
@@ -182,7 +183,16 @@ def with_dtype(assets: Mapping[str, bytes], tensors: Mapping[str, jax.ShapeDtype
     named = [key for key in _DTYPE_KEYS if mapping.get(key) is not None]
     if all(str(mapping[key]).removeprefix("torch.") == dtype for key in named):
         return dict(assets)
-    mapping |= dict.fromkeys(named, dtype)
+    return _with_keys(assets, dict.fromkeys(named, dtype))
+
+
+def with_mask(assets: Mapping[str, bytes], mask_token_id: int | None) -> dict[str, bytes]:
+    """`assets` whose config.json says the mask token; None: whatever it says, it stays as it is, byte for byte."""
+    return dict(assets) if mask_token_id is None else _with_keys(assets, {"mask_token_id": mask_token_id})
+
+
+def _with_keys(assets: Mapping[str, bytes], changes: Mapping[str, Any]) -> dict[str, bytes]:
+    mapping = from_json(assets[CONFIG_FILE]) | changes
     return {**assets, CONFIG_FILE: (json.dumps(mapping, indent=2, ensure_ascii=False) + "\n").encode()}
 
 

@@ -108,7 +108,7 @@ def published_config(
     published = next(iter(described.sizes.values()))
     tokens = tokenizer.get_vocab()
     mask_id = next((tokens[token] for token in (tokenizer.mask_token, *_MASKS) if token in tokens), None)
-    eos_id = tokens.get(EOS, tokenizer.eos_token_id)
+    eos_id = tokens.get(EOS) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if "d_model" in dimensions and "head_dim" not in dimensions:
         dimensions["head_dim"] = dimensions["d_model"] // dimensions["n_heads"]
     rows = max(dimensions.get("embedding_size", 0), len(tokenizer))
@@ -118,6 +118,6 @@ def published_config(
         vocab_size=len(tokenizer),
         mask_token_id=mask_id,
         eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        pad_token_id=eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     return {**described.published(config), "torch_dtype": torch_dtype}

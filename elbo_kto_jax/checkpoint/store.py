@@ -332,8 +332,9 @@ def load_base(
     for leaf_path, leaf in _read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
         where = [f"{folder}: tensor {name}" for name in registry.parameters(source.config)[leaf_path].tensors]
         check_finite(leaf, where)
-        group, to = names.get(abstract, leaf_path[:-1]), names.get(shardings, leaf_path[:-1])
-        if lora.is_matrix(leaf_path) and "kernel_scale" in group:
+        group = names.get(abstract, leaf_path[:-1])
+        if lora.is_matrix(leaf_path) and "kernel_scale" in group:  # a bias beside it stays as it is
+            to = names.get(shardings, leaf_path[:-1])
             int8 = {name: to[name] for name in ("kernel", "kernel_scale")}
             converted = jax.jit(lora.quantize, out_shardings=int8)(leaf)
         elif group[leaf_path[-1]].dtype != leaf.dtype:
@@ -535,7 +536,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
         return {"params": _StoredTree.of(source.leaves, digest.hexdigest())}
 
     tree = names.unflatten({path: _Streamed(source, path, digest, bar) for path in source.leaves})
-    mask_token_id = _unsaid_mask(source.config, source.assets)
+    mask_token_id = unsaid_mask(source.config, source.assets)
     items = {
         "assets": _AssetsSave(source.assets, manifest, mask_token_id=mask_token_id),
         "params": _StreamedTreeSave(tree),
@@ -657,7 +658,7 @@ class TrainingCheckpoints:
                 lambda: stored,
                 self._adaptation,
                 state.progress,
-                None if self._model is None else _unsaid_mask(self._model, assets),
+                None if self._model is None else unsaid_mask(self._model, assets),
             ),
             "progress": ocp.args.JsonSave(state.progress),
         }
@@ -1037,14 +1038,14 @@ def _read_assets(folder: epath.Path, manifest: _Manifest) -> tuple[ModelConfig, 
             raise UserError(f"{file}: damaged: it does not have the checksum of what was saved; {_REMEDY}")
     config = huggingface.parse_config(assets, str(folder / "assets" / huggingface.CONFIG_FILE))
     if manifest.mask_token_id is not None:
-        config = dataclasses.replace(config, mask_token_id=manifest.mask_token_id)
+        config = dataclasses.replace(config, mask_token_id=manifest.mask_token_id, mask_is_chosen=True)
     return config, assets
 
 
-def _unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
-    """The mask token of `config`, unless the config.json among `assets` says it."""
+def unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
+    """The mask token of `config`, unless the config.json among `assets` says it, and no user had to."""
     said = huggingface.parse_config(assets, huggingface.CONFIG_FILE).mask_token_id
-    return None if config.mask_token_id == said else config.mask_token_id
+    return None if config.mask_token_id == said and not config.mask_is_chosen else config.mask_token_id
 
 
 def _check_arrays(tree: epath.Path, stored: _StoredTree, shapes: Mapping[TreePath, tuple[int, ...]]) -> None:

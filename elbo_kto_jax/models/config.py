@@ -24,6 +24,7 @@ class ModelConfig:
       tied_head: the output head is the embedding.
       predicts_next: the network's output at position i is about token i + 1 of its segment (docs/method.md 10).
       mask_token_id, eos_token_id, pad_token_id: None where config.json does not say them (text/special.py finds them).
+      mask_is_chosen: a user said the mask token, now or when the checkpoint was trained, whatever its files say.
     """
 
     architecture: str
@@ -43,6 +44,7 @@ class ModelConfig:
     mask_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    mask_is_chosen: bool = False
 
 
 # Bounds of what may be asked for: several times what the largest published models of any kind have.

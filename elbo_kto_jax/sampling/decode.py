@@ -381,8 +381,10 @@ def take_steps(
             first = rows.block * options.block_length
             start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
             lead = _lead(model)
-            inputs = _windows(rows, state.response, start - lead, first, lead + window)
-            hidden = [model.apply({"params": params, CACHE: kept}, *inputs)[:, lead:] for kept in cache]
+            hidden = []
+            for prompt, kept in zip(_prompts(rows, options, model.config.mask_token_id), cache, strict=True):
+                inputs = _windows(rows, prompt, state.response, start - lead, first, lead + window)
+                hidden.append(model.apply({"params": params, CACHE: kept}, *inputs)[:, lead:])
         return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
 
     state = jax.lax.while_loop(unfinished, take_step, state)
@@ -440,8 +442,13 @@ def _whole_rows(rows: Rows, response: Int[Array, "b g"], options: Sampler, mask_
     first = p - rows.prompt_length[:, None]  # column of the first prompt token
     positions = jnp.maximum(column - first, 0)
     segment_ids = _is_real(rows, column).astype(jnp.int32)
-    prompts = [rows.prompt, jnp.full_like(rows.prompt, mask_id)] if options.cfg_scale else [rows.prompt]
+    prompts = _prompts(rows, options, mask_id)
     return [(jnp.concatenate([prompt, response], axis=1), positions, segment_ids) for prompt in prompts]
+
+
+def _prompts(rows: Rows, options: Sampler, mask_id: int) -> list[Int[Array, "b p"]]:
+    """The prompt of each pass of a step: the rows' own, and for guidance a masked one."""
+    return [rows.prompt, jnp.full_like(rows.prompt, mask_id)] if options.cfg_scale else [rows.prompt]
 
 
 def _lead(model: MaskPredictor) -> int:
@@ -450,16 +457,21 @@ def _lead(model: MaskPredictor) -> int:
 
 
 def _windows(
-    rows: Rows, response: Int[Array, "b g"], start: Int[Array, " b"], first: Int[Array, " b"], width: int
+    rows: Rows,
+    prompt: Int[Array, "b p"],
+    response: Int[Array, "b g"],
+    start: Int[Array, " b"],
+    first: Int[Array, " b"],
+    width: int,
 ) -> tuple[Array, ...]:
     """(tokens, positions, segment ids, key segment ids) of `width` columns of each response, from `start` on.
 
-    The first may be the column before the response, number -1.
+    The first may be the column before the response, number -1: the last token of `prompt`, where there is one.
     Keys and values are the window's own from column `first` of the response on, and the kept ones elsewhere.
     """
     p, g = rows.prompt.shape[1], response.shape[1]
     at = start[:, None] + jnp.arange(width)  # columns of the response
-    whole = jnp.concatenate([rows.prompt, response], axis=1)
+    whole = jnp.concatenate([prompt, response], axis=1)
     tokens = jnp.take_along_axis(whole, jnp.maximum(p + at, 0), axis=1)
     segment_ids = _is_real(rows, p + at).astype(jnp.int32)
     own = jnp.where(at >= first[:, None], segment_ids, _UNSEEN)

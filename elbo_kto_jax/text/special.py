@@ -60,6 +60,7 @@ def with_special_tokens(
         eos_token_id=eos_id,
         pad_token_id=eos_id if pad_id is None else pad_id,
         mask_token_id=_mask_token(model, tokenizer, mask_token_id, where),
+        mask_is_chosen=model.mask_is_chosen or mask_token_id >= 0,
     )
 
 
@@ -86,9 +87,10 @@ def _mask_token(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, chosen: 
     is_special = mask_id in tokenizer.added_tokens_decoder
     # It must be a special token: an ordinary one would turn up in texts and be taken for a mask.
     is_agreed = tokenizer.mask_token_id in (None, mask_id) and (is_special or mask_id == published)
-    if chosen < 0 and not is_agreed:
+    if chosen < 0 and not model.mask_is_chosen and not is_agreed:
         raise UserError(
-            f"{where}: wrong tokenizer: the model's mask_token_id {mask_id} is {token!r} there, not its mask token"
+            f"{where}: wrong tokenizer: the model's mask_token_id {mask_id} is {token!r} there, not its mask token; "
+            f"if it is meant, set --{MASK_KEY}"
         )
     if not is_special:
         log.warning(

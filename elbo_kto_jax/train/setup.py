@@ -92,6 +92,7 @@ class Setup:
     def fingerprint(self, reference: str, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
         config, layout = self.config, data.layout
+        mask = store.unsaid_mask(self.model.config, self.assets)
         return {
             "model": reference,
             "dtype": config.model.dtype,
@@ -110,6 +111,7 @@ class Setup:
             "jax": jax.__version__,
             "format": 2,  # of the cache; parts of the first had no checksum
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
+            **({} if mask is None else {"mask_token_id": mask}),  # which the user, the tokenizer or the authors say
         }
 
 

@@ -52,7 +52,7 @@ def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule
 
 
 def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with decoupled weight decay on matrices (norm scales are not decayed)."""
+    """Global-norm clipping, then AdamW with decoupled weight decay on matrices (neither norm scales nor biases)."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         optax.adamw(
@@ -61,7 +61,9 @@ def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTran
             b2=options.b2,
             eps=1e-8,
             weight_decay=options.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: path[-1].key not in ("scale", "bias"), params
+            ),
         ),
     )
 
