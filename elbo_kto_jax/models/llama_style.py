@@ -74,6 +74,7 @@ def read(
     tied: bool,
     predicts_next: bool = False,
     head_dim: int | None = None,
+    required: Mapping[str, tuple] | None = None,
 ) -> ModelConfig:
     """The architecture that the parsed config.json at `where` describes.
 
@@ -83,12 +84,13 @@ def read(
       tied: what a missing `tie_word_embeddings` means.
       predicts_next: see ModelConfig.
       head_dim: what a missing `head_dim` means; None: the heads share the model's width, and the key may say no more.
+      required: what further keys of this architecture must say, or others than the shared ones; see `Reader.require`.
 
     Raises:
       UserError: a key is missing or out of range, or switches on a feature that is not implemented.
     """
     reader = Reader(mapping, where, family, NAMES)
-    reader.require(_REQUIRED, {}, _KNOWN)
+    reader.require({**_REQUIRED, **(required or {})}, {}, _KNOWN)
     _refuse_windows(mapping, where)
     is_tied = mapping.get("tie_word_embeddings")
     if is_tied not in (None, True, False) or (is_tied is not None and not isinstance(is_tied, bool)):
