@@ -1,4 +1,4 @@
-"""A conversation with an aligned LLaDA (python -m elbo_kto_jax.chat): kto_mix.py's model, and a sampler that is quick.
+"""A conversation with an aligned model (python -m elbo_kto_jax.chat): kto_mix.py's model, and a sampler that is quick.
 
 The block length, the threshold and the reuse of keys and values are those of Fast-dLLM (arXiv 2505.22618).
 """

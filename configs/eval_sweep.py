@@ -1,4 +1,4 @@
-"""Evaluations of an aligned LLaDA beside its base model: the grid of `python -m elbo_kto_jax.sweep`.
+"""Evaluations of an aligned model beside its base: the grid of `python -m elbo_kto_jax.sweep`.
 
 The keys up to `sweep` are those of every config: an evaluation uses `seed`, `model.dtype`, `mesh` and `sampler`, and
 where it estimates likelihoods `data`, `estimator` and `train.microbatch_tokens`; the rest belongs to training. Every

@@ -11,12 +11,19 @@ import jax
 from elbo_kto_jax import cli, lock
 from elbo_kto_jax.checkpoint import huggingface, store
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.models import registry
 
 
 def main(argv: list[str]) -> dict:
     """Converts and returns the summary: published tensors, bytes of parameters written, seconds."""
-    parser = cli.Flags("conversion.from_hf", "Converts a published checkpoint into ours.")
-    parser.add_argument("--source", required=True, help="folder of safetensors, or a Hugging Face hub id")
+    known = ", ".join(known.example for known in registry.architectures().values())
+    parser = cli.Flags(
+        "conversion.from_hf",
+        f"Converts a published model into a checkpoint. Its config.json says which it is: {known}.",
+    )
+    parser.add_argument(
+        "--source", required=True, help="folder of safetensors, or a Hugging Face hub id (ORGANISATION/NAME)"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
         "--dtype", choices=huggingface.DTYPE_NAMES, help="dtype of every parameter (default: as stored)"

@@ -24,7 +24,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(argv: list[str]) -> dict:
     """Converts and returns the summary: published tensors, bytes of tensors written, seconds."""
-    parser = cli.Flags("conversion.to_hf", "Converts a checkpoint of ours into the published form.")
+    parser = cli.Flags("conversion.to_hf", "Converts a checkpoint into the published form of its model.")
     parser.add_argument("--source", required=True, help="converted checkpoint, step of a training run or its workdir")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=huggingface.DTYPE_NAMES, help="of every tensor (default: as stored)")

@@ -116,12 +116,17 @@ def _model(config: Config):
 
 def _published(path: str) -> ModelConfig:
     """The dimensions of the published model which the hub id or folder `path` may mean; otherwise LLaDA-8B's."""
-    known = registry.architectures()
-    # The longest name that fits: there is a LLaDA in iLLaDA.
-    family = max((name for name in known if name.split("_")[0] in path.lower()), key=len, default="llada")
-    size, model = next(iter(known[family].sizes.items()))
-    log.info("config.model.path=%s is not on this machine: planning for %s, %s, as published", path, family, size)
+    words = {word: known for known in registry.architectures().values() for word in _words(known)}
+    # The longest one that fits: there is a LLaDA in iLLaDA.
+    family = words[max((word for word in words if word in path.lower()), key=len, default="llada")]
+    size, model = next(iter(family.sizes.items()))
+    log.info("config.model.path=%s is not on this machine: planning for %s, %s, as published", path, family.name, size)
     return model
+
+
+def _words(known: registry.Architecture) -> set[str]:
+    """What the names of the models of an architecture begin with."""
+    return {known.name.partition("_")[0], *(model.partition("-")[0].lower() for model in known.example.split(", "))}
 
 
 def _data(config: Config, tokenizer, examples: int | None, tokens: float | None) -> tuple[int, float]:

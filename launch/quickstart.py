@@ -1,6 +1,6 @@
 """The main job from nothing, on a tiny model and a CPU, in minutes: bash launch/quickstart.sh [--workdir=DIR]
 
-The task is to write five letters in capitals. A tiny LLaDA is made and fine-tuned on demonstrations of which half are
+The task is to write five letters in capitals. A tiny model is made and fine-tuned on demonstrations of which half are
 bad: they repeat the letters as they are. So it answers about half of the prompts right. Feedback (prompt, answer, good
 or bad; one answer per prompt) then aligns it with ELBO-KTO, and both models answer prompts that are new to them.
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         f"--workdir={workdir / 'sft'}",
     )
 
-    _stage(3, "publishing it as a Hugging Face folder and converting that back, as one does with LLaDA-8B-Instruct")
+    _stage(3, "publishing it as a Hugging Face folder and converting that back, as with a large model")
     published, base = f"{workdir / 'base-hf'}", f"{workdir / 'base'}"
     _run(to_hf.main, "conversion.to_hf", f"--source={sft['checkpoint']}", f"--out={published}", "--overwrite")
     _run(from_hf.main, "conversion.from_hf", f"--source={published}", f"--out={base}", "--overwrite")
@@ -127,7 +127,9 @@ def _parse(argv: list[str]) -> tuple[Any, list[str]]:
     parser.add_argument("--workdir", default="runs/quickstart", help="working folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     architectures = registry.architectures()
-    parser.add_argument("--architecture", choices=architectures, default="llada", help="default: %(default)s")
+    parser.add_argument(
+        "--architecture", choices=architectures, default="llada", help="of the tiny model (default: %(default)s)"
+    )
     parser.add_argument("--shuffle-labels", action="store_true", help="align with labels that say nothing")
     parser.add_argument("--overwrite", action="store_true", help="delete what --workdir holds and start again")
     return (

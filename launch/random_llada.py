@@ -1,4 +1,7 @@
-"""python -m launch.random_llada --size=23m --tokenizer=FOLDER --out=DIR: a published folder of random weights."""
+"""python -m launch.random_llada --architecture=NAME --tokenizer=FOLDER --out=DIR: a published folder of random weights.
+
+Any architecture (models/), of a small size or of a published one. The name is from when there was LLaDA alone.
+"""
 
 from pathlib import Path
 
@@ -11,11 +14,15 @@ from elbo_kto_jax.models import registry
 def main(argv: list[str]) -> dict:
     dtypes, architectures = random_folder.DTYPES, registry.architectures()
     sizes = ", ".join(f"{name}: {'/'.join(known.sizes)}" for name, known in architectures.items())
-    parser = cli.Flags("launch.random_llada", "Writes a model with random weights as a Hugging Face folder.")
-    parser.add_argument("--architecture", choices=architectures, default="llada", help="default: %(default)s")
+    parser = cli.Flags(
+        "launch.random_llada", "Writes a model of any architecture with random weights as a Hugging Face folder."
+    )
+    parser.add_argument(
+        "--architecture", choices=architectures, default="llada", help="of the network (default: %(default)s)"
+    )
     parser.add_argument("--size", default="23m", help=f"23m (the default), or as published ({sizes})")
-    parser.add_argument("--layers", type=int, default=0, help="how many (default: those of --size)")
-    parser.add_argument("--tokenizer", required=True, help="folder with the model's tokenizer files")
+    parser.add_argument("--layers", type=int, default=0, help="number of layers (default: that of --size)")
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer files, such as another model's")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (default: %(default)s)")
     parser.add_argument("--shard-size", type=shard_size, default="5GB", help="bytes per file (default: 5GB)")

@@ -283,3 +283,15 @@ def test_the_config_of_an_earlier_version_means_what_it_did():
     del earlier["model"]["mask_token_id"], earlier["objective"]["label_smoothing"]
     assert with_later_keys(earlier) == now
     assert "mask_token_id" not in earlier["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("illada_kto_mix.py", {"model.path"}),
+        ("dream_kto_mix.py", {"model.path", "data.max_length", "sampler.block_length"}),
+    ],
+)
+def test_a_recipe_for_another_model_keeps_the_rest_of_kto_mix(name, own):
+    trees = [parse(config=TINY.with_name(file)).to_dict() for file in ("kto_mix.py", name)]
+    assert {line.partition(":")[0].removeprefix("config.") for line in differences(*trees)} == own

@@ -22,8 +22,8 @@ def published(c: ModelConfig) -> dict[str, Any]:
     return llama_style.published(c, "illada", "ILLaDAForCausalLM", **off)
 
 
-# Heads, width of the MLP, vocabulary and special tokens are published; the rest is LLaDA-8B's, since the published
-# config.json was not at hand.
+# As its authors publish (the model's card, arXiv 2606.25331); rope_theta and rms_norm_eps are LLaDA-8B's, since the
+# published config.json was not at hand. A model that is loaded has its own.
 _8B = ModelConfig(
     architecture="illada",
     d_model=4096,
@@ -36,7 +36,7 @@ _8B = ModelConfig(
     vocab_size=155136,
     rope_theta=500000.0,
     rms_norm_eps=1e-5,
-    max_sequence_length=4096,
+    max_sequence_length=8192,
     tied_head=True,
     predicts_next=False,
     mask_token_id=5,

@@ -10,6 +10,7 @@ import pytest
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.models import registry
 from elbo_kto_jax.planning.programs import DoesNotFit
 from launch import plan
 from tests import runs
@@ -79,8 +80,23 @@ def test_data_on_disk_is_counted(tiny_checkpoint, tmp_path):
 
 def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
     _, config = _parsed(f"--config.model.path={tmp_path / 'none'}")
-    assert plan._model(config) == (plan.LLADA_8B, None)
+    assert plan._model(config) == (registry.architectures()["llada"].sizes["8b"], None)
     assert plan._data(config, None, None, 300.0) == (plan.EXAMPLES, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "architecture"),
+    [
+        ("GSAI-ML/LLaDA-1.5", "llada"),
+        ("GSAI-ML/iLLaDA-8B-Instruct", "illada"),
+        ("Dream-org/Dream-Coder-v0-Instruct-7B", "dream"),
+        ("apple/DiffuCoder-7B-Instruct", "dream"),
+        ("someone/Qwen3-0.6B-diffusion", "a2d_qwen3"),
+        ("someone/else", "llada"),
+    ],
+)
+def test_a_hub_id_says_which_published_model_is_meant(path, architecture):
+    assert plan._published(path).architecture == architecture
 
 
 def compiled(tmp_path, **more) -> tuple[dict, dict]:

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoint import store
+from conversion import from_hf, verify
+from elbo_kto_jax.checkpoint import random_folder, store
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from launch import random_llada
 from launch.quickstart import write_untrained
 from tests.conftest import PROJECT_ROOT
 
@@ -35,3 +37,14 @@ def test_a_folder_of_the_example_loads_and_every_row_is_a_parameter(heron, tmp_p
     assert np.isfinite(logits).all()
     (size,) = heron.sizes.values()
     assert heron.read(heron.published(size), "here") == size
+
+
+def test_the_commands_of_the_page(heron, tiny_checkpoint, tmp_path, monkeypatch):
+    small = {"d_model": 32, "head_dim": 8, "mlp_hidden_size": 48, "embedding_size": 128}
+    monkeypatch.setattr(random_folder, "_SMALL", random_folder._SMALL | small)
+    published, converted = tmp_path / "heron", tmp_path / "heron-converted"
+    flags = ["--architecture=heron", "--layers=2", f"--tokenizer={tiny_checkpoint}", f"--out={published}"]
+    tensors = random_llada.main(flags)["tensors"]
+    assert tensors == 2 * 11 + 3
+    from_hf.main([f"--source={published}", f"--out={converted}"])
+    assert verify.main([f"--source={published}", f"--checkpoint={converted}"])["tensors"] == tensors

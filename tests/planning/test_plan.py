@@ -9,6 +9,7 @@ import pytest
 from elbo_kto_jax import cli
 from elbo_kto_jax.config import Config
 from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo, plan
@@ -16,9 +17,9 @@ from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
 from elbo_kto_jax.report.plan import as_text, write_plan_report
 from elbo_kto_jax.train import state as train_state
-from launch.plan import LLADA_8B
 from tests import runs
 
+LLADA_8B = registry.architectures()["llada"].sizes["8b"]
 TOPOLOGY = parse_topology("v5e:8x8")
 KTO_MIX = runs.CONFIG.with_name("kto_mix.py")
 
@@ -32,8 +33,12 @@ def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
     return Compiled(name, size, 10, 10, 5, 0, 7, hbm, hlo.Cost(flops, tuple(collectives)), 2.0)
 
 
-def test_the_published_model_has_eight_billion_weights():
-    assert plan.parameters(LLADA_8B) == pytest.approx(8.02e9, rel=1e-3)
+@pytest.mark.parametrize(
+    ("architecture", "size", "weights"),
+    [("llada", "8b", 8.02e9), ("illada", "8b", 7.62e9), ("dream", "7b", 7.62e9), ("a2d_qwen3", "0.6b", 0.596e9)],
+)
+def test_a_published_model_has_as_many_weights_as_its_authors_say(architecture, size, weights):
+    assert plan.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
 
 
 def test_model_flops_are_those_of_the_design():
