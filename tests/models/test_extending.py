@@ -37,6 +37,8 @@ def test_a_folder_of_the_example_loads_and_every_row_is_a_parameter(heron, tmp_p
     assert np.isfinite(logits).all()
     (size,) = heron.sizes.values()
     assert heron.read(heron.published(size), "here") == size
+    with pytest.raises(UserError, match=r"`attn_logit_softcapping`: 30.0 is not implemented"):
+        heron.read(heron.published(size) | {"attn_logit_softcapping": 30.0}, "here")
 
 
 def test_the_commands_of_the_page(heron, tiny_checkpoint, tmp_path, monkeypatch):
