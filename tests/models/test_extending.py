@@ -8,6 +8,7 @@ import pytest
 
 from conversion import from_hf, verify
 from elbo_kto_jax.checkpoint import random_folder, store
+from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from launch import random_llada
