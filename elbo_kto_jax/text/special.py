@@ -54,7 +54,7 @@ def with_special_tokens(
         raise UserError(
             f"{where}: neither config.json nor the tokenizer says `eos_token_id`; write it into config.json"
         )
-    pad_id = _agreed(model, tokenizer, "pad_token_id", where)
+    pad_id = _pad_token(model, tokenizer, where)
     return dataclasses.replace(
         model,
         eos_token_id=eos_id,
@@ -70,6 +70,14 @@ def _agreed(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, name: str, w
     if said is not None and declared not in (None, said):
         raise UserError(f"{where}: wrong tokenizer: its {name} is {declared}, the model's config.json says {said}")
     return declared if said is None else said
+
+
+def _pad_token(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+    """The padding. DiffuCoder's config.json pads with the end of text, and its tokenizer with a token made for that."""
+    declared = tokenizer.pad_token_id
+    if model.pad_token_id == model.eos_token_id and declared in tokenizer.added_tokens_decoder:
+        return declared
+    return _agreed(model, tokenizer, "pad_token_id", where)
 
 
 def _mask_token(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, chosen: int, where: str) -> int:

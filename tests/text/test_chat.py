@@ -232,6 +232,18 @@ def test_wrong_tokenizer_is_refused(tokenizer, model_config, field, change, mess
         with_special_tokens(wrong, tokenizer, -1, "some/model")
 
 
+def test_the_padding_of_a_tokenizer_stands_above_an_end_of_text_that_pads(tokenizer, model_config):
+    """As DiffuCoder is published."""
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<|dlm_pad|>"})
+    pads_with_eos = dataclasses.replace(
+        model_config, pad_token_id=model_config.eos_token_id, embedding_size=len(padded)
+    )
+    known = with_special_tokens(pads_with_eos, padded, -1, "some/model")
+    assert padded.convert_ids_to_tokens([known.pad_token_id]) == ["<|dlm_pad|>"]
+    assert known.eos_token_id == model_config.eos_token_id
+
+
 def test_declared_mask_token_must_agree(tokenizer, model_config):
     declared = copy.deepcopy(tokenizer)
     declared.mask_token = declared.convert_ids_to_tokens(model_config.mask_token_id)
