@@ -99,12 +99,7 @@ def read(
     if head_dim is not None:
         head_dim = reader.positive("head_dim", default=head_dim)
     else:
-        head_dim = reader.split_evenly(d_model, n_heads)
-        if mapping.get("head_dim") not in (None, head_dim):
-            raise UserError(
-                f"{where}: `head_dim`: {shown(mapping['head_dim'])} is not implemented; {family} splits hidden_size "
-                f"{d_model} into {n_heads} heads of {head_dim}"
-            )
+        head_dim = _shared_head_dim(reader, d_model, n_heads)
     vocab_size = reader.positive("embedding_size")
     return reader.checked(
         ModelConfig(
@@ -127,6 +122,17 @@ def read(
             pad_token_id=reader.token_id("pad_token_id"),
         )
     )
+
+
+def _shared_head_dim(reader: Reader, d_model: int, n_heads: int) -> int:
+    """The size of a head where the heads share the model's width; the key may say no other."""
+    head_dim, said = reader.split_evenly(d_model, n_heads), reader.mapping.get("head_dim")
+    if said not in (None, head_dim):
+        raise UserError(
+            f"{reader.where}: `head_dim`: {shown(said)} is not implemented; {reader.family} splits hidden_size "
+            f"{d_model} into {n_heads} heads of {head_dim}"
+        )
+    return head_dim
 
 
 def published(c: ModelConfig, model_type: str, model_class: str, **more: Any) -> dict[str, Any]:
