@@ -8,10 +8,11 @@ import time
 
 import jax
 
-from elbo_kto_jax import cli, lock
-from elbo_kto_jax.checkpoint import huggingface, store
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoints import huggingface, store
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.runtime import lock
+from elbo_kto_jax.runtime.errors import UserError
 
 
 def main(argv: list[str]) -> dict:

@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 from jax.typing import DTypeLike
 
-from elbo_kto_jax import cli, lock
-from elbo_kto_jax.checkpoint import huggingface, names, store
-from elbo_kto_jax.checkpoint.digest import Digest
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints.digest import Digest
+from elbo_kto_jax.runtime import lock
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

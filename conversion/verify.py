@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, terminal
-from elbo_kto_jax.checkpoint import huggingface, names, store
-from elbo_kto_jax.checkpoint.buffers import Buffers
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import to_json
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints.buffers import Buffers
+from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import to_json
 
 
 def main(argv: list[str]) -> dict:

@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from elbo_kto_jax import cli, terminal
-from elbo_kto_jax.config import Config, Sampler
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.report.denoising import MASK
+from elbo_kto_jax import cli
+from elbo_kto_jax.data import chat
+from elbo_kto_jax.data.records import Message, Record
+from elbo_kto_jax.reports.denoising import MASK
+from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime.config import Config, Sampler
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.decode import cut_response
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
-from elbo_kto_jax.text import chat
-from elbo_kto_jax.text.records import Message, Record
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "chat.py"
 

@@ -22,11 +22,12 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 
-from elbo_kto_jax import objectives, paths, processes, terminal
-from elbo_kto_jax.config import Config
+from elbo_kto_jax import objectives
 from elbo_kto_jax.diffusion import masks
-from elbo_kto_jax.errors import Interrupted, UserError
-from elbo_kto_jax.files import check_writable, to_json, trouble
+from elbo_kto_jax.runtime import paths, processes, terminal
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.runtime.files import check_writable, to_json, trouble
 from elbo_kto_jax.sharding import rules
 
 log = logging.getLogger("elbo_kto_jax")

@@ -20,16 +20,16 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from elbo_kto_jax import cli, objectives
-from elbo_kto_jax.config import Config
 from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting
 from elbo_kto_jax.diffusion import masks
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.objectives.protocol import ValueFunction
-from elbo_kto_jax.report.diagnosis import write_diagnosis_report
-from elbo_kto_jax.train.setup import Setup, prepare
+from elbo_kto_jax.reports.diagnosis import write_diagnosis_report
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.training.setup import Setup, prepare
 
 SCHEMES = tuple(name for name, scheme in masks.SCHEMES.items() if scheme.unbiased)
 DRAWS = (1, 2, 4, 8, 16)

@@ -35,16 +35,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from elbo_kto_jax import cli, lock, processes
-from elbo_kto_jax.config import Config, Task
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax import cli
+from elbo_kto_jax.data.records import Message, Record, read_records
 from elbo_kto_jax.evaluation import judges, kept
 from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.evaluation.winrate import win_rate
-from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.report.winrate import write_winrate_report
+from elbo_kto_jax.reports.winrate import write_winrate_report
+from elbo_kto_jax.runtime import lock, processes
+from elbo_kto_jax.runtime.config import Config, Task
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.sampling.respond import Checkpoint
-from elbo_kto_jax.text.records import Message, Record, read_records
 
 TASK_TABLE = Path(__file__).resolve().parent.parent / "configs" / "tasks.py"
 WIN_RATE, COMPARISONS, REPORT = "win_rate", "comparisons.jsonl", "report.html"

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 from elbo_kto_jax import cli, objectives
-from elbo_kto_jax.checkpoint.digest import params_digest
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.train import inputs
-from elbo_kto_jax.train.reference import ReferenceCache
-from elbo_kto_jax.train.setup import Setup, prepare
-from elbo_kto_jax.train.workdir import Workdir, open_workdir, stop_on_signal
+from elbo_kto_jax.checkpoints.digest import params_digest
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.workdir import Workdir, open_workdir, stop_on_signal
+from elbo_kto_jax.training import inputs
+from elbo_kto_jax.training.reference import ReferenceCache
+from elbo_kto_jax.training.setup import Setup, prepare
 
 log = logging.getLogger(__name__)
 

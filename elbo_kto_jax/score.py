@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, processes
-from elbo_kto_jax.config import Config
+from elbo_kto_jax import cli
+from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.diffusion.exact import MAX_LENGTH, all_masks, exact_weights
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.objectives.protocol import NOTHING
-from elbo_kto_jax.packing import Segment, pack
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.scoring.scorer import Scorer
-from elbo_kto_jax.text.examples import Examples
-from elbo_kto_jax.train.data import segment_of
-from elbo_kto_jax.train.setup import prepare
+from elbo_kto_jax.training.data import segment_of
+from elbo_kto_jax.training.setup import prepare
 
 log = logging.getLogger(__name__)
 

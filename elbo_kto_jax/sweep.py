@@ -29,17 +29,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, evaluate, processes, score
-from elbo_kto_jax.config import SweepConfig
-from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax import cli, evaluate, score
+from elbo_kto_jax.data.chat import make_repeatable
+from elbo_kto_jax.data.records import read_records
 from elbo_kto_jax.evaluation import kept
 from elbo_kto_jax.evaluation.messages import one_line, shown
-from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.report.sweep import write_sweep_report
+from elbo_kto_jax.reports.sweep import write_sweep_report
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.config import SweepConfig
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.runtime.workdir import open_workdir, stop_on_signal
 from elbo_kto_jax.sampling.respond import Checkpoint
-from elbo_kto_jax.text.chat import make_repeatable
-from elbo_kto_jax.text.records import read_records
-from elbo_kto_jax.train.workdir import open_workdir, stop_on_signal
 
 WIN_RATE, ELBO, EXACT_ELBO = evaluate.WIN_RATE, "elbo", "exact_elbo"
 COLUMNS = ("cell", "checkpoint", "task", "sampler", "draws", "metric", "value", "low", "high", "seconds")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.files import atomic_write, to_json
 from elbo_kto_jax.objectives import dpo, kto, sft
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 from launch import comparison, quickstart
 
 OBJECTIVES = {"kto": kto.Kto.name, "dpo": dpo.Dpo.name, "sft": sft.Sft.name}

@@ -19,10 +19,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, evaluate
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
-from elbo_kto_jax.train import __main__ as train
+from elbo_kto_jax import cli, evaluate, train
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 from launch import quickstart
 
 _KEPT = ("adjusted_win_rate", "ci95", "comparisons")

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import jax
 
-from elbo_kto_jax import cli, terminal
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax import cli
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import plan as planning
 from elbo_kto_jax.planning.chips import Topology, parse_topology
 from elbo_kto_jax.planning.programs import DoesNotFit
-from elbo_kto_jax.report.plan import as_text, write_plan_report
-from elbo_kto_jax.text.examples import load_examples
+from elbo_kto_jax.reports.plan import as_text, write_plan_report
+from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 
 log = logging.getLogger("elbo_kto_jax.plan")
 # kto-mix-14k: its published size; 2,964 characters of text per record (mean of 1,500 of its records) at about 4.3

@@ -36,14 +36,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import cli, evaluate, terminal
-from elbo_kto_jax.checkpoint import huggingface, store
-from elbo_kto_jax.checkpoint.random_folder import EOS, MASK, published_config
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax import cli, evaluate, train
+from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.checkpoints.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, init_params
-from elbo_kto_jax.train import __main__ as train
+from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 LETTERS, LENGTH = string.ascii_lowercase, 5  # of each word

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conversion.to_hf import shard_size
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoint import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints import huggingface, random_folder, store
 from elbo_kto_jax.models import registry
 
 

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elbo_kto_jax import cli, terminal
-from elbo_kto_jax.checkpoint import huggingface
-from elbo_kto_jax.config import Config
+from elbo_kto_jax import cli, train
+from elbo_kto_jax.checkpoints import huggingface
 from elbo_kto_jax.evaluate import read_prompts
 from elbo_kto_jax.evaluation.judges import Expected
-from elbo_kto_jax.files import atomic_write, to_json
+from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
-from elbo_kto_jax.train import __main__ as train
 from launch import quickstart
 
 LENGTH = 31  # letters of the bigger model's words; with the end of the turn, 32 tokens

@@ -49,16 +49,16 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # A file runs in one process. The longest begin first, so that none is left over when the others are done.
 LONGEST = (
-    "train/test_lora.py",
-    "test_processes.py",
+    "training/test_lora.py",
+    "runtime/test_processes.py",
     "robustness/test_kills.py",
-    "train/test_step.py",
+    "training/test_step.py",
     "test_benchmark.py",
-    "train/test_work_split.py",
+    "training/test_work_split.py",
     "sampling/test_decode.py",
     "robustness/test_cases.py",
-    "train/test_workdir.py",
-    "train/test_step_goldens.py",
+    "runtime/test_workdir.py",
+    "training/test_step_goldens.py",
     "launch/test_quickstart.py",
     "test_sweep.py",
 )

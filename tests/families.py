@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from elbo_kto_jax.checkpoint import names
+from elbo_kto_jax.checkpoints import names
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.registry import read_config
 from tests.published import DTYPES

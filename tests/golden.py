@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from elbo_kto_jax.checkpoint import names, store
+from elbo_kto_jax.checkpoints import names, store
+from elbo_kto_jax.data.packing import Layout, Segment, pack
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.objectives.protocol import Feedback
-from elbo_kto_jax.packing import Layout, Segment, pack
-from elbo_kto_jax.train.step import Batch
+from elbo_kto_jax.training.step import Batch
 
 LAYOUTS = {"padded": False, "unpadded": True}  # the goldens' two modes -> Layout.packed
 

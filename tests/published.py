@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from elbo_kto_jax.checkpoint import names
+from elbo_kto_jax.checkpoints import names
 from elbo_kto_jax.models.registry import read_config
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from elbo_kto_jax import benchmark as command
 from elbo_kto_jax import cli
-from elbo_kto_jax.benchmark import __main__ as command
-from elbo_kto_jax.benchmark import agreement, measure, worker
-from elbo_kto_jax.checkpoint import random_folder
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.benchmarking import agreement, measure, worker
+from elbo_kto_jax.checkpoints import random_folder
 from elbo_kto_jax.planning import fit
+from elbo_kto_jax.runtime.errors import UserError
 from launch import quickstart
 from tests import runs
 

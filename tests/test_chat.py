@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import chat, cli
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.report.denoising import MASK
+from elbo_kto_jax.data.chat import encode_prompt
+from elbo_kto_jax.reports.denoising import MASK
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.respond import Answers, open_checkpoint
-from elbo_kto_jax.text.chat import encode_prompt
 
 MESH = ["--config.mesh.data=-1", "--config.mesh.tensor=1"]  # the tests have more devices than the model heads
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from elbo_kto_jax import diagnose
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 
 

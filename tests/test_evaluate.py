@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from elbo_kto_jax import evaluate
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation import kept
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 from tests.evaluation.chat_server import serve
 from tests.robustness import commands

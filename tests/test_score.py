@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import score
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 
 DRAWS = 16

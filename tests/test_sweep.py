@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from elbo_kto_jax import config, sweep
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.errors import Interrupted, UserError
+from elbo_kto_jax import sweep
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.sharding import rules
 from tests import runs
 from tests.evaluation.chat_server import serve
@@ -182,7 +183,7 @@ def test_a_hub_data_set_that_changed_is_evaluated_again(command, tmp_path, tiny_
     """The name of a data set stays, and what a later download gives is other content."""
     folder = tmp_path / "snapshot"
     runs.write_jsonl(folder / "train.jsonl", runs.records(2))
-    monkeypatch.setattr("elbo_kto_jax.text.sources._download", lambda *arguments: folder)
+    monkeypatch.setattr("elbo_kto_jax.data.sources._download", lambda *arguments: folder)
     grid = {"tasks": ["exact_elbo"], "checkpoints": [str(tiny_checkpoint)], "data": "somebody/something"}
     command(**grid)
     begun = ends_in(monkeypatch, 0, RuntimeError())

@@ -13,10 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from conversion import from_hf
-from elbo_kto_jax import cli, generate, precompute, score
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.train import __main__ as train
+from elbo_kto_jax import cli, generate, precompute, score, train
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 
 GOOD = runs.records(4)

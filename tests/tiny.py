@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elbo_kto_jax import config
+from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.models.registry import read_config
-from elbo_kto_jax.packing import Layout
-from elbo_kto_jax.text.examples import Examples
+from elbo_kto_jax.runtime import config
 from tests.published import CONFIG
 
 MODEL = read_config(CONFIG, "tests")  # n_kv_heads < n_heads; every dimension divides over 8 devices

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 
-from elbo_kto_jax import cli, processes
-from elbo_kto_jax.train import __main__ as train
-from elbo_kto_jax.train import loop
+from elbo_kto_jax import cli, train
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.training import loop
 
 LOST_AFTER = 30
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt32
 
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.runtime.errors import UserError
 
 _SHARED = 2**32  # counter word of the numbers that all draws of an example share; draws are below it
 

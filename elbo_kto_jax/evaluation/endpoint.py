@@ -34,10 +34,10 @@ import httpx2
 import openai
 from tqdm import tqdm
 
-from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.evaluation.judges import without_reasoning
 from elbo_kto_jax.evaluation.messages import Secrets, basic_credentials
-from elbo_kto_jax.files import atomic_write
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.runtime.files import atomic_write
 
 _MAX_REPLY = 16 * 2**20  # bytes
 _MAX_WAIT = 3600.0  # seconds that a Retry-After header may ask for

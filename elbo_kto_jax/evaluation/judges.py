@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation.messages import shown
+from elbo_kto_jax.runtime.errors import UserError
 
 Verdict = Literal["A", "B", "tie", "unparsable"]
 Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict, ...]]]

@@ -15,14 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 import elbo_kto_jax
-from elbo_kto_jax import processes
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.config import Config, differences
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.evaluation.messages import one_line
-from elbo_kto_jax.files import atomic_write, check_writable, to_json
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.config import Config, differences
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, check_writable, to_json
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
-from elbo_kto_jax.text.records import Record
 
 _STATE = "evaluation.json"
 _BATCHES = 8  # of the sampler, whose answers are written down together

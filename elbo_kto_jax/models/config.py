@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from elbo_kto_jax.errors import UserError, shown
+from elbo_kto_jax.runtime.errors import UserError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ModelConfig:
       embedding_size: rows of the embedding, at least vocab_size.
       tied_head: the output head is the embedding.
       predicts_next: the network's output at position i is about token i + 1 of its segment (docs/method.md 10).
-      mask_token_id, eos_token_id, pad_token_id: None where config.json does not say them (text/special.py finds them).
+      mask_token_id, eos_token_id, pad_token_id: None where config.json does not say them (data/special.py finds them).
       mask_is_chosen: a user said the mask token, now or when the checkpoint was trained, whatever its files say.
     """
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models.config import ModelConfig, Reader
 from elbo_kto_jax.models.registry import Architecture
 from elbo_kto_jax.models.table import Table, embedding, kernel, scale, table
+from elbo_kto_jax.runtime.errors import UserError
 
 
 def parameters(c: ModelConfig) -> Table:

@@ -7,9 +7,9 @@ which.
 from collections.abc import Mapping
 from typing import Any
 
-from elbo_kto_jax.errors import UserError, shown
 from elbo_kto_jax.models.config import ModelConfig, Reader
 from elbo_kto_jax.models.table import Parameter, Table, embedding, kernel, scale, table
+from elbo_kto_jax.runtime.errors import UserError, shown
 
 NAMES = {  # our name of a number -> its key in config.json
     "d_model": "hidden_size",

@@ -30,7 +30,7 @@ LARGEST = 127  # of an int8 value; -128 is not used, so that signs are symmetric
 
 
 class Adapted(NamedTuple):
-    """A base and its adapters: goes where a tree of parameters does, in `train/step.py`."""
+    """A base and its adapters: goes where a tree of parameters does, in `training/step.py`."""
 
     base: Params
     adapters: Params

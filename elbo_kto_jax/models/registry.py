@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import elbo_kto_jax.models
-from elbo_kto_jax.errors import UserError, shown
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import Table
+from elbo_kto_jax.runtime.errors import UserError, shown
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 

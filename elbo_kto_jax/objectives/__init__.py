@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from elbo_kto_jax import config
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.objectives.protocol import Objective, known
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

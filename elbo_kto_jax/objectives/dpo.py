@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Float64
 
-from elbo_kto_jax import config
 from elbo_kto_jax.objectives.protocol import Feedback, Needs, Outcome, masked_mean, register
 from elbo_kto_jax.objectives.rewards import SATURATED, by_label, noise, rewards
+from elbo_kto_jax.runtime import config
 
 
 @register

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Float64, Int32
 
-from elbo_kto_jax import config
+from elbo_kto_jax.runtime import config
 
 
 @dataclasses.dataclass(frozen=True)

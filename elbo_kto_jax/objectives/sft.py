@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
-from elbo_kto_jax import config
 from elbo_kto_jax.objectives.protocol import Feedback, Needs, Outcome, register
+from elbo_kto_jax.runtime import config
 
 
 @register

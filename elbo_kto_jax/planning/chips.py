@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,14 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology, larger
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, compile_programs, topology_devices
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 PACKED = 0.95  # of the positions of packed rows hold text; measured on kto-mix, at least so many

@@ -1,6 +1,6 @@
 """The programs of a run, compiled for a TPU that is not there, and what the compiler says of them.
 
-They are the very programs of train/step.py and sampling/decode.py, on shapes instead of arrays.
+They are the very programs of training/step.py and sampling/decode.py, on shapes instead of arrays.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.config import Config
+from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.diffusion.elbo import CHUNK
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor
-from elbo_kto_jax.packing import Segment, pack
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train import state as train_state
-from elbo_kto_jax.train.setup import build_model
-from elbo_kto_jax.train.step import build_programs
+from elbo_kto_jax.training import state as train_state
+from elbo_kto_jax.training.setup import build_model
+from elbo_kto_jax.training.step import build_programs
 
 log = logging.getLogger(__name__)
 PROMPT_TOKENS = 512  # of the prompts that the sampler's program is compiled for
@@ -81,7 +81,7 @@ def compile_programs(
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes (train/step.py).
+    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.

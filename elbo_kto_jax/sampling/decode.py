@@ -41,10 +41,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt32
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.config import Sampler
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models.layers import CACHE, matmul_precision
 from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
+from elbo_kto_jax.runtime.config import Sampler
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sharding import rules
 
 BUCKET = 64  # tokens; short rows are as wide as the next multiple, at the price of one compilation per width

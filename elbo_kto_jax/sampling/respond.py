@@ -14,14 +14,14 @@ from jaxtyping import Int32
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.data import chat, special
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text import chat, special
-from elbo_kto_jax.text.records import Record
 
 log = logging.getLogger(__name__)
 

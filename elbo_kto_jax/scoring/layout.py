@@ -2,9 +2,9 @@
 
 from jax.sharding import Mesh
 
-from elbo_kto_jax.config import Config
+from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.models.config import ModelConfig
-from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.sharding import rules
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int32
 
+from elbo_kto_jax.data.packing import Layout, Segment, pack
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.models.network import MaskPredictor, Params
-from elbo_kto_jax.packing import Layout, Segment, pack
 from elbo_kto_jax.scoring.scorer import Scorer
 
 _AT_ONCE = 1024  # masked answers that are packed into micro-batches together

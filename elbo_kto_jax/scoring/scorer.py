@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
+from elbo_kto_jax.data.packing import Rows
 from elbo_kto_jax.diffusion import elbo
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
-from elbo_kto_jax.packing import Rows
 from elbo_kto_jax.sharding import gather, rules
 
 Weights = Params | lora.Adapted  # a whole model, for a pass through it

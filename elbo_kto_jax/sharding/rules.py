@@ -24,10 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool
 
-from elbo_kto_jax import config
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 
 MESH_AXES = {
     "rows": ("data", "fsdp"),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoint import huggingface, names, store
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.runtime.errors import UserError
 from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
 
 
@@ -266,7 +266,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_same_command_star
     program = (
         "import os, signal, sys\n"
         f"from conversion import {command}\n"
-        "from elbo_kto_jax.checkpoint.digest import Digest\n"
+        "from elbo_kto_jax.checkpoints.digest import Digest\n"
         "add, calls = Digest.add, []\n"
         "def killed(*arguments):\n"
         "    calls.append(1)\n"

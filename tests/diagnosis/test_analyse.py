@@ -7,9 +7,10 @@ the choice of the seed.
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config, objectives
+from elbo_kto_jax import objectives
 from elbo_kto_jax.diagnosis.analyse import Analysis, Bootstrap, columns, flat
 from elbo_kto_jax.diagnosis.measure import Gradients, Setting, Values
+from elbo_kto_jax.runtime import config
 
 DRAWS = (1, 2, 4)
 KTO = config.Objective("elbo_kto", 0.5, 1.2, 0.8, "global_mean", 0.0)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import cli, config, objectives
+from elbo_kto_jax import cli, objectives
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting, group_names
 from elbo_kto_jax.diffusion.masks import draw_masks
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train.data import TrainingData
-from elbo_kto_jax.train.setup import Setup
+from elbo_kto_jax.training.data import TrainingData
+from elbo_kto_jax.training.setup import Setup
 from launch.quickstart import build_tokenizer
 from tests import runs, tiny
 

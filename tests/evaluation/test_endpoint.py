@@ -17,9 +17,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from elbo_kto_jax.errors import Interrupted, UserError
 from elbo_kto_jax.evaluation import endpoint
 from elbo_kto_jax.evaluation.endpoint import Endpoint, Pace, Reply, read_reply
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from tests.evaluation.chat_server import ChatServer, serve
 
 KEY = "sk-secret-0123456789"

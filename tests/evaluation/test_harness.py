@@ -13,13 +13,13 @@ from lm_eval.api.instance import Instance
 
 from elbo_kto_jax import evaluate
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.config import Config, Task
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation import harness
+from elbo_kto_jax.runtime.config import Config, Task
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
 from elbo_kto_jax.scoring import likelihood
-from elbo_kto_jax.text.records import Record
 from launch.quickstart import write_untrained
 from tests import runs
 

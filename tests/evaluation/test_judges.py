@@ -2,8 +2,8 @@
 
 import pytest
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation.judges import chat, check_template, read_verdict, verifiable
+from elbo_kto_jax.runtime.errors import UserError
 
 
 def judge_one(record: dict, a: str, b: str) -> tuple:

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.evaluation import kept
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 
 

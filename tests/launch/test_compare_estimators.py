@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.runtime.errors import UserError
 from launch import compare_estimators, comparison
 
 RATES = {"uniform": [0.60, 0.70, 0.62], "balanced": [0.64, 0.73, 0.67]}

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.planning.programs import DoesNotFit
+from elbo_kto_jax.runtime.errors import UserError
 from launch import plan
 from tests import runs
 from tests.conftest import PROJECT_ROOT

@@ -1,6 +1,6 @@
 """launch/random_llada.py: a folder that the project loads, the same for the same seed."""
 
-from elbo_kto_jax.checkpoint import huggingface, random_folder
+from elbo_kto_jax.checkpoints import huggingface, random_folder
 from launch import random_llada
 
 

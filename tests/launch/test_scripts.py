@@ -140,7 +140,7 @@ exit "$status"
 PROGRAM = """
 import os, sys, jax
 from jax.experimental import multihost_utils
-from elbo_kto_jax import processes
+from elbo_kto_jax.runtime import processes
 processes.start(None, None, None)
 found = multihost_utils.process_allgather(jax.process_index()).tolist()
 os.write(1, f"\\n{found}\\n".encode())  # one write, on a line of its own: Gloo's lines of both processes come between

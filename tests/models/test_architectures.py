@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoint import names
-from elbo_kto_jax.config import Mesh
+from elbo_kto_jax.checkpoints import names
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.models.lora import abstract_adapters
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.models.table import bias, scale
 from elbo_kto_jax.planning import plan
+from elbo_kto_jax.runtime.config import Mesh
 from elbo_kto_jax.sharding import rules
 from tests import families, tiny
 from tests.families import FAMILIES, Plain

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models.registry import read_config
+from elbo_kto_jax.runtime.errors import UserError
 from tests.published import CONFIG
 
 MOE = {

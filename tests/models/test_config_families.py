@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from elbo_kto_jax.checkpoint import huggingface
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import huggingface
 from elbo_kto_jax.models.registry import architectures, parameters, read_config
+from elbo_kto_jax.runtime.errors import UserError
 from tests import families
 from tests.families import CONFIGS, FAMILIES
 from tests.published import CONFIG as LLADA

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from conversion import from_hf, verify
-from elbo_kto_jax.checkpoint import random_folder, store
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints import random_folder, store
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.runtime.errors import UserError
 from launch import random_llada
 from launch.quickstart import write_untrained
 from tests.conftest import PROJECT_ROOT

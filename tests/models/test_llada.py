@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models.layers import CACHE
 from elbo_kto_jax.models.network import REMAT_POLICIES, MaskPredictor
 from elbo_kto_jax.models.registry import read_config
+from elbo_kto_jax.runtime.errors import UserError
 from tests import tiny
 from tests.published import CONFIG
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.training import state as train_state
 from tests import tiny
 
 RANK = 3

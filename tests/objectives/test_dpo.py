@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
 from elbo_kto_jax.objectives.dpo import Dpo
 from elbo_kto_jax.objectives.protocol import Feedback
+from elbo_kto_jax.runtime import config
 
 
 def objective(beta=0.5, smoothing=0.0) -> Dpo:

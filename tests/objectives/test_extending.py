@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config, objectives
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax import objectives
 from elbo_kto_jax.objectives import protocol
 from elbo_kto_jax.objectives.protocol import Feedback, ValueFunction
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 from tests.conftest import PROJECT_ROOT
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config, objectives
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax import objectives
 from elbo_kto_jax.objectives.protocol import Feedback, Objective, ValueFunction, known
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 
 OPTIONS = config.Objective("", 0.4, 1.3, 0.7, "global_mean", 0.1)
 NAMES = sorted(known())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.planning.chips import CHIPS, larger, parse_topology
+from elbo_kto_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

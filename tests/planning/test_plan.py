@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo, plan
 from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
-from elbo_kto_jax.report.plan import as_text, write_plan_report
-from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.reports.plan import as_text, write_plan_report
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.training import state as train_state
 from tests import runs
 
 LLADA_8B = registry.architectures()["llada"].sizes["8b"]

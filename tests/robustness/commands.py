@@ -18,7 +18,7 @@ def audit(event, details):
     if event == "pickle.find_class":
         raise RuntimeError(f"a pickle is read: {details}")
 sys.addaudithook(audit)
-from elbo_kto_jax.train import reference
+from elbo_kto_jax.training import reference
 reference._SAVE_EVERY = 0.0
 module = sys.argv.pop(1)
 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conversion import from_hf, to_hf
-from elbo_kto_jax import cli, generate
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.train import __main__ as train
+from elbo_kto_jax import cli, generate, train
+from elbo_kto_jax.checkpoints import store
 from tests import runs
 from tests.robustness import kill_driver
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from elbo_kto_jax.checkpoint import huggingface
-from elbo_kto_jax.files import to_json
+from elbo_kto_jax.checkpoints import huggingface
+from elbo_kto_jax.runtime.files import to_json
 from launch.quickstart import write_untrained
 from tests import runs
 from tests.robustness import commands

@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from elbo_kto_jax.files import to_json
-from elbo_kto_jax.train import __main__ as train
-from elbo_kto_jax.train import loop
+from elbo_kto_jax import train
+from elbo_kto_jax.runtime.files import to_json
+from elbo_kto_jax.training import loop
 from launch.quickstart import CONFIG, write_data, write_untrained
 
 WARM = 200  # steps

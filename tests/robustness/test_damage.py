@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.train import __main__ as train
-from elbo_kto_jax.train import loop
+from elbo_kto_jax import train
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.training import loop
 from tests import runs
 from tests.published import read_published, same_bits, write_published, write_version_1
 from tests.robustness import kill_driver

@@ -19,18 +19,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import cli, evaluate, generate, precompute, score
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.config import Config
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.files import trouble
+from elbo_kto_jax import cli, evaluate, generate, precompute, score, train
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.data.chat import encode_prompt
+from elbo_kto_jax.data.examples import load_examples
+from elbo_kto_jax.data.packing import Layout
+from elbo_kto_jax.data.records import read_records
 from elbo_kto_jax.models.registry import read_config
-from elbo_kto_jax.packing import Layout
-from elbo_kto_jax.text.chat import encode_prompt
-from elbo_kto_jax.text.examples import load_examples
-from elbo_kto_jax.text.records import read_records
-from elbo_kto_jax.train import __main__ as train
-from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import trouble
+from elbo_kto_jax.training.data import TrainingData
 from launch.quickstart import build_tokenizer
 from tests import runs
 from tests.published import CONFIG

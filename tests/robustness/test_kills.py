@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from elbo_kto_jax.checkpoint import store
+from elbo_kto_jax.checkpoints import store
 from tests.robustness import soak
 from tests.robustness.kill_driver import JOBS, Driver
 from tests.share import share

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoint import store
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.train import __main__ as train
-from elbo_kto_jax.train import loop
-from elbo_kto_jax.train.health import Health
+from elbo_kto_jax import train
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.training import loop
+from elbo_kto_jax.training.health import Health
 from tests import runs
 from tests.published import same_bits
 

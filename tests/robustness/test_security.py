@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from elbo_kto_jax.checkpoint import huggingface, store
-from elbo_kto_jax.errors import UserError
-from elbo_kto_jax.report.training import write_training_report
-from elbo_kto_jax.report.winrate import write_winrate_report
-from elbo_kto_jax.text.records import read_records
-from elbo_kto_jax.text.sources import FORMS
+from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.sources import FORMS
+from elbo_kto_jax.reports.training import write_training_report
+from elbo_kto_jax.reports.winrate import write_winrate_report
+from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 from tests.published import write_published
 from tests.robustness.commands import PROJECT_ROOT
@@ -158,7 +158,7 @@ def test_a_hostile_chat_template_is_refused(tiny_checkpoint, tmp_path, template)
     assets = {name: content for name, content in assets.items() if name != "chat_template.jinja"}
     tokenizer = store.build_tokenizer(assets, "there")
     tokenizer.chat_template = template
-    from elbo_kto_jax.text.chat import encode_prompt
+    from elbo_kto_jax.data.chat import encode_prompt
 
     with pytest.raises(UserError, match="chat template refuses it"):
         encode_prompt(tokenizer, [{"role": "user", "content": "a"}])

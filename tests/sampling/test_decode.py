@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config as configs
-from elbo_kto_jax.checkpoint.store import build_tokenizer, load_config
-from elbo_kto_jax.config import Sampler
-from elbo_kto_jax.errors import UserError
+from elbo_kto_jax.checkpoints.store import build_tokenizer, load_config
+from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor, init_params
+from elbo_kto_jax.runtime import config as configs
+from elbo_kto_jax.runtime.config import Sampler
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.text.special import find_eot_id
 
 DEFAULT = Sampler(
     gen_length=8,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config as configs
-from elbo_kto_jax.config import Sampler
 from elbo_kto_jax.models.network import MaskPredictor
+from elbo_kto_jax.runtime import config as configs
+from elbo_kto_jax.runtime.config import Sampler
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.sharding import rules
 from tests import families, tiny

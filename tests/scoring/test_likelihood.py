@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
+from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
 from elbo_kto_jax.diffusion.masks import Draws, spread_counts
 from elbo_kto_jax.models.network import MaskPredictor
-from elbo_kto_jax.packing import Layout
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.scoring import likelihood
 from elbo_kto_jax.scoring.likelihood import log_likelihoods
 from elbo_kto_jax.sharding import rules

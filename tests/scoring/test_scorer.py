@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config
 from elbo_kto_jax.models import lora
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.training.data import TrainingData
 from tests import tiny
 
 ESTIMATOR = config.Estimator(2, "uniform")

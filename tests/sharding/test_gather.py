@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from elbo_kto_jax import config
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.sharding import gather, rules
 from tests import tiny
 

@@ -1,6 +1,6 @@
 """The compiled step follows the table: the state, the gradients, the head and the loss are split as it says.
 
-That the losses and the parameters are the same whatever the mesh is tested in tests/train/test_work_split.py.
+That the losses and the parameters are the same whatever the mesh is tested in tests/training/test_work_split.py.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import config, objectives
+from elbo_kto_jax import objectives
 from elbo_kto_jax.diffusion import elbo
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.runtime import config
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train import state as train_state
-from elbo_kto_jax.train import step
-from elbo_kto_jax.train.data import TrainingData
+from elbo_kto_jax.training import state as train_state
+from elbo_kto_jax.training import step
+from elbo_kto_jax.training.data import TrainingData
 from tests import tiny
 
 VOCABULARY = 88  # the only dimension of this size, whole, halved or split in eight

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from elbo_kto_jax import config
-from elbo_kto_jax.errors import UserError
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.train import state as train_state
+from elbo_kto_jax.training import state as train_state
 from tests import tiny
 from tests.conftest import PROJECT_ROOT
 
@@ -145,7 +145,7 @@ def test_a_mesh_that_does_not_use_every_device_is_refused(sizes):
 SPLIT = """
 import os, jax
 os.cpu_count = lambda: 4
-from elbo_kto_jax.config import Mesh
+from elbo_kto_jax.runtime.config import Mesh
 from elbo_kto_jax.sharding import rules
 rules.split_cpu(Mesh({}))
 print(len(jax.devices()), end="")

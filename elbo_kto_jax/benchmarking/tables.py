@@ -1,0 +1,149 @@
+"""A benchmark's result as tables for a terminal, and as one self-contained page."""
+
+from pathlib import Path
+
+from elbo_kto_jax.reports import page
+from elbo_kto_jax.reports.svg import Bar, bar_chart
+from elbo_kto_jax.runtime.files import atomic_write
+
+_WORK = {"train": "training step", "reference": "reference pass"}
+_VARIANTS = {"one_pass": "ours, one pass", "two_passes": "ours, two passes"}
+_NOTE = (
+    "Useful FLOPs: real tokens and hidden positions only, three forward passes' worth for a training step. "
+    "In brackets: lowest and highest ratio of the rounds."
+)
+
+
+def as_text(result: dict) -> str:
+    """The tables for a terminal."""
+    tables = [[_header(result), *_rows(result)], [_memory_header(result), *_memory_rows(result)]]
+    if result["differences"]:
+        tables.append([_DIFFERENCES, *_difference_rows(result)])
+    lines = []
+    for table in tables:
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        for row in table:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_report(path: Path, result: dict) -> None:
+    """One self-contained page."""
+    charts = []
+    for work, name in _WORK.items():
+        bars = [Bar(label, found["seconds_per_example"]) for label, found in _figures(result, work).values()]
+        chart = bar_chart(name, bars, x_label="seconds per example")
+        charts.append((name.capitalize(), chart, "Medians; shorter is better."))
+    bars = [
+        Bar(f"{label}, {k}", size / 1e6)
+        for label, sizes in _memory(result).items()
+        for k, size in sizes.items()
+        if size is not None
+    ]
+    chart = bar_chart("Peak memory", bars, x_label="MB")
+    charts.append(("Peak memory", chart, "Of one training step."))
+    tables = [page.table(_header(result), _rows(result), caption=_NOTE, numeric=True)]
+    tables.append(page.table(_memory_header(result), _memory_rows(result), numeric=True))
+    if result["differences"]:
+        tables.append(page.table(_DIFFERENCES, _difference_rows(result), numeric=True))
+    parts = [
+        page.section("Speed and memory", page.figures(charts)),
+        page.section("Figures", *tables),
+        page.settings_table(result["setting"]),
+    ]
+    atomic_write(path, page.render_page(title="Benchmark", summary=_in_one_sentence(result), parts=parts))
+
+
+def _labels(result: dict) -> dict[str, str]:
+    """What the sides are called; our step as configured by its passes, where the other kind stands beside it."""
+    other = {"two_passes": "one_pass", "one_pass": "two_passes"}
+    ours = [_VARIANTS[other[variant]] for variant in result["variants"]] or ["ours"]
+    peers = {
+        "padded": "peer, padded",
+        "true": "peer, true length",
+        "equal": "peer, padded, uniform K = 8 (variance as ours)",
+        "peer": "peer, padded",
+    }
+    return {"ours": ours[0], **_VARIANTS, **peers}
+
+
+def _figures(result: dict, work: str) -> dict[str, tuple[str, dict]]:
+    """Side -> its label and figures, of all that did the work."""
+    sides = {"ours": result["ours"], **result["variants"], **result["peer"]}
+    labels = _labels(result) | ({} if work == "train" else {"ours": "ours"})
+    return {side: (labels[side], found[work]) for side, found in sides.items() if work in found}
+
+
+def _header(result: dict) -> tuple[str, ...]:
+    faster = (f"{_VARIANTS[side]}, is faster by" for side in result["variants"])
+    return "", "s/example", "real tokens/s", "useful TFLOP/s", "of matrix peak", "ours is faster by", *faster
+
+
+def _rows(result: dict) -> list[tuple[str, ...]]:
+    ratios = [result["ratios"], *(found["ratios"] for found in result["variants"].values())]
+    mark = " (NOT THE SAME WORK)" if result["agrees"] is False else ""
+    return [
+        (
+            f"{_WORK[work]}, {label}{mark}",
+            f"{found['seconds_per_example']:.3f}",
+            f"{found['tokens_per_second']:,.0f}",
+            f"{found['flops'] / 1e12:.3g}",
+            f"{found['fraction_of_peak']:.0%}",
+            *(_times(ratio.get(side, {}).get(work)) for ratio in ratios),
+        )
+        for work in _WORK
+        for side, (label, found) in _figures(result, work).items()
+    ]
+
+
+def _times(ratio: dict | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _memory(result: dict) -> dict[str, dict]:
+    """Label -> bytes by number of draws."""
+    labels = _labels(result)
+    return {labels[side]: sizes for side, sizes in result["memory"].items()}
+
+
+def _memory_header(result: dict) -> tuple[str, ...]:
+    return "", *next(iter(result["memory"].values()), {})
+
+
+def _memory_rows(result: dict) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"peak memory, {label}",
+            *("does not fit" if size is None else f"{size / 1e6:,.0f} MB" for size in sizes.values()),
+        )
+        for label, sizes in _memory(result).items()
+    ]
+
+
+_DIFFERENCES = ("largest difference from the peer, in units of what rounding allows", "ours", "peer", "allowed", "")
+
+
+def _difference_rows(result: dict) -> list[tuple[str, ...]]:
+    labels = _labels(result)
+    return [
+        (
+            f"{found['what']}, {labels[found['side']]}",
+            f"{found['ours']:.8g}",
+            f"{found['peer']:.8g}",
+            f"{found['allowance']:.2g}",
+            "agrees" if found["agrees"] else "DIFFERS",
+        )
+        for found in result["differences"]
+    ]
+
+
+def _in_one_sentence(result: dict) -> str:
+    setting, seconds = result["setting"], result["ours"]["train"]["seconds_per_example"]
+    device = f"{setting['cores']} cores" if setting["platform"] == "cpu" else setting["device"]
+    what = f"{setting['records']} records, K = {setting['draws']}, rows of {setting['max_length']} tokens, {device}"
+    if result["ratio"] is None:
+        return f"A training step takes {seconds:.3f} s per example ({what})."
+    times = f"{result['ratio']:.1f} times as long"
+    alarm = "" if result["agrees"] else " The two did not compute the same, so that the ratio says nothing."
+    return f"A training step takes {seconds:.3f} s per example, the padded peer {times} ({what}).{alarm}"

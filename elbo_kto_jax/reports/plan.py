@@ -1,0 +1,159 @@
+"""The report of a plan: memory, time and traffic of a run on TPUs that were not asked."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from elbo_kto_jax.reports import page
+from elbo_kto_jax.reports.markup import DASH, format_number
+from elbo_kto_jax.reports.svg import Bar, bar_chart
+from elbo_kto_jax.runtime.files import atomic_write
+
+_MEMORY = ("program", "arguments", "temporaries", "aliased", "host", "beside it", "in all")
+_TIME = ("program", "TFLOP", "compute (s)", "HBM (s)", "overlapped (s)", "exposed (s)", "in all (s)", "compiled in (s)")
+_TRAFFIC = ("program", "collective", "overlapped (GB)", "exposed (GB)")
+
+
+def write_plan_report(path: str | os.PathLike, plan: Mapping) -> None:
+    """Writes the page of `plan` (elbo_kto_jax/planning/plan.py) to `path`, atomically."""
+    gib = 2**30
+    usable = plan["usable_bytes_per_chip"] / gib
+    programs = plan["programs"]
+    memory = bar_chart(
+        "Memory per chip",
+        [Bar(name, found["bytes_per_chip"] / gib, reference=usable) for name, found in programs.items()],
+        x_label="GiB per chip",
+    )
+    timed = {name: found["seconds"] for name, found in programs.items() if "seconds" in found}
+    time = bar_chart(
+        "Time of one run of each program",
+        [
+            bar
+            for name, seconds in timed.items()
+            for bar in (
+                Bar(f"{name}: compute", seconds["compute"]),
+                Bar(f"{name}: traffic beside it", seconds["overlapped"]),
+                Bar(f"{name}: traffic it waits for", seconds["exposed"]),
+            )
+        ],
+        x_label="seconds at peak rates",
+    )
+    charts = [
+        ("Memory per chip", memory, "As the compiler reports it, with what lies beside; dashed: what is usable."),
+        ("Time", time, "Bounds at peak rates, not measured."),
+    ]
+    parts = [
+        page.tiles(
+            [
+                ("Fits", "yes" if plan["fits"] else "no", f"{_gib(plan['bytes_per_chip'])} of {usable:.2f} GiB"),
+                ("MFU", f"≤ {plan['mfu_bound']:.2f}", "bound, not measured"),
+                ("Text tokens per second", f"≤ {format_number(int(plan['tokens_per_second_bound']))}", "bound"),
+                ("Chip-hours", f"≥ {format_number(plan['chip_hours_bound'])}", _cost(plan)),
+            ]
+        ),
+        page.section("Memory and time", page.figures(charts)),
+        page.section(
+            "Figures",
+            page.table(_MEMORY, memory_rows(plan), caption="GiB per chip.", numeric=True),
+            page.table(_TIME, time_rows(plan), caption="One run on one chip; bounds, not measured.", numeric=True),
+            page.table(_TRAFFIC, traffic_rows(plan), caption="Sent by one chip in one run.", numeric=True),
+        ),
+    ]
+    if plan["tried"]:
+        parts.append(page.section("Search", page.table(_TRIED, tried_rows(plan), numeric=True)))
+    settings = {key: plan[key] for key in ("topology", "mesh", "settings", "step", "data", "assumed", "model")}
+    parts.append(page.settings_table(settings))
+    atomic_write(
+        path, page.render_page(title=f"Plan for {plan['topology']}", summary=in_one_sentence(plan), parts=parts)
+    )
+
+
+def in_one_sentence(plan: Mapping) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    return (
+        f"{plan['topology']} ({mesh}): {_gib(plan['bytes_per_chip'])} of {_gib(plan['usable_bytes_per_chip'])} GiB per "
+        f"chip; at most {plan['mfu_bound']:.0%} of peak and {plan['tokens_per_second_bound']:,.0f} tokens of text per "
+        f"second, at least {format_number(plan['chip_hours_bound'])} chip-hours (bounds, not measured)."
+    )
+
+
+def as_text(plan: Mapping) -> str:
+    """The tables for a terminal."""
+    step, assumed, data = plan["step"], plan["assumed"], plan["data"]
+    lines = [in_one_sentence(plan), ""]
+    for header, rows in (
+        (_MEMORY, memory_rows(plan)),
+        (_TIME, time_rows(plan)),
+        (_TRAFFIC, traffic_rows(plan)),
+        *([(_TRIED, tried_rows(plan))] if plan["tried"] else []),
+    ):
+        table = [header, *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+        for row in table:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines.append("")
+    lines += [
+        f"A step: {step['rows']} rows of text in {step['micro_batches']} micro-batches of {step['rows_at_once']} rows "
+        f"({step['row_fill']:.0%} of them text), {step['model_flops_per_chip'] / 1e12:.0f} TFLOP of the model per "
+        f"chip, {step['seconds']:.3g} s.",
+        f"A run: {data['steps']} steps, {data['examples']} examples of {data['mean_tokens']:.0f} tokens on average; "
+        f"the reference pass {data['reference_seconds']:.3g} s. {_cost(plan)}".rstrip(),
+        f"Assumed per chip: {assumed['peak_flops'] / 1e12:.0f} TFLOP/s, "
+        f"{assumed['hbm_bytes_per_second'] / 1e9:.0f} GB/s HBM, "
+        f"{assumed['one_axis_bytes_per_second'] / 1e9:.0f} GB/s along one axis of the torus, "
+        f"{assumed['all_chips_bytes_per_second'] / 1e9:.0f} GB/s along all. Every time is a bound, not measured.",
+    ]
+    if step["row_fill"] < 0.8:
+        lines.append("Hint: a larger --config.train.global_batch_size, or a smaller slice, would fill the rows.")
+    return "\n".join(lines)
+
+
+def memory_rows(plan: Mapping) -> list[tuple[str, ...]]:
+    keys = ("arguments", "temporaries", "aliased", "host", "resident", "bytes_per_chip")
+    return [(name, *(_gib(found[key]) for key in keys)) for name, found in plan["programs"].items()]
+
+
+def time_rows(plan: Mapping) -> list[tuple[str, ...]]:
+    rows = []
+    for name, found in plan["programs"].items():
+        seconds = found.get("seconds")
+        parts = (
+            [f"{seconds[key]:.4f}" for key in ("compute", "hbm", "overlapped", "exposed", "total")] if seconds else []
+        )
+        flops = DASH if found["flops"] is None else f"{found['flops'] / 1e12:.1f}"
+        rows.append((name, flops, *(parts or [DASH] * 5), f"{found['compile_seconds']:.0f}"))
+    return rows
+
+
+def traffic_rows(plan: Mapping) -> list[tuple[str, ...]]:
+    return [
+        (name, kind, f"{sent['overlapped_bytes'] / 1e9:.3f}", f"{sent['exposed_bytes'] / 1e9:.3f}")
+        for name, found in plan["programs"].items()
+        for kind, sent in found.get("collectives", {}).items()
+    ]
+
+
+_TRIED = ("candidate", "fits", "GiB per chip", "MFU at most", "tokens/s at most")
+
+
+def tried_rows(plan: Mapping) -> Sequence[tuple[str, ...]]:
+    rows = []
+    for found in plan["tried"]:
+        name = " ".join(found["flags"]) or "the config as it is"
+        if "mfu_bound" in found:
+            figures = (
+                _gib(found["bytes_per_chip"]),
+                f"{found['mfu_bound']:.3f}",
+                f"{found['tokens_per_second_bound']:,.0f}",
+            )
+        else:
+            figures = DASH, DASH, DASH
+        rows.append((name, "yes" if found["fits"] else "no", *figures))
+    return rows
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _cost(plan: Mapping) -> str:
+    return f"at least {plan['cost_bound']:,.0f} at the given price" if "cost_bound" in plan else ""

@@ -1,0 +1,165 @@
+"""The report of a comparison of two models under a judge."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from elbo_kto_jax.reports import page
+from elbo_kto_jax.reports.markup import DASH, Html, format_number, number
+from elbo_kto_jax.reports.svg import Bar, bar_chart, histogram
+from elbo_kto_jax.runtime.files import atomic_write
+
+_VERDICTS = ("A", "B", "tie", "unparsable")
+
+
+def write_winrate_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    summary: Mapping,
+    examples: Sequence[Mapping],
+    names: tuple[str, str],
+) -> None:
+    """Write the page to `path`, atomically; an earlier report there is replaced.
+
+    Args:
+        title: heading of the page.
+        summary: `adjusted_win_rate` and `ci95` (pair) of A against B as fractions of 1, and the counts `wins`, `ties`,
+            `losses`, `comparisons`. Missing or NaN numbers are shown as such. `unparsable` comparisons, and the prompts
+            that are `left_out` on their account, and ties of equal answers, which were `not_judged`, are reported where
+            there are any.
+        examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B", "tie" or "unparsable", and
+            optionally "expected", the verdict that is known to be right, and "first", the answer the judge saw first.
+        names: of A and of B.
+
+    Raises:
+        ValueError: a verdict that is none of these.
+    """
+    for index, example in enumerate(examples):
+        for key in ("verdict", "expected"):
+            if example.get(key) not in (*_VERDICTS, *((None,) if key == "expected" else ())):
+                raise ValueError(f"examples[{index}].{key}: expected one of {_VERDICTS}, got {example.get(key)!r}")
+    parts = [page.tiles(_key_figures(summary, examples, names)), *_notices(summary), _outcome(summary, examples, names)]
+    if examples:
+        shown = [_example(example, names) for example in examples]
+        parts.append(page.section("Comparisons", page.sample_list(shown), intro="The preferred answer is set off."))
+    atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(summary, names), parts=parts))
+
+
+def _notices(summary: Mapping) -> list[Html]:
+    notices = []
+    if number(summary.get("unparsable")) > 0:
+        text = (
+            f"{format_number(summary['unparsable'])} replies of the judge state no verdict. The "
+            f"{format_number(summary.get('left_out'))} prompts concerned are left out of all figures."
+        )
+        notices.append(page.notice("Unparsable verdicts.", text))
+    if number(summary.get("not_judged")) > 0:
+        text = (
+            f"In {format_number(summary['not_judged'])} of the {format_number(summary.get('comparisons'))} comparisons "
+            "the two answers are equal: these are ties, about which the judge was not asked."
+        )
+        notices.append(page.notice("Equal answers.", text))
+    return notices
+
+
+def _interval(summary: Mapping) -> tuple[float, float]:
+    low, high = summary.get("ci95") or (math.nan, math.nan)
+    return number(low), number(high)
+
+
+def _percent(value: float) -> str:
+    return DASH if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _in_one_sentence(summary: Mapping, names: tuple[str, str]) -> str:
+    rate, (low, high) = number(summary.get("adjusted_win_rate")), _interval(summary)
+    if math.isnan(rate):
+        return f"No comparison of {names[0]} with {names[1]} has been judged."
+    found = (
+        f"{names[0]} wins {_percent(rate)} of {format_number(summary.get('comparisons'))} comparisons with {names[1]}, "
+        f"ties counted as half"
+    )
+    if math.isnan(low) or math.isnan(high):
+        return f"{found}."
+    if low > 0.5:
+        verdict = f"{names[0]} is preferred"
+    elif high < 0.5:
+        verdict = f"{names[1]} is preferred"
+    else:
+        verdict = "the interval holds 50%, so neither is shown to be preferred"
+    return f"{found} (95% interval {_percent(low)} to {_percent(high)}): {verdict}."
+
+
+def _key_figures(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, str]) -> list[tuple[str, str, str]]:
+    low, high = _interval(summary)
+    items = [
+        (
+            "Adjusted win rate",
+            _percent(number(summary.get("adjusted_win_rate"))),
+            f"95% interval {_percent(low)} to {_percent(high)}",
+        ),
+        ("Wins", format_number(summary.get("wins")), f"{names[0]} preferred"),
+        ("Ties", format_number(summary.get("ties")), "counted as half"),
+        ("Losses", format_number(summary.get("losses")), f"{names[1]} preferred"),
+        ("Comparisons", format_number(summary.get("comparisons")), ""),
+    ]
+    known = [example for example in examples if example.get("expected") is not None]
+    if known:
+        right = sum(example["verdict"] == example["expected"] for example in known)
+        items.append(("Judge as expected", f"{right} of {len(known)}", "where the right verdict is known"))
+    return items
+
+
+def _outcome(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, str]) -> Html:
+    low, high = _interval(summary)
+    total = number(summary.get("comparisons")) or math.nan
+    share = {key: 100 * number(summary.get(key)) / total for key in ("wins", "ties", "losses")}
+    bars = [
+        Bar("Adjusted win rate", 100 * number(summary.get("adjusted_win_rate")), 100 * low, 100 * high, reference=50),
+        Bar(f"{names[0]} preferred", share["wins"]),
+        Bar("Tie", share["ties"]),
+        Bar(f"{names[1]} preferred", share["losses"]),
+    ]
+    rates = bar_chart("Win rate and outcomes", bars, x_label="share of comparisons (%)", x_max=100)
+    caption = (
+        f"{names[0]} against {names[1]}: wins and half the ties (whisker: 95% interval; dashed: no difference), and "
+        "what that is made of."
+    )
+    items = [("Win rate and outcomes", rates, caption)]
+    if examples:
+        differences = [_words(example.get("answer_a")) - _words(example.get("answer_b")) for example in examples]
+        lengths = histogram(
+            "Difference in length", differences, x_label="words more in the answer of A", y_label="comparisons"
+        )
+        caption = (
+            f"A is {names[0]}, B is {names[1]}; over the {len(examples)} comparisons below. Judges tend to favour long "
+            "answers: far from zero, read the win rate with care."
+        )
+        items.append(("Difference in length", lengths, caption))
+    return page.section("Outcome", page.figures(items))
+
+
+def _words(text: object) -> int:
+    return len(str(text or "").split())
+
+
+def _example(example: Mapping, names: tuple[str, str]) -> Html:
+    verdict, expected = example["verdict"], example.get("expected")
+    said = {
+        "A": f"{names[0]} preferred",
+        "B": f"{names[1]} preferred",
+        "tie": "tie",
+        "unparsable": "unparsable verdict, not counted",
+    }
+    badges = [(said[verdict], verdict == "unparsable")]
+    if example.get("first") is not None:
+        badges.append((f"{names['AB'.index(example['first'])]} shown first", False))
+    if expected is not None and expected != verdict:
+        badges.append((f"expected: {said[expected]}", True))
+    return page.sample(
+        example.get("prompt"),
+        [(names[0], example.get("answer_a")), (names[1], example.get("answer_b"))],
+        badges=badges,
+        chosen={"A": 0, "B": 1}.get(verdict),
+    )

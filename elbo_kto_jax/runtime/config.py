@@ -1,0 +1,336 @@
+"""The resolved configuration: frozen dataclasses, and the only code that reads a config mapping.
+
+A config file (configs/*.py) states every key. `from_mapping` refuses what it does not know, what is missing, and every
+value of the wrong type or out of range, by the key's name, before anything is loaded. There are no defaults here.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from elbo_kto_jax.runtime import paths
+from elbo_kto_jax.runtime.errors import UserError
+
+_LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Closed interval of allowed finite values; `open_low` excludes the lower end."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and value <= self.high and value != float("inf")
+
+    def __str__(self) -> str:
+        if self.high >= _LARGEST:
+            return f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Count = Annotated[int, Range(1, _LARGEST)]
+CountOrZero = Annotated[int, Range(0, _LARGEST)]
+AxisSize = Annotated[int, Range(-1, _LARGEST)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Fraction = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+Dtype = Literal["float32", "bfloat16"]
+Location = Annotated[str, paths.resolve]  # of files; a hub id, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: Location  # Hugging Face folder, hub id or converted checkpoint
+    dtype: Dtype  # of the activations and matrix products
+    param_dtype: Dtype  # of the stored parameters and of Adam's moments
+    mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say
+    remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, models/network.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Location  # JSONL or Parquet file, folder of such, or hub data set id
+    eval: Location  # the same, held out; "" for none
+    max_length: Count  # tokens; longer examples are cut, and packed rows have this length
+    packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
+    append_eot: bool  # append the end-of-turn token to each completion
+    desirable_fraction: Fraction  # n_D: part of the desirable examples that is kept
+    undesirable_fraction: Fraction  # n_U
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    name: str  # of a file of objectives/, which says what the name may be
+    beta: NonNegative  # 1/nats
+    desirable_weight: NonNegative  # lambda_D
+    undesirable_weight: NonNegative  # lambda_U
+    reference_point: Literal["global_mean", "zero"]  # z0
+    label_smoothing: Annotated[float, Range(0, 0.4999)]  # share of pairs that are taken for labelled the wrong way
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    draws: Count  # K, masks per example
+    scheme: str  # of diffusion/masks.py, which says what the name may be
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    mode: Literal["precomputed", "online"]
+    path: Location  # "": model.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: NonNegative  # peak
+    warmup_fraction: Fraction  # of all steps
+    b1: Annotated[float, Range(0, 0.999999)]
+    b2: Annotated[float, Range(0, 0.999999)]
+    weight_decay: NonNegative
+    clip_norm: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    epochs: CountOrZero  # 0: train.steps counts instead
+    steps: CountOrZero  # 0: train.epochs counts instead
+    global_batch_size: Count  # examples per optimizer step
+    microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
+    one_pass_microbatches: Count  # a global batch of at most so many takes one pass, which keeps them all; else two
+    checkpoint_every: Count  # steps; the last step is always saved
+    eval_every: CountOrZero  # steps; 0: never
+    log_every: Count  # steps
+    samples: CountOrZero  # prompts answered before and after training, for report.html
+    on_bad_numbers: Literal["stop", "skip"]  # a loss or gradient that is not finite: stop, or leave the step out
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: AxisSize  # -1 in one place: the rest of the devices
+    fsdp: AxisSize
+    tensor: AxisSize
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: CountOrZero  # 0: full fine-tuning
+    alpha: Positive
+    base_quantization: Literal["none", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    gen_length: Count  # tokens
+    steps: Count  # denoising steps in all, spread evenly over the blocks
+    block_length: Count  # tokens; gen_length is pure diffusion
+    temperature: NonNegative
+    cfg_scale: NonNegative
+    remasking: Literal["low_confidence", "random"]
+    logits_eos_inf: bool
+    confidence_eos_eot_inf: bool
+    threshold: Fraction  # 0: off; otherwise fill every position whose confidence exceeds it
+    cache: Literal["none", "prefix", "dual"]  # reuse of keys and values within a block
+    early_stop: bool  # end a response once nothing before its first end-of-text or end-of-turn token is masked
+    batch_size: Count  # prompts decoded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Unit and meaning of every key stand beside it."""
+
+    seed: Seed
+    model: Model
+    data: Data
+    objective: Objective
+    estimator: Estimator
+    reference: Reference
+    optimizer: Optimizer
+    train: Train
+    mesh: Mesh
+    lora: Lora
+    sampler: Sampler
+    tasks: Annotated[str, paths.resolve_all]  # lm-evaluation-harness tasks for `evaluate`, with commas; "": none
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
+        """The configuration that `mapping` (nested, as ml_collections.ConfigDict.to_dict() gives it) states.
+
+        Raises:
+          UserError: a key is unknown or missing, or a value has the wrong type, is out of range or at odds with others.
+        """
+        config = _build(cls, mapping, "config")
+        _check_together(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def with_sampler(self, overrides: Mapping[str, Any], where: str) -> "Config":
+        """This configuration with some keys of `sampler` replaced, as `where` says.
+
+        Raises:
+          UserError: a key or value that the sampler does not have.
+        """
+        tree = self.to_dict()
+        try:
+            return type(self).from_mapping({**tree, "sampler": {**tree["sampler"], **overrides}})
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a task of lm-evaluation-harness is run: a row of configs/tasks.py."""
+
+    num_fewshot: Annotated[int, Range(-1)]  # examples before the question; -1: as many as the task says
+    chat_template: bool  # the question, examples included, is one message of the user
+    sampler: dict  # keys of config.sampler that it sets; for tasks that generate
+    draws: Count  # masks per answer (mc_num, docs/method.md 7); for tasks that compare likelihoods
+    executes_code: bool  # runs what the model wrote
+
+    @classmethod
+    def table(cls, mapping: Mapping[str, Any], where: str) -> dict[str, "Task"]:
+        """The rows of the table `mapping`, by the task's name.
+
+        Raises:
+          UserError: a row has unknown or missing keys, or values of the wrong type.
+        """
+        return {name: _build(cls, row, f"{where}: {name}") for name, row in mapping.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid of evaluations; a list is an axis of it."""
+
+    checkpoints: list[Location]
+    tasks: list[Location]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
+    sampler: list[dict]  # keys of config.sampler that each setting replaces; {} is config.sampler itself
+    draws: list[Count]  # K: masks per example or answer, where a likelihood is estimated
+    baseline: Location  # win_rate: the checkpoint to compare with
+    prompts: Location  # win_rate: JSONL records, as for `evaluate --prompts`
+    data: Location  # elbo: records, as for `score --data`
+    limit: CountOrZero  # examples per task; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(Config):
+    """A `Config`, on which every evaluation of the grid is based, and the grid."""
+
+    sweep: Sweep
+
+
+# Keys that came later, and what a run without them did.
+_LATER = {("model", "mask_token_id"): -1, ("objective", "label_smoothing"): 0.0}
+
+
+def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run of an earlier version, as this version would have written it down."""
+    complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+    for (group, key), meant in _LATER.items():
+        complete[group].setdefault(key, meant)
+    return complete
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """One "key: old -> new" line for each leaf in which two nested mappings differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{prefix}.{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, name)
+        elif a != b:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(cls, mapping: Any, path: str):
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"{path}: expected a group of keys, got {_show(mapping)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in mapping:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean `{path}.{close[0]}`?" if close else f"known keys: {', '.join(hints)}"
+            raise UserError(f"unknown config key `{path}.{key}`; {hint}")
+    for key in hints:
+        if key not in mapping:
+            raise UserError(f"config key `{path}.{key}` is missing; state it in the config file")
+    return cls(**{key: _value(hint, mapping[key], f"{path}.{key}") for key, hint in hints.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"{path}: expected one of {', '.join(map(repr, choices))}, got {_show(value)}")
+        return value
+    if typing.get_origin(hint) is list:
+        (kind,) = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}: expected a list, got {_show(value)}")
+        return [_value(kind, item, f"{path}[{i}]") for i, item in enumerate(value)]
+    allowed = None
+    if typing.get_origin(hint) is Annotated:
+        hint, allowed = typing.get_args(hint)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1023 else float("inf")
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}: expected {hint.__name__}, got {_show(value)}")
+    if hint is str:
+        _check_text(value, path)
+        return value if allowed is None else allowed(value, path)
+    if allowed is not None and value not in allowed:  # also refuses NaN
+        bound = f"at most {allowed.high}" if value > allowed.high >= _LARGEST else allowed
+        raise UserError(f"{path}: expected a number {bound}, got {_show(value)}")
+    return value
+
+
+def _check_text(value: str, path: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: not UTF-8 text: {value}") from None
+
+
+def _show(value: Any) -> str:
+    """A value on one line, short enough for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, say
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _check_together(config: Config) -> None:
+    train, sampler, mesh = config.train, config.sampler, config.mesh
+    if bool(train.epochs) == bool(train.steps):
+        raise UserError("config.train: set one of `epochs` and `steps`, and the other to 0")
+    sizes = dataclasses.asdict(mesh)
+    if sum(size == -1 for size in sizes.values()) > 1 or 0 in sizes.values():
+        raise UserError(f"config.mesh: expected positive sizes and -1 at most once, got {sizes}")
+    if sampler.gen_length % sampler.block_length:
+        raise UserError(
+            f"config.sampler.block_length: {sampler.block_length} does not divide gen_length {sampler.gen_length}"
+        )
+    blocks = sampler.gen_length // sampler.block_length
+    if sampler.steps % blocks:
+        raise UserError(f"config.sampler.steps: {sampler.steps} steps cannot be spread evenly over {blocks} blocks")
+    if config.lora.base_quantization != "none" and not config.lora.rank:
+        raise UserError(
+            f"config.lora.base_quantization: {config.lora.base_quantization!r} weights cannot be trained; "
+            "set config.lora.rank to train adapters on them, or 'none'"
+        )
+    if config.lora.rank and config.reference.path not in ("", config.model.path):
+        raise UserError(
+            f"config.reference.path: {config.reference.path}: with adapters (config.lora.rank) the reference is their "
+            "base, config.model.path; leave it empty"
+        )

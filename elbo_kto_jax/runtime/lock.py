@@ -1,0 +1,164 @@
+"""One command at a time in a folder: a lock that the kernel gives back when its owner ends, however it ends.
+
+The lock is `flock` on a small file, which says who holds it. Linux passes it on to NFS servers, so it holds between
+machines as well; where a file system knows no locks, only a living process on the same machine is recognised.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import check_writable, writing
+
+log = logging.getLogger(__name__)
+LOCK_FILE = ".lock"  # in a folder that stays
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_held: set[int] = set()  # open files of this process
+
+
+@contextlib.contextmanager
+def inside(folder: str | os.PathLike, flag: str) -> Iterator[None]:
+    """Holds the lock on a folder in which a command keeps its work. `flag` named it, for messages.
+
+    The processes of one job share the lock: process 0 takes it for all.
+
+    Raises:
+      UserError: another command holds it, who says the message; or it cannot be taken.
+    """
+    folder = Path(folder)
+    check_writable(folder, flag)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag}={folder}: a file, not a folder; choose another name")
+    with _hold(folder / LOCK_FILE, f"{flag}={folder}"):
+        yield
+
+
+@contextlib.contextmanager
+def beside(path: str | os.PathLike, flag: str) -> Iterator[None]:
+    """The same for a file or folder that appears when it is whole: the lock stands beside it."""
+    path = Path(path).expanduser().absolute()
+    check_writable(path, flag)
+    with _hold(path.with_name(f".{path.name}{LOCK_FILE}"), f"{flag}={path}"):
+        yield
+
+
+@contextlib.contextmanager
+def _hold(file: Path, place: str) -> Iterator[None]:
+    missing = [folder for folder in file.parents if not folder.exists()]  # the innermost first
+    taken: list[int] = []
+    processes.first(lambda: taken.append(_take(file, place)))
+    try:
+        yield
+    finally:
+        for opened in taken:
+            _release(file, opened, missing)
+
+
+def _release(file: Path, opened: int, made: list[Path]) -> None:
+    """Gives a lock back; removes its file and those of the folders `made` for it in which nothing was written."""
+    try:
+        with contextlib.suppress(OSError):
+            file.unlink()  # while it is held: who opened it before sees that it is gone
+    finally:
+        _held.discard(opened)
+        os.close(opened)
+    for folder in made:
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+def _take(file: Path, place: str) -> int:
+    """Opens and locks `file`, writes into it who holds it, and returns the open file."""
+    while True:
+        opened = _open(file)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _read_holder(opened)
+            has_locks = error.errno not in _NO_LOCKS
+            if has_locks or _is_alive(holder):
+                os.close(opened)
+                remedy = "" if has_locks else f", or remove {file} if it has ended"
+                raise UserError(
+                    f"{place}: in use by {_describe(holder)}; wait until it has ended, or choose another place{remedy}"
+                ) from None
+            log.warning("%s: this file system has no locks: let no other command write there meanwhile", place)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(opened), os.stat(file)):
+                break
+        os.close(opened)  # its former holder removed it in between
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    _held.add(opened)
+    try:
+        with writing(file):
+            os.ftruncate(opened, 0)
+            os.pwrite(opened, json.dumps(holder).encode(), 0)
+            os.fsync(opened)
+    except BaseException:  # a full disk, say: nothing is held then
+        _release(file, opened, [])
+        raise
+    return opened
+
+
+def _open(file: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    reason = "not a regular file"
+    try:
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            opened = os.open(file, flags, 0o666)
+        if stat.S_ISREG(os.fstat(opened).st_mode):
+            return opened
+        os.close(opened)
+    except OSError as error:  # a link
+        reason = error.strerror
+    raise UserError(f"{file}: cannot be used as a lock ({reason}); remove it")
+
+
+def _read_holder(opened: int) -> dict:
+    try:
+        return dict(json.loads(os.pread(opened, 1000, 0)))
+    except (OSError, ValueError, TypeError):  # taken a moment ago
+        return {}
+
+
+def _describe(holder: dict) -> str:
+    """Who holds a lock, in words; the file may say anything."""
+    if not isinstance(holder.get("pid"), int):
+        return "another process"
+    host, since = (str(holder.get(key))[:100] for key in ("host", "since"))
+    words = f"process {holder['pid'] % 2**32} on {host} since {since}"
+    return "".join(char for char in words if char.isprintable())
+
+
+def _is_alive(holder: dict) -> bool:
+    """Whether the holder is a process of this machine that has not ended."""
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return holder["pid"] != os.getpid()
+
+
+def _close_in_child() -> None:
+    """A forked child must not keep what its parent holds: it may outlive it."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,312 @@
+"""The working folder of a run: who works in it, its config and inputs, and the metrics that survive a restart.
+
+workdir/config.json    config      the whole resolved config
+                       versions    of jax and of this package
+                       moment      when the run began, which is what chat templates are told that ask for the time
+                       inputs      digests of what the result depends on, by config key (training/inputs.py)
+                       files       the files that were read, with their sizes and digests
+                       unfinished  the command that began it with --overwrite, until it is done
+workdir/.lock          while a command is at work (lock.py)
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+import elbo_kto_jax
+from elbo_kto_jax.runtime import lock, processes
+from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
+
+log = logging.getLogger(__name__)
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+# What commands make in a working folder, those of `sweep` included.
+_FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
+_FOLDERS = ("checkpoints", "tensorboard", "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: Path, config: Config, overwrite: bool, command: str) -> Iterator["Workdir"]:
+    """Holds `workdir` for `command`; what the folder holds is not touched before `Workdir.claim`.
+
+    With `overwrite`, what another command left there is replaced. A run that the same command began with --overwrite
+    and has not finished goes on: so a job that was stopped loses nothing when it is queued again.
+
+    Raises:
+      UserError: another command is at work in it; or it holds a run of a different config (the differences are shown),
+        or something else; or the processes of this job have different folders of that name.
+    """
+    processes.first(lambda: _refuse_foreign(workdir))
+    with lock.inside(workdir, "--workdir"):
+        found: list[dict | None] = [None]
+        processes.first(lambda: found.append(_read(workdir, config, overwrite, command)))
+        yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]))
+
+
+class Workdir:
+    """A working folder in use.
+
+    Attributes:
+      path: the folder.
+      moment: when the run began: what chat templates are told that ask for the time.
+      inputs: config key -> what the run's result depends on there -> its digest (training/inputs.py).
+    """
+
+    def __init__(self, path: Path, config: Config, overwrite: bool, command: str, found: dict | None):
+        """`found`: what config.json says of the run that goes on; None: a new one begins."""
+        self.path = path
+        self._found, self._mark = found, {"unfinished": command} if overwrite else {}
+        moment = datetime.datetime.now().replace(microsecond=0).isoformat()
+        moment = processes.json_of_first((found or {}).get("moment", moment))
+        versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
+        new = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
+        self._record = {**new, "inputs": {}, "files": {}} if found is None else {**found, "moment": moment}
+        self.moment = datetime.datetime.fromisoformat(moment)
+        self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
+        self._tell_of_changes(versions)
+
+    def claim(self, inputs: Mapping[str, Mapping], files: Mapping[str, Mapping]) -> None:
+        """Makes the folder that of this run, or goes on in it where it has the same inputs.
+
+        Args:
+          inputs: see the attribute; those of parameters come later, through `check`.
+          files: path -> size and digest of the files that were read.
+
+        Raises:
+          UserError: `check`.
+        """
+        if self._found is not None or not self._mark:  # what --overwrite deletes may be of any kind
+            self._check_kinds()
+        if self._found is None:
+            processes.first(self._delete_other)
+        if self._found is None:
+            self._record["files"] = dict(files)
+        elif "inputs" not in self._found:
+            self._record["files"] = dict(files)
+            log.warning(
+                "%s has no digests, as it is of an earlier version: nothing tells whether data, tokenizer and weights "
+                "are those with which the run began; from now on they must stay as they are",
+                self.path / CONFIG,
+            )
+        self.check(inputs)
+        if not (self.path / CONFIG).is_file():
+            raise UserError(
+                f"--workdir={self.path}: process 0 has made it, process {jax.process_index()} does not see it; "
+                "name a folder on a file system that all machines share"
+            )
+
+    def check(self, inputs: Mapping[str, Mapping]) -> None:
+        """Compares `inputs` with those with which the run began, and keeps those that are new.
+
+        Raises:
+          UserError: what differs, and what to do.
+        """
+        changes = [line for key, now in inputs.items() for line in _changes(key, self.inputs.get(key, {}), now)]
+        if changes:
+            remedy = "delete the folder to start again" if self._mark else "pass --overwrite to delete that run"
+            raise UserError(
+                f"--workdir={self.path} holds a run that began with other inputs ({_shown(changes)});\n"
+                f"put back what it began with, choose another --workdir, or {remedy}"
+            )
+        for key, now in inputs.items():
+            self.inputs[key] = {**self.inputs.get(key, {}), **now}
+        self._record["inputs"] = self.inputs
+        processes.first(self._write)
+        others = processes.json_of_first(self.inputs)
+        if others != self.inputs:
+            lines = [line for key, now in self.inputs.items() for line in _changes(key, others.get(key, {}), now)]
+            raise UserError(f"process {jax.process_index()} reads other inputs than process 0 ({_shown(lines)})")
+
+    def finish(self) -> None:
+        """Says that the run is finished: --overwrite would start it again."""
+        if self._record.pop("unfinished", None) is not None:
+            processes.first(self._write)
+
+    def _tell_of_changes(self, versions: Mapping[str, str]) -> None:
+        if self._found is None:
+            return
+        if changes := differences(dict(self._found.get("versions", {})), versions, "version"):
+            log.warning("going on under another version, results may differ in their last digits: %s", _shown(changes))
+        if self._mark:
+            log.info("--overwrite: going on with the run that this command began; delete %s to start again", self.path)
+
+    def _check_kinds(self) -> None:
+        """Raises UserError where a file stands in the place of a folder of a run, or the other way round."""
+        for name in (*_FILES, *_FOLDERS):
+            found = self.path / name
+            if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+                kind = "folder" if name in _FOLDERS else "file"
+                raise UserError(f"{found}: not a {kind}; remove it or choose another --workdir")
+
+    def _delete_other(self) -> None:
+        file = self.path / CONFIG
+        if file.is_file():
+            # Until everything is deleted the folder is known as that of a run, with which nothing goes on.
+            atomic_write(file, json.dumps({"config": None, "deleted": True}) + "\n")
+            keep = (file, self.path / lock.LOCK_FILE)
+            for child in sorted(self.path.iterdir()):
+                if child not in keep:
+                    shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+    def _write(self) -> None:
+        text = json.dumps(self._record, indent=2) + "\n"
+        file = self.path / CONFIG
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            atomic_write(file, text)
+
+
+def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict | None:
+    """What config.json says of the run in `workdir` that this command goes on with; None: it begins a new one."""
+    _refuse_foreign(workdir)
+    file = workdir / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        changes = differences(with_later_keys(found["config"]), config.to_dict())
+        _check_record(found)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        if overwrite:
+            return None
+        raise _damaged(file) from None
+    if overwrite:
+        return None if changes or found.get("unfinished") != command else found
+    if changes:
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config ({_shown(changes)});\n"
+            "choose another --workdir, or pass --overwrite to delete that run"
+        )
+    return found if _has_results(workdir) else None
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether anything but the description of a run stands in its folder: until then its inputs may change."""
+    files = (path for path in workdir.rglob("*") if not path.is_dir())
+    return any(not is_leftover(file) and file.name not in (CONFIG, lock.LOCK_FILE) for file in files)
+
+
+def _check_record(found: dict) -> None:
+    """Raises one of many errors where what config.json says beside the config is not of the form that is written."""
+    datetime.datetime.fromisoformat(found.get("moment", "2000-01-01"))
+    for part in [found.get("versions", {}), found.get("files", {}), *found.get("inputs", {}).values()]:
+        part.items()
+
+
+def _refuse_foreign(workdir: Path) -> None:
+    """Raises UserError where `workdir` is neither new nor the folder of a run."""
+    if not workdir.exists() or (workdir / CONFIG).is_file():
+        return
+    if not workdir.is_dir() or not all(is_leftover(c) or c.name == lock.LOCK_FILE for c in workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} exists and is not the folder of a run; choose another")
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file}: damaged; pass --overwrite to start the run again from nothing")
+
+
+def _changes(key: str, began: Mapping, now: Mapping) -> list[str]:
+    """What differs between the inputs of the config key `key` when the run began and now, in words."""
+    names = sorted(name for name in began.keys() & now.keys() if began[name] != now[name])
+    counts = [f"{key}: {began[name]} {name} -> {now[name]}" for name in names if isinstance(now[name], int)]
+    # With other examples everything about them differs.
+    return counts or ([f"{key}: {', '.join(names)}"] if names else [])
+
+
+def _shown(changes: Sequence[str]) -> str:
+    return "; ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+
+
+class MetricsLog:
+    """metrics.jsonl and tensorboard/: one entry per logged step; a restart drops those that it will write again.
+
+    Processes other than the first write nothing.
+    """
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
+        self._path = workdir / METRICS
+        for left in filter(is_leftover, workdir.iterdir()):
+            left.unlink()
+        kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
+        atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges what stands later
+
+    def write(self, row: dict) -> None:
+        if not self._writes:
+            return
+        with writing(self._path):
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
+            scalars = [
+                Summary.Value(tag=name, simple_value=value)
+                for name, value in row.items()
+                if name != "step" and value is not None and math.isfinite(value)
+            ]
+            self._event(step=row["step"], summary=Summary(value=scalars))
+
+    def _event(self, **content) -> None:
+        self._tensorboard.write_event(Event(wall_time=time.time(), **content))
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        if not self._writes:
+            return
+        with writing(self._path):
+            self._file.close()
+            self._tensorboard.close()
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The rows of metrics.jsonl; lines that are no such row (the last one may be cut off by a crash) are left out."""
+    path = workdir / METRICS
+    rows, lines = [], path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        row = None
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            log.warning("%s:%d: damaged line left out of the report", path, number)
+    return rows
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator:
+    """Within it, SIGTERM and SIGINT set a flag instead of killing; yields the function that reads the flag.
+
+    A signal to any process is one to all (processes.together). A second signal acts as usual.
+    """
+    received = []
+
+    def handle(number, _):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield processes.together(lambda: bool(received))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""Global batches as a pure function of (data, config, step): order, masks and packing (docs/method.md 2, 5).
+
+Step t of a run is always the same batch, so resuming needs no more than the number of the step, every process can make
+its rows of the batch without asking another, and the reference pass meets the rows that training will meet.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.data.packing import Layout, Rows, Segment, pack_own
+from elbo_kto_jax.diffusion.masks import Draws, draw_masks
+from elbo_kto_jax.objectives.protocol import Feedback
+from elbo_kto_jax.runtime import config
+from elbo_kto_jax.training.step import Batch
+
+_PREFETCH = 4  # batches made ahead of the step that needs them
+
+
+def segment_of(examples: Examples, i: int, mask: Bool[np.ndarray, " l"], weight: float, index: int) -> Segment:
+    """One draw of example i, whose result goes to `index`."""
+    tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+    return Segment(tokens, int(examples.prompt_length[i]), mask, weight, index)
+
+
+class TrainingData:
+    """The batches of a run. Every epoch has its own order and its own masks; its last batch may be smaller.
+
+    Neighbouring examples may belong together in groups (a pair is a group of two): a group is shuffled as one, and its
+    examples are neighbours in the batch, which is all that an objective on pairs asks for.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        layout: Layout,
+        *,
+        estimator: config.Estimator,
+        batch_size: int,
+        seed: int,
+        own: Bool[np.ndarray, " m"] | None = None,
+        group: int = 1,
+    ):
+        """See the class.
+
+        Args:
+          batch_size: examples of a batch, a multiple of `group`.
+          own: the rows of a micro-batch that this process holds, the others are left empty; None: all.
+          group: examples of a group; divides their number.
+        """
+        self.own = np.ones(layout.rows, bool) if own is None else own
+        self.examples = examples
+        self.layout = layout
+        self.estimator = estimator
+        self.seed = seed
+        self.batch_size = batch_size
+        self.group = group
+        groups = grain.MapDataset.range(len(examples) // group).seed(seed % 2**32).shuffle()
+        epoch = groups.batch(batch_size // group)
+        self.steps_per_epoch = len(epoch)
+        self._order = epoch.repeat()
+
+    def indices(self, step: int) -> Int[np.ndarray, " n"]:
+        """Which examples step `step` (from 0) uses."""
+        groups = np.asarray(self._order[step])
+        return (self.group * groups[:, None] + np.arange(self.group)).ravel()
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of step `step`, counted from 0."""
+        return self.batch_of(self.indices(step), epoch=step // self.steps_per_epoch)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The global batches of the steps from `start` to `stop` - 1, made ahead in the background."""
+        steps = grain.MapDataset.range(start, stop).map(self.batch)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
+
+    def masks(self, i: int, epoch: int = 0) -> Draws:
+        """The masks of every draw of example i."""
+        return draw_masks(
+            self.estimator.scheme,
+            seed=self.seed,
+            id_words=self.examples.id_words[i],
+            epoch=epoch,
+            draws=self.estimator.draws,
+            length=int(self.examples.completion_length[i]),
+        )
+
+    def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
+        """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
+        examples, size = self.examples, self.batch_size
+        feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
+        feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
+        feedback.completion_length[: len(indices)] = examples.completion_length[indices]
+        return Batch(feedback, self.micro_batches(indices, epoch), int(self._lengths(indices).sum()))
+
+    def micro_batches(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> list[Rows]:
+        """The draws of the examples `indices`; draw k of the i-th of them has the index i * K + k."""
+        examples, draws = self.examples, self.estimator.draws
+        masks_of = functools.cache(lambda i: self.masks(i, epoch))
+
+        def segment(index: int) -> Segment:
+            i, k = int(indices[index // draws]), index % draws
+            masks = masks_of(i)
+            return segment_of(examples, i, masks.mask[k], float(masks.weight[k]), index)
+
+        return pack_own(self._lengths(indices).tolist(), segment, self.layout, self.own)
+
+    def _lengths(self, indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " nk"]:
+        """Tokens of every draw of the examples."""
+        return np.repeat(self.examples.offsets[indices + 1] - self.examples.offsets[indices], self.estimator.draws)

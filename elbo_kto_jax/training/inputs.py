@@ -1,0 +1,130 @@
+"""Digests of what a run's result depends on besides its config, so that a restart goes on with the same or not at all.
+
+    config key          what of it
+    config.data.train   examples (their number), ids, labels, texts (as tokens)
+    config.data.eval    the same
+    config.model.path   each file of config and tokenizer; chat template; weights
+    config.reference.path   weights, where they are not those of the model
+
+Weights are read from their files once a start. Where a run needs them in memory, the digest is made there. A restart
+that does not need them reads a converted checkpoint's manifest, which has their digest; of a published folder, whose
+files have none, it reads every tensor once, each process the part that it owns, one leaf at a time.
+"""
+
+import hashlib
+
+import numpy as np
+
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.digest import params_digest
+from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.models.network import Params, abstract_params
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.workdir import Workdir
+from elbo_kto_jax.training.setup import Setup
+
+MODEL = "config.model.path"
+REFERENCE = "config.reference.path"
+
+
+def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:
+    """The digests of all but the weights, for `Workdir.claim`."""
+    found = {"config.data.train": of_examples(setup.data.examples)}
+    if setup.eval_data is not None:
+        found["config.data.eval"] = of_examples(setup.eval_data.examples)
+    model = {name: _digest(content) for name, content in setup.assets.items()}
+    return {**found, MODEL: {**model, "chat template": _digest(repr(setup.tokenizer.chat_template).encode())}}
+
+
+def of_examples(examples: Examples) -> dict[str, str | int]:
+    """What training sees of a data set, part by part."""
+    texts = (examples.tokens, examples.offsets, examples.prompt_length)
+    return {
+        "examples": len(examples),
+        "ids": _digest("\n".join(examples.ids).encode()),
+        "labels": _digest(examples.is_desirable.tobytes()),
+        "texts": _digest(*(np.ascontiguousarray(array).view(np.uint8) for array in texts)),
+    }
+
+
+def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
+    """Path -> bytes of every file of data and weights, and its BLAKE2b but for safetensors (`Weights` has theirs)."""
+    found = {}
+    for data in (setup.data, setup.eval_data):
+        for file in data.examples.files if data is not None else ():
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
+                found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": digest.hexdigest()}
+    for key in dict.fromkeys((MODEL, reference_key(setup.config))):
+        for file in store.weight_files(*_place(setup.config, key)):
+            content = file.read_bytes() if file.suffix == ".json" else None
+            digest = {} if content is None else {"blake2b": _digest(content)}
+            found[str(file)] = {"bytes": file.stat().length, **digest}
+    return found
+
+
+def reference_key(config: Config) -> str:
+    """The config key whose weights are the reference."""
+    return MODEL if config.reference.path in ("", config.model.path) else REFERENCE
+
+
+class Weights:
+    """A run's weights: they must be those with which it began."""
+
+    def __init__(self, setup: Setup, workdir: Workdir):
+        self._setup, self._workdir = setup, workdir
+        self._checked: set[str] = set()
+
+    def load(self, key: str) -> Params:
+        """The parameters at the config key `key`.
+
+        Raises:
+          UserError: they cannot be loaded, or are not those of the start.
+        """
+        params = self._setup.load_params(*_place(self._setup.config, key))
+        self.check(key, params_digest(params))
+        return params
+
+    def check(self, key: str, digest: str) -> None:
+        """Checks weights that were loaded, by their digest.
+
+        Raises:
+          UserError: they are not those of the start.
+        """
+        stored = store.manifest_digest(*_place(self._setup.config, key))
+        self._workdir.check({key: {"weights": digest, "stored weights": stored}})
+        self._checked.add(key)
+
+    def known(self, key: str) -> str | None:
+        """The digest of the weights with which the run began, in the config's `param_dtype`; None: not known yet."""
+        return self._workdir.inputs.get(key, {}).get("weights")
+
+    def verify(self, key: str) -> None:
+        """Checks weights that are not needed in memory, unless they have been checked since the start.
+
+        Raises:
+          UserError: they are not those of the start.
+        """
+        if key in self._checked:
+            return
+        path, flag = _place(self._setup.config, key)
+        stored = store.manifest_digest(path, flag)
+        if stored:
+            self._workdir.check({key: {"stored weights": stored}})
+            self._checked.add(key)
+        else:
+            shardings = self._setup.shardings(abstract_params(self._setup.model))
+            self.check(key, store.read_digest(path, self._setup.config.model.param_dtype, shardings, flag))
+
+
+def _place(config: Config, key: str) -> tuple[str, str]:
+    """The path of the weights at a config key, and the flag that gives it."""
+    return config.model.path if key == MODEL else config.reference.path, f"--{key}"
+
+
+def _digest(*contents: bytes | np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        digest.update(f"{len(content)};".encode())
+        digest.update(content)
+    return digest.hexdigest()

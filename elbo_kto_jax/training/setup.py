@@ -1,0 +1,224 @@
+"""From a config to everything that a run over a data set needs, cheapest checks first."""
+
+import dataclasses
+import datetime
+import hashlib
+import logging
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from elbo_kto_jax import objectives
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.data.chat import make_repeatable
+from elbo_kto_jax.data.examples import load_examples
+from elbo_kto_jax.data.special import find_eot_id, with_special_tokens
+from elbo_kto_jax.diffusion import masks
+from elbo_kto_jax.models import lora
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
+from elbo_kto_jax.objectives.protocol import Needs, Objective
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.scoring.layout import layout_of
+from elbo_kto_jax.scoring.scorer import Scorer
+from elbo_kto_jax.sharding import rules
+from elbo_kto_jax.training import state as train_state
+from elbo_kto_jax.training.data import TrainingData
+
+log = logging.getLogger(__name__)
+_MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run's model (without weights), devices and data."""
+
+    config: Config
+    model: MaskPredictor
+    assets: Mapping[str, bytes]
+    tokenizer: PreTrainedTokenizerBase
+    mesh: Mesh
+    objective: Objective
+    data: TrainingData
+    eval_data: TrainingData | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.steps or self.config.train.epochs * self.data.steps_per_epoch
+
+    def scorer(self) -> Scorer:
+        """What scores the batches of the run, policy and reference."""
+        return Scorer(
+            self.model,
+            self.mesh,
+            size=self.data.batch_size * self.config.estimator.draws,
+            one_pass_microbatches=self.config.train.one_pass_microbatches,
+        )
+
+    def shardings(self, params: Params) -> Params:
+        """Where each parameter of a tree of the model's, or of its adapters', lies."""
+        return rules.param_shardings(params, self.mesh, self.model.config)
+
+    def load_params(self, path: str, flag: str) -> Params:
+        """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
+        shardings = self.shardings(abstract_params(self.model))
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        log.info("loading %s", path)
+        return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
+
+    def load_base(self) -> tuple[lora.Base, store.Adaptation] | tuple[None, None]:
+        """What the run's adapters are trained on, and how their checkpoints name it; None without adapters."""
+        config, options = self.config, self.config.lora
+        if not options.rank:
+            return None, None
+        abstract = train_state.abstract_base(self.model, options)
+        log.info("loading %s as the base of adapters of rank %d", config.model.path, options.rank)
+        params, path, digest = store.load_base(
+            config.model.path, abstract, self.shardings(abstract), flag="--config.model.path"
+        )
+        base = lora.Base(params, options.alpha / options.rank)
+        return base, store.Adaptation(options.rank, options.alpha, path, digest)
+
+    def init_adapters(self) -> Params:
+        """The adapters before the first step."""
+        abstract = train_state.abstract_trained(self.model, self.config.lora)
+        return lora.init_adapters(abstract, self.shardings(abstract), self.config.seed)
+
+    def fingerprint(self, reference: str, data: TrainingData) -> dict:
+        """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
+        config, layout = self.config, data.layout
+        mask = store.unsaid_mask(self.model.config, self.assets)
+        return {
+            "model": reference,
+            "dtype": config.model.dtype,
+            "tokenizer": tokenizer_digest(self.assets),
+            "data": data.examples.digest(),
+            "max_length": layout.length,
+            "packing": layout.packed,
+            "seed": config.seed,
+            "draws": config.estimator.draws,
+            "scheme": config.estimator.scheme,
+            "lora_rank": config.lora.rank,  # another program: it may round differently
+            "global_batch_size": data.batch_size,
+            "microbatch_tokens": config.train.microbatch_tokens,  # these two say which program scores a row
+            "one_pass_microbatches": config.train.one_pass_microbatches,
+            "platform": jax.default_backend(),
+            "jax": jax.__version__,
+            "format": 2,  # of the cache; parts of the first had no checksum
+            **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
+            **({} if mask is None else {"mask_token_id": mask}),  # which the user, the tokenizer or the authors say
+        }
+
+
+def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
+    """A hash (hex) of the tokenizer's files, the chat template among them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(assets):
+        if name != "config.json":
+            digest.update(f"{name} {len(assets[name])};".encode())
+            digest.update(assets[name])
+    return digest.hexdigest()
+
+
+def build_model(config: Config, model_config: ModelConfig) -> MaskPredictor:
+    """The mask predictor of a run, without weights."""
+    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
+    return MaskPredictor(model_config, dtype, param_dtype, config.model.remat)
+
+
+def prepare(
+    config: Config,
+    *,
+    skip_bad: bool,
+    flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
+    needs: Needs | None = None,
+    moment: datetime.datetime | None = None,
+) -> Setup:
+    """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
+
+    `flags` are the names under which the user gave the model and the data, for messages. `needs` is what is asked of
+    the data; None: what the objective needs. With a `moment` the chat template gives the same text at every start, and
+    takes that for the present.
+
+    Raises:
+      UserError: anything about them that the user has to mend.
+    """
+    model_flag, data_flag = flags
+    model_config, assets = store.load_config(config.model.path, model_flag)
+    tokenizer = store.build_tokenizer(assets, config.model.path)
+    where = f"{model_flag}={config.model.path}"
+    model_config = with_special_tokens(model_config, tokenizer, config.model.mask_token_id, where)
+    if moment is not None:
+        make_repeatable(tokenizer, moment, where)
+    check_options(config.sampler)
+    objective = objectives.build(config.objective)
+    masks.check_scheme(config.estimator.scheme)
+    needs = objective.needs if needs is None else needs
+    group = 2 if needs.pairs else 1
+    if config.train.global_batch_size % group:
+        raise UserError(
+            f"config.train.global_batch_size: {config.train.global_batch_size} completions are no whole pairs, which "
+            f"{config.objective.name} needs; choose an even number"
+        )
+    if needs.pairs and config.data.desirable_fraction != config.data.undesirable_fraction:
+        raise UserError(
+            f"config.data.desirable_fraction: {config.data.desirable_fraction} is not undesirable_fraction "
+            f"{config.data.undesirable_fraction}; pairs stay whole for {config.objective.name}, so set both alike"
+        )
+    if config.sampler.confidence_eos_eot_inf:
+        find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
+    mesh = rules.make_mesh(config.mesh)
+    rules.check_heads(model_config, mesh)
+    model = build_model(config, model_config)
+    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model_config)
+    if config.data.max_length > model_config.max_sequence_length:
+        log.warning(
+            "config.data.max_length %d is more than the %d positions that the model was trained with",
+            config.data.max_length,
+            model_config.max_sequence_length,
+        )
+    layout = layout_of(config, model_config, mesh)
+
+    def read(path: str, flag: str, desirable_fraction: float, undesirable_fraction: float) -> TrainingData:
+        examples = load_examples(
+            path,
+            tokenizer,
+            max_length=config.data.max_length,
+            exact_window=config.data.packing,
+            append_eot=config.data.append_eot,
+            desirable_fraction=desirable_fraction,
+            undesirable_fraction=undesirable_fraction,
+            seed=config.seed,
+            needs_label=needs.labels,
+            needs_pairs=needs.pairs,
+            skip_bad=skip_bad,
+            progress=True,
+            flag=flag,
+            prompts=config.train.samples,
+        )
+        log.info("%s: %s", path, examples.report)
+        return TrainingData(
+            examples,
+            layout,
+            estimator=config.estimator,
+            batch_size=config.train.global_batch_size,
+            seed=config.seed,
+            own=rules.own_rows(mesh, layout.rows),
+            group=group,
+        )
+
+    data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
+    eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
+    setup = Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
+    if setup.total_steps > _MOST_STEPS:
+        key = "steps" if config.train.steps else "epochs"
+        raise UserError(
+            f"config.train.{key}: {getattr(config.train, key)} is {setup.total_steps} steps; "
+            f"expected at most {_MOST_STEPS} steps"
+        )
+    return setup

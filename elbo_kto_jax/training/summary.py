@@ -1,0 +1,48 @@
+"""The end of a start of a run: report.html, and the summary that the command prints."""
+
+import logging
+import shlex
+from pathlib import Path
+
+from elbo_kto_jax.reports.training import write_training_report
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.workdir import read_metrics
+from elbo_kto_jax.training.progress import Progress
+from elbo_kto_jax.training.setup import Setup
+
+log = logging.getLogger(__name__)
+
+
+def finish(
+    setup: Setup, workdir: Path, progress: Progress, samples: list[dict], step: int | None, *, interrupted: bool
+) -> dict:
+    """Writes report.html and returns the summary; `step` is that of the latest checkpoint."""
+    rows = read_metrics(workdir)
+    last, seconds = rows[-1] if rows else {}, max(progress.seconds, 1e-9)
+    summary = {
+        "steps": progress.step,
+        "examples": progress.examples,
+        "loss": last.get("loss"),
+        "reward_margin": last.get("reward_margin"),
+        "examples_per_second": progress.examples / seconds,
+        "tokens_per_second": progress.tokens / seconds,
+        "checkpoint": None if step is None else str(workdir / "checkpoints" / str(step)),
+        "interrupted": interrupted,
+        "skipped_steps": progress.skipped,
+        "report": str(workdir / "report.html"),
+    }
+    if not processes.is_first():
+        return summary
+    write_training_report(
+        workdir / "report.html",
+        title=f"{setup.config.objective.name}: {workdir.name}",
+        config=setup.config.to_dict(),
+        metrics=rows,
+        samples=[sample for sample in samples if "after" in sample],
+        summary=summary,
+    )
+    if not interrupted:
+        log.info("report: %s", summary["report"])
+        words = [f"--source={summary['checkpoint']}", f"--out={workdir / 'huggingface'}"]
+        log.info("next: python -m conversion.to_hf %s", shlex.join(words))
+    return summary

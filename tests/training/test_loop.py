@@ -1,0 +1,282 @@
+"""training/loop.py: whole runs of `train` on a tiny model: what they leave, and that they can be cut short."""
+
+import json
+import shlex
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from conversion import to_hf
+from elbo_kto_jax import precompute, score, train
+from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.scoring.scorer import Scorer
+from elbo_kto_jax.training import loop
+from elbo_kto_jax.training.reference import ReferenceCache
+from tests import runs
+
+STEPS = runs.SMALL["train.steps"]
+METRICS = {  # INTERFACES: workdir/metrics.jsonl
+    *"""step loss reward_desirable reward_undesirable reward_margin reference_point saturated_fraction grad_norm
+    learning_rate examples tokens real_token_fraction seconds reward_variance draws_needed
+    gradient_noise_scale""".split()  # noqa: SIM905
+}
+SUMMARY = {  # INTERFACES: the last line of stdout
+    *"steps examples loss reward_margin examples_per_second tokens_per_second checkpoint interrupted".split()  # noqa: SIM905
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_checkpoint, tmp_path_factory):
+    """Six examples in batches of four: the second batch of an epoch is smaller."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "model.path": tiny_checkpoint,
+        "data.train": runs.write_jsonl(folder / "train.jsonl", runs.records(6)),
+        "data.eval": runs.write_jsonl(folder / "eval.jsonl", runs.records(4, first=6)),
+        "train.eval_every": 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """An uninterrupted run: its working folder and its summary."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    return workdir, train.main(runs.flags({**settings, "train.samples": 2}, f"--workdir={workdir}"))
+
+
+@pytest.fixture
+def in_step(monkeypatch):
+    """Lets something happen in the n-th (from 1) call of a function that loop.py or reference.py uses."""
+
+    def arrange(module, name: str, number: int, event) -> None:
+        calls, real = [], getattr(module, name)
+
+        def call(*args, **options):
+            calls.append(1)
+            if len(calls) == number:
+                event()
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    return arrange
+
+
+def metrics_of(workdir, without=("seconds",)) -> list[dict]:
+    rows = runs.read_jsonl(workdir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def assert_same_run(workdir, other):
+    """Bit-identical final parameters, and the same metrics but for the time."""
+    mine, theirs = store.load_model(workdir), store.load_model(other)
+    assert mine.source.endswith(f"checkpoints/{STEPS}")
+    assert theirs.source.endswith(f"checkpoints/{STEPS}")
+    for a, b in zip(jax.tree.leaves(mine.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert metrics_of(workdir) == metrics_of(other)
+
+
+# ---- what a run leaves ----
+
+
+def test_working_folder(whole, settings):
+    workdir, _ = whole
+    written = json.loads((workdir / "config.json").read_text())
+    assert written["config"]["model"]["path"] == str(settings["model.path"])
+    assert written["versions"].keys() == {"jax", "elbo_kto_jax"}
+    assert {step.name for step in (workdir / "checkpoints").iterdir()} == {"2", "4", "5"}
+    assert [len(list((workdir / name).glob("*/fingerprint.json"))) for name in ("reference", "reference_eval")] == [
+        1,
+        1,
+    ]
+    assert list((workdir / "tensorboard").iterdir())
+    samples = json.loads((workdir / "samples.json").read_text())
+    assert [sample.keys() for sample in samples] == [{"prompt", "before", "after"}] * 2
+    assert all("Sort" in sample["prompt"][0]["content"] for sample in samples)
+    report = (workdir / "report.html").read_text()
+    assert "<svg" in report
+    assert "learning_rate" in report
+    assert not list(workdir.rglob("*.tmp"))
+
+
+def test_metrics(whole, settings):
+    rows = metrics_of(whole[0], without=())
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row.keys() >= METRICS for row in rows)
+    assert [row["examples"] for row in rows] == [4, 6, 10, 12, 16]
+    assert np.all(np.diff([row["tokens"] for row in rows]) > 0)
+    assert all(0 < row["real_token_fraction"] <= 1 for row in rows)
+    first, *others = rows
+    assert (first["learning_rate"], first["reward_margin"], first["reference_point"]) == (0, 0, 0)
+    assert first["loss"] == 0.5  # weights 1 and every reward 0
+    # The first step has rate 0, so in the second one policy and reference are equal as well.
+    assert others[0]["reward_margin"] == 0
+    assert all(row["reward_margin"] != 0 for row in others[1:])
+
+
+def test_summary(whole):
+    workdir, summary = whole
+    last = metrics_of(workdir)[-1]
+    assert summary.keys() >= SUMMARY
+    assert (summary["steps"], summary["examples"], summary["interrupted"]) == (STEPS, last["examples"], False)
+    assert (summary["loss"], summary["reward_margin"]) == (last["loss"], last["reward_margin"])
+    assert summary["checkpoint"] == str(workdir / "checkpoints" / str(STEPS))
+
+
+def test_held_out_metrics_are_those_of_the_policy_at_that_step(whole, settings, tmp_path):
+    """`score` draws the same masks, and the four held-out records are one batch."""
+    workdir, _ = whole
+    rows = {row["step"]: row for row in metrics_of(workdir)}
+    assert [step for step, row in rows.items() if "eval_loss" in row] == [2, 4]
+    elbo = {}
+    for name, checkpoint in (("policy", workdir / "checkpoints" / "4"), ("reference", settings["model.path"])):
+        data, out = settings["data.eval"], tmp_path / f"{name}.jsonl"
+        score.main(runs.flags({}, f"--checkpoint={checkpoint}", f"--data={data}", f"--out={out}"))
+        elbo[name] = np.array([row["elbo"] for row in runs.read_jsonl(out)])
+    reward = elbo["policy"] - elbo["reference"]
+    label = np.array([record["label"] for record in runs.read_jsonl(settings["data.eval"])])
+    kto_score = 0.1 * (reward - reward.mean()) * np.where(label, 1, -1)
+    np.testing.assert_allclose(rows[4]["eval_loss"], np.mean(1 - 1 / (1 + np.exp(-kto_score))), atol=1e-6)
+    margin = reward[label].mean() - reward[~label].mean()
+    assert abs(margin) > 1e-2
+    np.testing.assert_allclose(rows[4]["eval_reward_margin"], margin, atol=1e-3)
+
+
+# ---- the same command goes on ----
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_signal_stops_after_saving_and_the_same_command_goes_on(whole, settings, tmp_path, in_step, step):
+    argv = runs.flags({**settings, "train.samples": 0}, f"--workdir={tmp_path}")
+    in_step(loop, "train_step", step, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted) as stop:
+        train.main(argv)
+    summary = stop.value.args[-1]
+    assert summary.keys() >= SUMMARY
+    assert (summary["steps"], summary["interrupted"]) == (step, True)
+    assert summary["checkpoint"] == str(tmp_path / "checkpoints" / str(step))
+    assert train.main(argv)["steps"] == STEPS
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_step):
+    argv = runs.flags(settings, f"--workdir={tmp_path}")
+
+    def crash():
+        raise RuntimeError("the machine's fault")
+
+    in_step(loop, "train_step", 4, crash)
+    with pytest.raises(RuntimeError, match="machine"):
+        train.main(argv)
+    train.main(argv)
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_an_interrupted_reference_pass_goes_on(whole, settings, tmp_path, in_step):
+    argv = runs.flags(settings, f"--workdir={tmp_path}")
+    in_step(Scorer, "__call__", 2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted) as stop:
+        train.main(argv)
+    assert (stop.value.args[-1]["steps"], stop.value.args[-1]["checkpoint"]) == (0, None)
+    (part,) = (tmp_path / "reference").glob("*/steps-*.npy")
+    assert len(np.load(part)) == 2
+    train.main(argv)
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_finished_run_is_not_repeated(whole, settings, in_step):
+    workdir, summary = whole
+    before = metrics_of(workdir, without=())
+    in_step(loop, "train_step", 1, lambda: pytest.fail("a step was taken"))
+    again = train.main(runs.flags({**settings, "train.samples": 2}, f"--workdir={workdir}"))
+    assert {key: again[key] for key in ("steps", "loss", "checkpoint")} == {
+        key: summary[key] for key in ("steps", "loss", "checkpoint")
+    }
+    assert metrics_of(workdir, without=()) == before
+
+
+def test_another_config_is_refused_and_overwrite_starts_again(settings, tmp_path):
+    short = {**settings, "train.steps": 1, "train.eval_every": 0}
+    argv = runs.flags(short, f"--workdir={tmp_path}")
+    train.main(argv)
+    (tmp_path / "trace").write_text("of the old run")
+    other = runs.flags({**short, "objective.beta": 0.3}, f"--workdir={tmp_path}")
+    with pytest.raises(UserError, match=r"config\.objective\.beta: 0\.1 -> 0\.3") as refused:
+        train.main(other)
+    assert "--overwrite" in str(refused.value)
+    assert (tmp_path / "trace").exists()
+    assert train.main([*other, "--overwrite"])["steps"] == 1
+    assert not (tmp_path / "trace").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["objective"]["beta"] == 0.3
+
+
+# ---- the reference ----
+
+
+def test_precompute_then_train_scores_nothing(whole, settings, tmp_path, in_step):
+    settings = {**settings, "train.eval_every": 0}
+    argv = runs.flags(settings, f"--workdir={tmp_path}")
+    summary = precompute.main(argv)
+    assert summary.keys() == {"examples", "draws", "seconds", "cache"}
+    assert (summary["examples"], summary["draws"]) == (16, 2)
+    assert precompute.main(argv)["cache"] == summary["cache"]
+    in_step(ReferenceCache, "complete", 1, lambda: pytest.fail("the reference was scored again"))
+    train.main(argv)
+    held_out = ("seconds", "eval_loss", "eval_reward_margin")
+    assert metrics_of(tmp_path, held_out) == metrics_of(whole[0], held_out)
+
+
+def test_online_is_precomputed_without_the_cache(whole, settings, tmp_path):
+    train.main(runs.flags({**settings, "reference.mode": "online"}, f"--workdir={tmp_path}"))
+    assert_same_run(tmp_path, whole[0])
+    assert not (tmp_path / "reference").exists()
+
+
+# ---- other objectives, and failure ----
+
+
+def test_sft_needs_no_labels_and_no_reference(settings, tmp_path):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [{**r, "label": None} for r in runs.records(6)])
+    workdir = tmp_path / "run"
+    summary = train.main(runs.flags({**settings, "data.train": data, "objective.name": "sft"}, f"--workdir={workdir}"))
+    rows = metrics_of(workdir)
+    assert (summary["steps"], summary["loss"], summary["reward_margin"]) == (STEPS, rows[-1]["loss"], None)
+    assert all(row["loss"] > 0 and "reward_margin" not in row for row in rows)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert not (workdir / "reference").exists()
+
+
+def test_divergence_is_named(settings, tmp_path):
+    diverging = {**settings, "optimizer.learning_rate": 1e30, "train.eval_every": 0}
+    with pytest.raises(UserError, match=r"diverged.*\n?.*config\.optimizer\.learning_rate"):
+        train.main(runs.flags(diverging, f"--workdir={tmp_path}"))
+
+
+def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
+    """The last line of a log goes through a shell as it stands, whatever the working folder is called."""
+    caplog.set_level("INFO")
+    workdir = tmp_path / "it's [1] $HOME"
+    argv = runs.flags({**settings, "train.steps": 1, "train.eval_every": 0}, f"--workdir={workdir}", "--overwrite")
+    precompute.main(argv)
+    (line,) = [message for message in caplog.messages if message.startswith("next: ")]
+    *start, module = shlex.split(line)[:4]
+    assert (start, module) == (["next:", "python", "-m"], "elbo_kto_jax.train")
+    assert shlex.split(line)[4:] == argv[:-1]  # --overwrite would delete what was computed
+    caplog.clear()
+    train.main(shlex.split(line)[4:])
+    (line,) = [message for message in caplog.messages if message.startswith("next: ")]
+    assert shlex.split(line)[:4] == ["next:", "python", "-m", "conversion.to_hf"]
+    to_hf.main(shlex.split(line)[4:])
+    assert (workdir / "huggingface" / "config.json").is_file()
+
+
+def test_samples_keep_the_messages(whole):
+    workdir, _ = whole
+    samples = json.loads((workdir / "samples.json").read_bytes())
+    assert [sample["prompt"] for sample in samples] == [row["prompt"] for row in runs.records(2, first=6)]
+    assert '<div class="role">user</div>' in (workdir / "report.html").read_text(encoding="utf-8")
