@@ -5,11 +5,11 @@ The block length, the threshold and the reuse of keys and values are those of Fa
 
 from ml_collections import ConfigDict
 
-from configs import kto_mix
+from elbo_kto_jax.runtime import recipes
 
 
 def get_config() -> ConfigDict:
-    config = kto_mix.get_config()
+    config = recipes.load("kto_mix")
     config.mesh = {"data": 1, "fsdp": 1, "tensor": -1}  # one row: its heads are spread, not the rows
     config.sampler = {
         "gen_length": 256,  # at most; where that is more than half of what the model takes, as many blocks as fit there

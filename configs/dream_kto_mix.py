@@ -6,16 +6,13 @@ github.com/DreamLM/Dream), [ours] is a choice. Not yet run at this size.
 Dream-Coder-7B and DiffuCoder-7B are the same network: give their id as --config.model.path.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_BASE = Path(__file__).with_name("kto_mix.py")
+from elbo_kto_jax.runtime import recipes
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_BASE))["get_config"]()
+    config = recipes.load("kto_mix")
     config.model.path = "Dream-org/Dream-v0-Instruct-7B"  # [dream]
     config.data.max_length = 2048  # [dream] prompt and response, says the README; config.json's 131072 is Qwen2.5's
     config.sampler.gen_length = 256  # [dream] GSM8K's settings, for the samples of the report

@@ -5,16 +5,13 @@ that is not stated here is as in kto_mix.py. [illada] marks what its authors pub
 github.com/ML-GSAI/LLaDA), [ours] is a choice. Not yet run at this size.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_BASE = Path(__file__).with_name("kto_mix.py")
+from elbo_kto_jax.runtime import recipes
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_BASE))["get_config"]()
+    config = recipes.load("kto_mix")
     config.model.path = "GSAI-ML/iLLaDA-8B-Instruct"  # [illada] hub id, as their README links it
     config.model.mask_token_id = -1  # [illada] config.json names none; models/illada.py has the README's 5
     config.data.max_length = 4096  # [ours] as LLaDA's, to compare the two; the model was trained with 8192

@@ -5,16 +5,13 @@ feedback. Numbers marked [vrpo] are published (arXiv 2505.19223); [ours] are cho
 beta were not at hand.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-_BASE = Path(__file__).with_name("ultrafeedback_binary.py")
+from elbo_kto_jax.runtime import recipes
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(str(_BASE))["get_config"]()
+    config = recipes.load("ultrafeedback_binary")
     config.objective.name = "elbo_dpo"  # [vrpo]
     config.objective.beta = 0.1  # [ours]
     config.objective.label_smoothing = 0.0  # [vrpo]

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from elbo_kto_jax import cli
+from elbo_kto_jax.data import capitals
 from elbo_kto_jax.objectives import dpo, kto, sft
 from elbo_kto_jax.runtime.files import atomic_write, to_json
-from launch import comparison, quickstart
+from launch import comparison
 
 OBJECTIVES = {"kto": kto.Kto.name, "dpo": dpo.Dpo.name, "sft": sft.Sft.name}
 
@@ -64,18 +65,18 @@ def write_data(folder: Path, name: str) -> Path:
     """The feedback of a quickstart in the form that an objective takes: as many completions as that has."""
     if name == "kto":
         return folder / "feedback.jsonl"
-    words = quickstart.feedback_words(folder)
+    words = capitals.feedback_words(folder)
     if name == "dpo":
         records = [
             {
-                "prompt": quickstart.question(word),
-                "chosen": [{"role": "assistant", "content": quickstart.good_answer(word)}],
-                "rejected": [{"role": "assistant", "content": quickstart.bad_answer(word)}],
+                "prompt": capitals.question(word),
+                "chosen": [{"role": "assistant", "content": capitals.good_answer(word)}],
+                "rejected": [{"role": "assistant", "content": capitals.bad_answer(word)}],
             }
             for word in words[: len(words) // 2]
         ]
     else:
-        records = [quickstart.demonstration(word, label=True) for word in words]
+        records = [capitals.demonstration(word, label=True) for word in words]
     file = folder / f"feedback-{name}.jsonl"
     atomic_write(file, "".join(f"{to_json(record)}\n" for record in records))
     return file

@@ -19,10 +19,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from elbo_kto_jax import cli, evaluate, train
+from elbo_kto_jax import cli, evaluate, quickstart, train
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
-from launch import quickstart
 
 _KEPT = ("adjusted_win_rate", "ci95", "comparisons")
 

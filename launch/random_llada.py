@@ -5,9 +5,9 @@ Any architecture (models/), of a small size or of a published one. The name is f
 
 from pathlib import Path
 
-from conversion.to_hf import shard_size
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoints import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints.conversion import shard_size
 from elbo_kto_jax.models import registry
 
 

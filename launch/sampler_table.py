@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elbo_kto_jax import cli, train
-from elbo_kto_jax.checkpoints import huggingface
-from elbo_kto_jax.evaluate import read_prompts
-from elbo_kto_jax.evaluation.judges import Expected
+from elbo_kto_jax import cli, quickstart, train
+from elbo_kto_jax.checkpoints import huggingface, tiny
+from elbo_kto_jax.data import capitals
+from elbo_kto_jax.evaluation.judges.verifiable import Expected
+from elbo_kto_jax.evaluation.prompts import read_prompts
 from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
-from launch import quickstart
 
 LENGTH = 31  # letters of the bigger model's words; with the end of the turn, 32 tokens
 DEMONSTRATIONS, HELD_OUT = 10_000, 500  # prompts
@@ -90,7 +91,7 @@ def train_bigger(workdir: Path) -> str:
     """Fine-tunes the bigger model on demonstrations that are all good; returns its checkpoint."""
     _write_data(workdir / "data")
     if not huggingface.is_published(workdir / "untrained"):
-        quickstart.write_untrained(workdir / "untrained", 0, max_sequence_length=256, **DIMENSIONS)
+        tiny.write_untrained(workdir / "untrained", 0, max_sequence_length=256, **DIMENSIONS)
     arguments = [
         f"--config={quickstart.CONFIG}:sft",
         f"--config.model.path={workdir / 'untrained'}",
@@ -106,7 +107,7 @@ def measure(subject: Subject, limit: int) -> list[dict[str, Any]]:
     """One row per setting that differs from those before it."""
     records, rows, _ = read_prompts(subject.prompts)
     expected = [Expected.from_record(row, record.where) for row, record in zip(rows, records, strict=True)][:limit]
-    base = Config.from_mapping(cli.load_config_file(str(quickstart.CONFIG)).to_dict())
+    base = Config.from_mapping(load_config_file(str(quickstart.CONFIG)).to_dict())
     checkpoint = open_checkpoint(subject.checkpoint, base, flag="--quickstart")
     measured = {}
     for name, setting in SETTINGS.items():
@@ -161,7 +162,7 @@ def _write_data(folder: Path) -> None:
     rng, words = np.random.default_rng(0), {}
     while len(words) < HELD_OUT + DEMONSTRATIONS:
         words["".join(rng.choice(list(string.ascii_lowercase), LENGTH))] = None
-    records = [quickstart.demonstration(word, label=True) for word in words]
+    records = [capitals.demonstration(word, label=True) for word in words]
     prompts = [{"prompt": record["prompt"], "answer": record["completion"][0]["content"]} for record in records]
     for name, rows in (("prompts", prompts[:HELD_OUT]), ("demonstrations", records[HELD_OUT:])):
         atomic_write(folder / f"{name}.jsonl", "".join(f"{to_json(row)}\n" for row in rows))

@@ -5,6 +5,7 @@ hook checks only modules that are imported after it.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -71,6 +72,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+    """Drops the compiled programs of a file's tests: a process may have 65,530 memory maps, and each takes several."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def cpu_devices() -> list[jax.Device]:
     """The eight CPU devices on which sharded code is tested."""
@@ -107,7 +116,7 @@ def golden(request):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A published folder of the quickstart's tiny random model, tokenizer included."""
-    from launch.quickstart import write_untrained
+    from elbo_kto_jax.checkpoints.tiny import write_untrained
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     write_untrained(folder, seed=0)
@@ -117,7 +126,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory) -> Path:
     """The same with other weights."""
-    from launch.quickstart import write_untrained
+    from elbo_kto_jax.checkpoints.tiny import write_untrained
 
     folder = tmp_path_factory.mktemp("checkpoint") / "other"
     write_untrained(folder, seed=1)

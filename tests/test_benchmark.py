@@ -10,11 +10,11 @@ import pytest
 
 from elbo_kto_jax import benchmark as command
 from elbo_kto_jax import cli
-from elbo_kto_jax.benchmarking import agreement, measure, worker
+from elbo_kto_jax.benchmarking import agreement, measure, run, worker
 from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.data import capitals
 from elbo_kto_jax.planning import fit
 from elbo_kto_jax.runtime.errors import UserError
-from launch import quickstart
 from tests import runs
 
 needs_torch = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_torch = pytest.mark.skipif(
 
 @pytest.fixture
 def arguments(tiny_checkpoint, tmp_path):
-    quickstart.write_data(tmp_path / "data", seed=0)
+    capitals.write_data(tmp_path / "data", seed=0)
     settings = {"model.path": tiny_checkpoint, "data.train": tmp_path / "data" / "feedback.jsonl"}
     return runs.flags(
         settings, "--records=12", "--rounds=1", "--max-length=32", f"--out={tmp_path / 'out'}", "--overwrite"
@@ -158,7 +158,7 @@ def test_a_disagreement_is_marked_and_no_traceback(arguments, tmp_path, capsys, 
             pass
 
     monkeypatch.setattr(measure, "Worker", Worker)
-    monkeypatch.setattr(command, "_check_peer", lambda config: None)
+    monkeypatch.setattr(run, "_check_peer", lambda config: None)
     assert command.main(arguments)["agrees"] is False
     printed = capsys.readouterr().out
     assert "training step, peer, padded (NOT THE SAME WORK)" in printed

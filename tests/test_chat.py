@@ -2,50 +2,55 @@
 
 import dataclasses
 import io
-import os
-import re
 from types import SimpleNamespace
 
 import numpy as np
+import pyte
 import pytest
 
-from elbo_kto_jax import chat, cli
+from elbo_kto_jax import chat
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.reports.denoising import MASK
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.flags import load_config_file
+from elbo_kto_jax.sampling import canvas, conversation
 from elbo_kto_jax.sampling.respond import Answers, open_checkpoint
 
 MESH = ["--config.mesh.data=-1", "--config.mesh.tensor=1"]  # the tests have more devices than the model heads
 
 
 class Terminal(io.StringIO):
-    """Obeys the two control sequences that are used, and keeps every screen that was flushed."""
+    """A terminal of so many columns and lines, which keeps every screen that was flushed."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch, columns=80, lines=24):
         super().__init__()
-        self.screens = []
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", str(lines))
+        monkeypatch.setenv("TERM", "xterm")
+        self._screen, self.screens = pyte.Screen(columns, lines), []
+        self._stream = pyte.Stream(self._screen)
 
     def isatty(self):
         return True
 
     def flush(self):
-        lines = [""]
-        for part in re.findall(r"\x1b\[\d*[A-Z]|\n|[^\x1b\n]+", self.getvalue()):
-            if part == "\n":
-                lines.append("")
-            elif part.endswith("F"):
-                kept = len(lines) - 1 - int(part[2:-1])
-                assert kept >= 0, "above the screen"
-                lines = [*lines[:kept], ""]
-            elif part != "\x1b[J":
-                lines[-1] += part
-        self.screens.append(lines)
+        self._stream.feed(self.getvalue().replace("\n", "\r\n"))
+        self.seek(0)
+        self.truncate()
+        screen = [line.rstrip() for line in self._screen.display]
+        if not self.screens or screen != self.screens[-1]:
+            self.screens.append(screen)
+
+    @property
+    def lines(self):
+        """The screens without their empty lines."""
+        return [[line for line in screen if line] for screen in self.screens]
 
 
 @pytest.fixture
 def config():
-    config = cli.load_config_file(str(chat.DEFAULT_CONFIG))
+    config = load_config_file("chat")
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.sampler.update({"gen_length": 16, "steps": 16, "block_length": 8})
     return Config.from_mapping(config.to_dict())
@@ -71,7 +76,7 @@ def replies(monkeypatch):
         responses = SimpleNamespace(written_at=np.zeros((1, 3), int), forward_passes=5, forward_tokens=50)
         return Answers([], responses, [f"reply {len(asked)}"], 0.5)
 
-    monkeypatch.setattr(chat, "respond", respond)
+    monkeypatch.setattr(conversation, "respond", respond)
     return asked
 
 
@@ -85,22 +90,22 @@ def test_without_a_terminal_only_finished_answers_are_printed(tiny_checkpoint, m
 
 
 def test_what_was_said_is_remembered(checkpoint, config, replies):
-    conversation = chat.Conversation(checkpoint, config, io.StringIO())
+    talk = conversation.Conversation(checkpoint, config, io.StringIO())
     for message in ("first", "second", "third"):
-        conversation.answer(message)
+        talk.answer(message)
     said = [(message["role"], message["content"]) for message in replies[-1]]
     expected = [("user", "first"), ("assistant", "reply 1"), ("user", "second"), ("assistant", "reply 2")]
     assert said == [*expected, ("user", "third")]
-    assert conversation.summary == {
+    assert talk.summary == {
         "turns": 3, "tokens_per_second": 6.0, "forward_passes": 15, "forward_tokens": 150, "seconds": 1.5,
     }  # fmt: skip
 
 
 def test_the_oldest_messages_give_way(checkpoint, config, replies):
     longest = checkpoint.model.config.max_sequence_length - config.sampler.gen_length
-    conversation = chat.Conversation(checkpoint, config, io.StringIO())
+    talk = conversation.Conversation(checkpoint, config, io.StringIO())
     for word in "abcdef":
-        conversation.answer(word * 20)
+        talk.answer(word * 20)
     assert replies[-1][-1]["content"] == "f" * 20
     assert replies[-1][0]["role"] == "user"
     assert 1 < len(replies[-1]) < 11
@@ -114,31 +119,45 @@ def test_a_message_that_is_too_long_does_not_end_the_conversation(tiny_checkpoin
 
 
 def test_the_answer_forms_in_place(checkpoint, config, replies, monkeypatch):
-    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((5, 10)))
-    terminal = Terminal()
-    conversation = chat.Conversation(checkpoint, config, terminal)
-    conversation.answer("one")
-    conversation.answer("two")
-    first = [screen for screen in terminal.screens if "reply 1" not in screen]
-    assert "".join(first.pop(0)) == MASK * config.sampler.gen_length
-    masks = ["".join(screen).count(MASK) for screen in first]
-    assert masks[0] > masks[1] > masks[-1] == 0
-    assert first[2] == ["repl", "y 1", ""]  # at most four columns
-    assert all("reply 1" in screen for screen in terminal.screens[len(first) + 1 :])
-    assert terminal.screens[-1] == ["reply 1", "reply 2", ""]
+    terminal = Terminal(monkeypatch, columns=5)
+    talk = conversation.Conversation(checkpoint, config, terminal)
+    talk.answer("one")
+    forming = ["".join(screen) for screen in terminal.lines]
+    assert MASK * config.sampler.gen_length in forming
+    masks = [screen.count(MASK) for screen in forming if MASK in screen]
+    assert masks[0] > masks[1] > masks[-1] > 0
+    assert ["reply", "1"] in [[line.strip() for line in screen] for screen in terminal.lines]  # five columns
+    talk.answer("two")
+    terminal.flush()
+    assert terminal.lines[-1] == ["reply", " 1", "reply", " 2"]  # as the terminal itself breaks lines: nothing is left
 
 
 def test_a_long_answer_stays_on_the_screen(monkeypatch):
-    monkeypatch.setattr(chat.shutil, "get_terminal_size", lambda: os.terminal_size((80, 4)))
-    terminal = Terminal()
-    canvas = chat._Canvas(terminal)
-    canvas.draw("\n".join("abcdefgh"))
-    assert terminal.screens[-1] == ["f", "g", "h", ""]
-    canvas.draw("x\ty\x1b[2Jz")
-    assert terminal.screens[-1] == ["x y[2Jz", ""]  # nothing that a terminal would obey
-    canvas.erase()
+    terminal = Terminal(monkeypatch, lines=4)
+    shown = canvas.Canvas(terminal)
+    shown.draw("\n".join("abcdefgh"))
     terminal.flush()
-    assert terminal.screens[-1] == [""]
+    assert terminal.lines[-1] == ["f", "g", "h"]
+    shown.draw("x\ty\x1b[2Jz")
+    terminal.flush()
+    assert terminal.lines[-1] == ["x y[2Jz"]  # nothing that a terminal would obey
+    shown.erase()
+    terminal.flush()
+    assert terminal.lines[-1] == []
+
+
+def test_an_interrupt_while_an_answer_forms_leaves_the_terminal_as_it_was(checkpoint, config, monkeypatch):
+    def respond(*_, watch, **__):
+        watch(0, np.zeros(16, np.int32))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation, "respond", respond)
+    terminal = Terminal(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.Conversation(checkpoint, config, terminal).answer("one")
+    terminal.flush()
+    assert terminal.lines[-1] == []
+    assert not terminal._screen.cursor.hidden
 
 
 def test_interrupt_ends_it(tiny_checkpoint, monkeypatch, replies):
@@ -149,14 +168,14 @@ def test_interrupt_ends_it(tiny_checkpoint, monkeypatch, replies):
 
 def test_answers_fit_into_the_model(config):
     sampler = dataclasses.replace(config.sampler, gen_length=256, steps=128, block_length=32)
-    assert chat.fit(sampler, 4096) == sampler
-    assert chat.fit(sampler, 200) == dataclasses.replace(sampler, gen_length=96, steps=48)
-    assert chat.fit(sampler, 20) == dataclasses.replace(sampler, gen_length=32, steps=16)
+    assert conversation.fit(sampler, 4096) == sampler
+    assert conversation.fit(sampler, 200) == dataclasses.replace(sampler, gen_length=96, steps=48)
+    assert conversation.fit(sampler, 20) == dataclasses.replace(sampler, gen_length=32, steps=16)
 
 
 def test_a_model_without_a_template_is_refused(tiny_checkpoint, checkpoint, monkeypatch):
     checkpoint.tokenizer.chat_template = None
-    monkeypatch.setattr(chat, "open_checkpoint", lambda *_, **__: checkpoint)
+    monkeypatch.setattr(conversation, "open_checkpoint", lambda *_, **__: checkpoint)
     with pytest.raises(UserError, match="no chat template"):
         chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])
 
@@ -172,7 +191,7 @@ def test_control_characters_of_an_answer_are_spelt_out(checkpoint, config, monke
     answers = Answers(
         [], SimpleNamespace(written_at=np.zeros((1, 3), int), forward_passes=1, forward_tokens=1), [hostile], 1
     )
-    monkeypatch.setattr(chat, "respond", lambda *_, **__: answers)
+    monkeypatch.setattr(conversation, "respond", lambda *_, **__: answers)
     out = io.StringIO()
-    assert chat.Conversation(checkpoint, config, out).answer("hi") == hostile
+    assert conversation.Conversation(checkpoint, config, out).answer("hi") == hostile
     assert out.getvalue() == "\\x1b[2J\\x9bred\\r\\u202e\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from elbo_kto_jax import evaluate
-from elbo_kto_jax.evaluation import kept
+from elbo_kto_jax.evaluation import comparison, kept
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 from tests.evaluation.chat_server import serve
@@ -185,8 +185,8 @@ def test_the_key_is_written_nowhere(chat, tmp_path, caplog, capfd):
         ("OPENAI_API_KEY OPENAI_BASE_URL", [], "OPENAI_API_KEY: not set"),
         ("JUDGE_MODEL", ["--judge-model="], "--judge-model: missing"),
         ("", ["--judge-prompt=nowhere.txt"], r"--judge-prompt=nowhere\.txt: cannot be read"),
-        ("", ["--judge-parallel=0"], "--judge-parallel: expected a number of at least 1, got '0'"),
-        ("", ["--judge-timeout=nan"], "--judge-timeout: expected a number of at least 0.01"),
+        ("", ["--judge-parallel=0"], "--judge-parallel: expected a number at least 1, got 0"),
+        ("", ["--judge-timeout=nan"], "--judge-timeout: expected float, got 'nan'"),
         ("", ["--judge=oracle"], "oracle"),
     ],
 )
@@ -276,8 +276,8 @@ ENDS = {  # where, the call that ends, and how many answers are missing then
     "before the first answer": (kept, "respond", 1, 6),
     "within a model": (kept, "respond", 2, 4),
     "between the models": (kept, "respond", 3, 3),
-    "before the judge": (evaluate, "_comparison_rows", 1, 0),
-    "between the outputs": (evaluate, "write_winrate_report", 1, 0),
+    "before the judge": (comparison, "_comparison_rows", 1, 0),
+    "between the outputs": (comparison, "write_winrate_report", 1, 0),
     "after the outputs": (kept.Progress, "finish", 1, 0),
 }
 
@@ -338,7 +338,7 @@ def test_a_judge_that_failed_may_be_another_the_next_time(chat, tmp_path):
 def test_another_evaluation_does_not_go_on(command, tmp_path, monkeypatch, answered, other_checkpoint, change):
     mine = shutil.copytree(other_checkpoint, tmp_path / "mine")
     command = functools.partial(command, baseline=mine)
-    ends(command, monkeypatch, evaluate, "write_winrate_report", 1, KeyboardInterrupt)
+    ends(command, monkeypatch, comparison, "write_winrate_report", 1, KeyboardInterrupt)
     rows, more = PROMPTS, []
     if change == "seed":
         more = ["--config.seed=7"]

@@ -10,6 +10,7 @@ from elbo_kto_jax.checkpoints.store import build_tokenizer, load_config
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.sampling import responses
 from elbo_kto_jax.sampling.decode import Responses, to_text
 from elbo_kto_jax.sampling.respond import Answers
 from tests.conftest import PROJECT_ROOT
@@ -145,7 +146,7 @@ def test_wrong_input_is_named(command, tmp_path, flags, records, message):
 @pytest.mark.parametrize("text", ["Well done 👍 爱", "a👍🏽b\n", "é" * 3, "plain", ""])
 def test_the_texts_of_tokens_are_whole_characters(tokenizer, text):
     tokens = encode_prompt(tokenizer, text) if text else []
-    texts = generate.token_texts(tokens, tokenizer.decode)
+    texts = responses.token_texts(tokens, tokenizer.decode)
     assert len(texts) == len(tokens)
     assert "".join(one or "" for one in texts) == text
     assert all("\ufffd" not in (one or "") for one in texts)
@@ -155,7 +156,7 @@ def test_the_texts_of_tokens_are_whole_characters(tokenizer, text):
 def test_tokens_that_make_no_character_stand_alone(tokenizer):
     part, *rest = encode_prompt(tokenizer, "👍")
     assert rest
-    texts = generate.token_texts([part, *encode_prompt(tokenizer, "a👍"), part], tokenizer.decode)
+    texts = responses.token_texts([part, *encode_prompt(tokenizer, "a👍"), part], tokenizer.decode)
     assert texts == ["\ufffd", "a", "👍", *[None] * len(rest), "\ufffd"]
 
 
@@ -176,7 +177,7 @@ def test_two_outputs_are_two_files(command, tmp_path):
 
 
 def test_what_a_model_writes_is_printed_without_its_control_characters(command, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "respond", lambda *_, **__: FAKE)
+    monkeypatch.setattr(responses, "respond", lambda *_, **__: FAKE)
     _, lines = command("--prompt=a")
     assert lines[0]["response"] == "\x1b[2Jhi"
     assert capsys.readouterr().out == "\\x1b[2Jhi\n"

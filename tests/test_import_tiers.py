@@ -35,6 +35,7 @@ TIERS = {
     "planning.hlo": 0,
     "benchmarking": 5,
     "cli": 5,
+    "api": 5,
     "train": 5,
     "precompute": 5,
     "score": 5,
@@ -44,6 +45,11 @@ TIERS = {
     "sweep": 5,
     "diagnose": 5,
     "benchmark": 5,
+    "plan": 5,
+    "from_hf": 5,
+    "to_hf": 5,
+    "verify": 5,
+    "quickstart": 5,
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -13,6 +13,9 @@ import pytest
 
 from elbo_kto_jax import sweep
 from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.evaluation import sweep_tables
+from elbo_kto_jax.evaluation.sweep import Grid
+from elbo_kto_jax.evaluation.sweep_tasks import WinRate
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.sharding import rules
@@ -92,7 +95,7 @@ def test_grid(command, tmp_path, loads, tiny_checkpoint, other_checkpoint):
 
 def ends_in(monkeypatch, number: int, error: BaseException) -> list[str]:
     """The cells that are begun; beginning the one of this number raises `error`."""
-    begun, evaluate = [], sweep._Run._evaluate
+    begun, evaluate = [], Grid._evaluate
 
     def end(self, cell):
         begun.append(cell.name)
@@ -100,7 +103,7 @@ def ends_in(monkeypatch, number: int, error: BaseException) -> list[str]:
             raise error
         return evaluate(self, cell)
 
-    monkeypatch.setattr(sweep._Run, "_evaluate", end)
+    monkeypatch.setattr(Grid, "_evaluate", end)
     return begun
 
 
@@ -123,10 +126,10 @@ def test_it_goes_on_where_it_was(command, tmp_path, monkeypatch, end):
 
 def test_a_signal_ends_it_after_the_cell(command, tmp_path, monkeypatch):
     grid = {"tasks": ["exact_elbo"]}
-    evaluate = sweep._Run._evaluate
+    evaluate = Grid._evaluate
     signalled = lambda self, cell: os.kill(os.getpid(), signal.SIGTERM) or evaluate(self, cell)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(sweep._Run, "_evaluate", signalled)
+        patch.setattr(Grid, "_evaluate", signalled)
         with pytest.raises(Interrupted, match="1 of 2 cells are done"):
             command(**grid)
     assert len(runs.table(tmp_path / "run")) == 1
@@ -199,7 +202,7 @@ def test_a_signal_ends_it_while_the_judge_is_awaited(command, other_checkpoint, 
     judge = ["--judge=chat", "--judge-model=m", "--judge-timeout=600"]
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    answers, sent = sweep._Run._answers, []
+    answers, sent = WinRate._answers, []
 
     def signalled(self, *cell):
         if not sent:  # a second one would act at once, as everywhere
@@ -208,7 +211,7 @@ def test_a_signal_ends_it_while_the_judge_is_awaited(command, other_checkpoint, 
 
     with serve(lambda prompt, number: {"wait": over}) as server, monkeypatch.context() as patch:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        patch.setattr(sweep._Run, "_answers", signalled)
+        patch.setattr(WinRate, "_answers", signalled)
         began = time.monotonic()
         with pytest.raises(Interrupted, match="replies of the judge are kept; the same command goes on"):
             command(*judge, **grid)
@@ -253,7 +256,7 @@ def test_the_table_is_text_whatever_the_names_are(command, tmp_path, tiny_checkp
     ],
 )
 def test_markdown_text(value, text):
-    assert sweep._markdown_text(value) == text
+    assert sweep_tables._markdown_text(value) == text
 
 
 def test_another_grid_is_refused_with_the_difference(command, tmp_path):

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from conversion import from_hf
-from elbo_kto_jax import cli, generate, precompute, score, train
+from elbo_kto_jax import cli, from_hf, generate, precompute, score, train
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Int64
 from tqdm import tqdm
 
+from elbo_kto_jax.data.draws import segment_of
 from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.diffusion.masks import SCHEMES, Draws, draw_masks
 from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
-from elbo_kto_jax.training.data import segment_of
 from elbo_kto_jax.training.setup import Setup
 from elbo_kto_jax.training.state import zeros_like_params
 from elbo_kto_jax.training.step import gradient_programs

@@ -34,8 +34,8 @@ import httpx2
 import openai
 from tqdm import tqdm
 
-from elbo_kto_jax.evaluation.judges import without_reasoning
 from elbo_kto_jax.evaluation.messages import Secrets, basic_credentials
+from elbo_kto_jax.evaluation.replies import without_reasoning
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.runtime.files import atomic_write
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
 
-from elbo_kto_jax.evaluation.judges import Verdict
+Verdict = Literal["A", "B", "tie", "unparsable"]
 
 RESAMPLES = 10_000
 _SEED = 0  # of the resamples: the same verdicts always have the same interval

@@ -25,9 +25,6 @@ class Needs:
     scores: bool  # the cotangents depend on the scores, so a pass without a gradient comes first
 
 
-NOTHING = Needs(labels=False, pairs=False, reference=False, scores=False)  # for who only scores
-
-
 class Feedback(NamedTuple):
     """What the data says of the b completions of a global batch; b is static, `is_example` is False on the padding."""
 

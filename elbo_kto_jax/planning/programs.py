@@ -29,10 +29,10 @@ from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import decode
 from elbo_kto_jax.scoring.layout import layout_of
+from elbo_kto_jax.scoring.opened import build_model
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
-from elbo_kto_jax.training.setup import build_model
 from elbo_kto_jax.training.step import build_programs
 
 log = logging.getLogger(__name__)

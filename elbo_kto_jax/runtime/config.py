@@ -1,11 +1,14 @@
 """The resolved configuration: frozen dataclasses, and the only code that reads a config mapping.
 
-A config file (configs/*.py) states every key. `from_mapping` refuses what it does not know, what is missing, and every
-value of the wrong type or out of range, by the key's name, before anything is loaded. There are no defaults here.
+A recipe (configs/*.py) states every key, or takes it from the recipe that it builds on. `from_mapping` refuses what it
+does not know, what is missing, and every value of the wrong type or out of range, by the key's name, before anything is
+loaded. There are no defaults here; but a config that was written before a key was there means what it meant then
+(`with_later_keys`).
 """
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -142,6 +145,24 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judge:
+    name: str  # of a file of evaluation/judges/, which says what the name may be
+    model: str  # chat: the judge's model; "": JUDGE_MODEL of the environment
+    prompt: Location  # chat: a text file, what to ask; "": the one of this project
+    temperature: NonNegative | None  # chat; None: none is sent
+    parallel: Count  # chat: requests at once
+    requests_per_minute: NonNegative  # chat; 0: no limit of our own
+    timeout: Annotated[float, Range(0.01)]  # chat: seconds of one attempt, from the connection to the last byte
+    retries: CountOrZero  # chat: of a failed request
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmarks:
+    table: Location  # how tasks of lm-evaluation-harness are run, as configs/tasks.py; "": that
+    limit: CountOrZero  # examples per task; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run. Unit and meaning of every key stand beside it."""
 
@@ -157,6 +178,9 @@ class Config:
     lora: Lora
     sampler: Sampler
     tasks: Annotated[str, paths.resolve_all]  # lm-evaluation-harness tasks for `evaluate`, with commas; "": none
+    benchmarks: Benchmarks
+    judge: Judge
+    trackers: list[Literal["tensorboard"]]  # beside metrics.jsonl
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":
@@ -165,7 +189,7 @@ class Config:
         Raises:
           UserError: a key is unknown or missing, or a value has the wrong type, is out of range or at odds with others.
         """
-        config = _build(cls, mapping, "config")
+        config = _build(cls, with_later_keys(mapping) if isinstance(mapping, Mapping) else mapping, "config")
         _check_together(config)
         return config
 
@@ -226,15 +250,32 @@ class SweepConfig(Config):
     sweep: Sweep
 
 
-# Keys that came later, and what a run without them did.
-_LATER = {("model", "mask_token_id"): -1, ("objective", "label_smoothing"): 0.0}
+# Keys that came later, and what a config without them meant.
+_LATER: dict[str, Any] = {
+    "model": {"mask_token_id": -1},
+    "objective": {"label_smoothing": 0.0},
+    "benchmarks": {"table": "", "limit": 0},
+    "judge": {
+        "name": "verifiable",
+        "model": "",
+        "prompt": "",
+        "temperature": 0.0,
+        "parallel": 8,
+        "requests_per_minute": 0.0,
+        "timeout": 120.0,
+        "retries": 6,
+    },
+    "trackers": ["tensorboard"],
+}
 
 
 def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a run of an earlier version, as this version would have written it down."""
-    complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
-    for (group, key), meant in _LATER.items():
-        complete[group].setdefault(key, meant)
+    """A config that was written for an earlier version, as this version would have written it."""
+    complete = dict(mapping)
+    for key, meant in _LATER.items():
+        found = complete.get(key, {} if isinstance(meant, dict) else meant)
+        is_group = isinstance(meant, dict) and isinstance(found, Mapping)
+        complete[key] = {**meant, **found} if is_group else found
     return complete
 
 
@@ -278,6 +319,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{path}: expected a list, got {_show(value)}")
         return [_value(kind, item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:  # a value, or None
+        hint, _ = typing.get_args(hint)
+        if value in (None, "none"):
+            return None
     allowed = None
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)

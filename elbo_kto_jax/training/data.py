@@ -4,16 +4,15 @@ Step t of a run is always the same batch, so resuming needs no more than the num
 its rows of the batch without asking another, and the reference pass meets the rows that training will meet.
 """
 
-import functools
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
+from elbo_kto_jax.data.draws import DrawnExamples
 from elbo_kto_jax.data.examples import Examples
-from elbo_kto_jax.data.packing import Layout, Rows, Segment, pack_own
-from elbo_kto_jax.diffusion.masks import Draws, draw_masks
+from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.training.step import Batch
@@ -21,13 +20,7 @@ from elbo_kto_jax.training.step import Batch
 _PREFETCH = 4  # batches made ahead of the step that needs them
 
 
-def segment_of(examples: Examples, i: int, mask: Bool[np.ndarray, " l"], weight: float, index: int) -> Segment:
-    """One draw of example i, whose result goes to `index`."""
-    tokens = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
-    return Segment(tokens, int(examples.prompt_length[i]), mask, weight, index)
-
-
-class TrainingData:
+class TrainingData(DrawnExamples):
     """The batches of a run. Every epoch has its own order and its own masks; its last batch may be smaller.
 
     Neighbouring examples may belong together in groups (a pair is a group of two): a group is shuffled as one, and its
@@ -49,14 +42,10 @@ class TrainingData:
 
         Args:
           batch_size: examples of a batch, a multiple of `group`.
-          own: the rows of a micro-batch that this process holds, the others are left empty; None: all.
+          own: see `DrawnExamples`.
           group: examples of a group; divides their number.
         """
-        self.own = np.ones(layout.rows, bool) if own is None else own
-        self.examples = examples
-        self.layout = layout
-        self.estimator = estimator
-        self.seed = seed
+        super().__init__(examples, layout, estimator=estimator, seed=seed, own=own)
         self.batch_size = batch_size
         self.group = group
         groups = grain.MapDataset.range(len(examples) // group).seed(seed % 2**32).shuffle()
@@ -78,37 +67,10 @@ class TrainingData:
         steps = grain.MapDataset.range(start, stop).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
 
-    def masks(self, i: int, epoch: int = 0) -> Draws:
-        """The masks of every draw of example i."""
-        return draw_masks(
-            self.estimator.scheme,
-            seed=self.seed,
-            id_words=self.examples.id_words[i],
-            epoch=epoch,
-            draws=self.estimator.draws,
-            length=int(self.examples.completion_length[i]),
-        )
-
     def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
         """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
         examples, size = self.examples, self.batch_size
         feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
         feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
         feedback.completion_length[: len(indices)] = examples.completion_length[indices]
-        return Batch(feedback, self.micro_batches(indices, epoch), int(self._lengths(indices).sum()))
-
-    def micro_batches(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> list[Rows]:
-        """The draws of the examples `indices`; draw k of the i-th of them has the index i * K + k."""
-        examples, draws = self.examples, self.estimator.draws
-        masks_of = functools.cache(lambda i: self.masks(i, epoch))
-
-        def segment(index: int) -> Segment:
-            i, k = int(indices[index // draws]), index % draws
-            masks = masks_of(i)
-            return segment_of(examples, i, masks.mask[k], float(masks.weight[k]), index)
-
-        return pack_own(self._lengths(indices).tolist(), segment, self.layout, self.own)
-
-    def _lengths(self, indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " nk"]:
-        """Tokens of every draw of the examples."""
-        return np.repeat(self.examples.offsets[indices + 1] - self.examples.offsets[indices], self.estimator.draws)
+        return Batch(feedback, self.micro_batches(indices, epoch), int(self.lengths(indices).sum()))

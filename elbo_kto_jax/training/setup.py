@@ -7,24 +7,22 @@ import logging
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoints import store
-from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.data.examples import load_examples
-from elbo_kto_jax.data.special import find_eot_id, with_special_tokens
+from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.models import lora
-from elbo_kto_jax.models.config import ModelConfig
-from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
-from elbo_kto_jax.objectives.protocol import Needs, Objective
+from elbo_kto_jax.models.network import MaskPredictor, Params
+from elbo_kto_jax.objectives.protocol import Objective
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.decode import check_options
 from elbo_kto_jax.scoring.layout import layout_of
+from elbo_kto_jax.scoring.opened import Opened, open_model
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
@@ -66,10 +64,7 @@ class Setup:
 
     def load_params(self, path: str, flag: str) -> Params:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
-        shardings = self.shardings(abstract_params(self.model))
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        log.info("loading %s", path)
-        return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
+        return Opened(self.model, self.assets, self.tokenizer, self.mesh).load_params(path, flag)
 
     def load_base(self) -> tuple[lora.Base, store.Adaptation] | tuple[None, None]:
         """What the run's adapters are trained on, and how their checkpoints name it; None without adapters."""
@@ -125,77 +120,45 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def build_model(config: Config, model_config: ModelConfig) -> MaskPredictor:
-    """The mask predictor of a run, without weights."""
-    dtype, param_dtype = jnp.dtype(config.model.dtype), jnp.dtype(config.model.param_dtype)
-    return MaskPredictor(model_config, dtype, param_dtype, config.model.remat)
-
-
 def prepare(
     config: Config,
     *,
     skip_bad: bool,
     flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
-    needs: Needs | None = None,
     moment: datetime.datetime | None = None,
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
-    `flags` are the names under which the user gave the model and the data, for messages. `needs` is what is asked of
-    the data; None: what the objective needs. With a `moment` the chat template gives the same text at every start, and
-    takes that for the present.
+    `flags` are the names under which the user gave the model and the data, for messages. `moment`: see `open_model`.
 
     Raises:
       UserError: anything about them that the user has to mend.
     """
     model_flag, data_flag = flags
-    model_config, assets = store.load_config(config.model.path, model_flag)
-    tokenizer = store.build_tokenizer(assets, config.model.path)
-    where = f"{model_flag}={config.model.path}"
-    model_config = with_special_tokens(model_config, tokenizer, config.model.mask_token_id, where)
-    if moment is not None:
-        make_repeatable(tokenizer, moment, where)
+    opened = open_model(config, model_flag, moment)
+    model, mesh = opened.model, opened.mesh
     check_options(config.sampler)
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)
-    needs = objective.needs if needs is None else needs
-    group = 2 if needs.pairs else 1
-    if config.train.global_batch_size % group:
-        raise UserError(
-            f"config.train.global_batch_size: {config.train.global_batch_size} completions are no whole pairs, which "
-            f"{config.objective.name} needs; choose an even number"
-        )
-    if needs.pairs and config.data.desirable_fraction != config.data.undesirable_fraction:
-        raise UserError(
-            f"config.data.desirable_fraction: {config.data.desirable_fraction} is not undesirable_fraction "
-            f"{config.data.undesirable_fraction}; pairs stay whole for {config.objective.name}, so set both alike"
-        )
+    group = 2 if objective.needs.pairs else 1
+    _check_pairs(config, objective)
     if config.sampler.confidence_eos_eot_inf:
-        find_eot_id(tokenizer, "config.sampler.confidence_eos_eot_inf")
-    mesh = rules.make_mesh(config.mesh)
-    rules.check_heads(model_config, mesh)
-    model = build_model(config, model_config)
-    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model_config)
-    if config.data.max_length > model_config.max_sequence_length:
-        log.warning(
-            "config.data.max_length %d is more than the %d positions that the model was trained with",
-            config.data.max_length,
-            model_config.max_sequence_length,
-        )
-    layout = layout_of(config, model_config, mesh)
+        find_eot_id(opened.tokenizer, "config.sampler.confidence_eos_eot_inf")
+    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
+    layout = layout_of(config, model.config, mesh)
 
     def read(path: str, flag: str, desirable_fraction: float, undesirable_fraction: float) -> TrainingData:
         examples = load_examples(
             path,
-            tokenizer,
+            opened.tokenizer,
             max_length=config.data.max_length,
             exact_window=config.data.packing,
             append_eot=config.data.append_eot,
             desirable_fraction=desirable_fraction,
             undesirable_fraction=undesirable_fraction,
             seed=config.seed,
-            needs_label=needs.labels,
-            needs_pairs=needs.pairs,
+            needs_label=objective.needs.labels,
+            needs_pairs=objective.needs.pairs,
             skip_bad=skip_bad,
             progress=True,
             flag=flag,
@@ -214,7 +177,7 @@ def prepare(
 
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    setup = Setup(config, model, assets, tokenizer, mesh, objective, data, eval_data)
+    setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data)
     if setup.total_steps > _MOST_STEPS:
         key = "steps" if config.train.steps else "epochs"
         raise UserError(
@@ -222,3 +185,19 @@ def prepare(
             f"expected at most {_MOST_STEPS} steps"
         )
     return setup
+
+
+def _check_pairs(config: Config, objective: Objective) -> None:
+    """Raises UserError where pairs, which the objective needs whole, would be cut apart."""
+    if not objective.needs.pairs:
+        return
+    if config.train.global_batch_size % 2:
+        raise UserError(
+            f"config.train.global_batch_size: {config.train.global_batch_size} completions are no whole pairs, which "
+            f"{config.objective.name} needs; choose an even number"
+        )
+    if config.data.desirable_fraction != config.data.undesirable_fraction:
+        raise UserError(
+            f"config.data.desirable_fraction: {config.data.desirable_fraction} is not undesirable_fraction "
+            f"{config.data.undesirable_fraction}; pairs stay whole for {config.objective.name}, so set both alike"
+        )

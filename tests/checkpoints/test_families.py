@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from conversion import from_hf, to_hf, verify
+from elbo_kto_jax import from_hf, to_hf, verify
 from elbo_kto_jax.checkpoints import huggingface, names, random_folder, store
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.runtime.errors import UserError
 from launch import random_llada
-from launch.quickstart import write_untrained
 from tests import families
 from tests.families import FAMILIES
 from tests.published import read_published, same_bits

@@ -9,9 +9,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import generate, precompute, score, train
-from elbo_kto_jax.checkpoints import names, store
+from elbo_kto_jax import from_hf, generate, precompute, score, to_hf, train, verify
+from elbo_kto_jax.checkpoints import conversion, names, store
 from elbo_kto_jax.models import lora, registry
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
@@ -129,7 +128,7 @@ def spoilt(tiny_checkpoint, tmp_path_factory):
     for name, value in (("nan", jnp.nan), ("large", 1e38)):
         scale, kernel = jnp.full_like(model.params["ln_f"]["scale"], value), model.params["head"]["kernel"]
         params = {**model.params, "ln_f": {"scale": scale}, "head": {"kernel": 1e20 * kernel}}
-        to_hf.write(folder / name, store.Source.of(dataclasses.replace(model, params=params)), 10**9)
+        conversion.write_published(folder / name, store.Source.of(dataclasses.replace(model, params=params)), 10**9)
     runs.write_jsonl(folder / "records.jsonl", runs.records(4))
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec
 
-from conversion import from_hf, to_hf
+from elbo_kto_jax import from_hf, to_hf
 from elbo_kto_jax.checkpoints import huggingface, names, store
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig

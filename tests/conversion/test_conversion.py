@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax import from_hf, to_hf, verify
+from elbo_kto_jax.checkpoints import conversion, huggingface, names, store
 from elbo_kto_jax.runtime.errors import UserError
 from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
 
@@ -214,7 +214,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(to_hf.huggingface, "write_shards", fail)
     with pytest.raises(OSError, match="disk full"):
-        to_hf.write(tmp_path / "theirs", store.Source.of(model), 10**9)
+        conversion.write_published(tmp_path / "theirs", store.Source.of(model), 10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -224,11 +224,11 @@ def test_an_export_follows_no_link_that_somebody_put_there(tmp_path, monkeypatch
     victim = tmp_path / "victim"
     victim.mkdir()
     (tmp_path / ".out.0.partial").symlink_to(victim)  # as if a killed export had left it
-    to_hf.write(tmp_path / "out", source, 10**9)
+    conversion.write_published(tmp_path / "out", source, 10**9)
     monkeypatch.setattr(huggingface.secrets, "token_hex", lambda size: "guessed")
     (tmp_path / ".other.guessed.partial").symlink_to(victim)
     with pytest.raises(UserError, match="File exists"):
-        to_hf.write(tmp_path / "other", source, 10**9)
+        conversion.write_published(tmp_path / "other", source, 10**9)
     assert not list(victim.iterdir())
 
 
@@ -238,7 +238,7 @@ def test_a_killed_export_s_folder_is_removed_whatever_its_name(tmp_path, name):
     source = store.Source.of(store.load_model(tmp_path / "source"))
     (tmp_path / f".{name}.0.partial").mkdir()
     (tmp_path / ".x1.0.partial").mkdir()  # of another
-    to_hf.write(tmp_path / name, source, 10**9)
+    conversion.write_published(tmp_path / name, source, 10**9)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".x1.0.partial", name, "source"])
 
 
@@ -265,7 +265,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_same_command_star
     arguments = [f"--source={source}", f"--out={out}"]
     program = (
         "import os, signal, sys\n"
-        f"from conversion import {command}\n"
+        f"from elbo_kto_jax import {command}\n"
         "from elbo_kto_jax.checkpoints.digest import Digest\n"
         "add, calls = Digest.add, []\n"
         "def killed(*arguments):\n"
@@ -292,7 +292,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_same_command_star
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("2 KB", 2000)])
 def test_shard_sizes(text, size):
-    assert to_hf.shard_size(text) == size
+    assert conversion.shard_size(text) == size
 
 
 @pytest.mark.parametrize("argument", ["5", "GB", "0GB", "-1GB", "5TB", "nanGB"])

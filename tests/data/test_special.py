@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from conversion import to_hf
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, to_hf
 from elbo_kto_jax.checkpoints import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints.tiny import build_tokenizer, write_untrained
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.special import MASK_KEY, end_of_turn, find_eot_id, with_special_tokens
 from elbo_kto_jax.models.registry import architectures, read_config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import respond
-from launch.quickstart import build_tokenizer, write_untrained
 from tests import families, runs
 from tests.families import FAMILIES
 from tests.published import read_published

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax import cli, objectives
+from elbo_kto_jax import objectives
+from elbo_kto_jax.checkpoints.tiny import build_tokenizer
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting, group_names
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.setup import Setup
-from launch.quickstart import build_tokenizer
 from tests import runs, tiny
 
 SETTINGS = [Setting("uniform", 1), Setting("bernoulli", 3), Setting("complementary", 2), Setting("importance", 1)]
@@ -28,7 +29,7 @@ def measurement():
     estimator = config.Estimator(1, "uniform")
     data = TrainingData(examples, tiny.layout(2), estimator=estimator, batch_size=2, seed=SEED)
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
-    settings = config.Config.from_mapping(cli.load_config_file(str(runs.CONFIG)).to_dict())
+    settings = config.Config.from_mapping(load_config_file(str(runs.CONFIG)).to_dict())
     settings = dataclasses.replace(settings, seed=SEED, objective=tiny.KTO)
     setup = Setup(settings, tiny.model(), {}, build_tokenizer(), mesh, objectives.build(tiny.KTO), data, None)
     return Measurement(setup, RECORDS, SETTINGS)

@@ -12,15 +12,15 @@ pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 from lm_eval.api.instance import Instance
 
 from elbo_kto_jax import evaluate
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.cli import Flags
 from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.diffusion.exact import all_masks, exact_weights
-from elbo_kto_jax.evaluation import harness
+from elbo_kto_jax.evaluation import benchmarks, harness
 from elbo_kto_jax.runtime.config import Config, Task
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.respond import open_checkpoint, respond
 from elbo_kto_jax.scoring import likelihood
-from launch.quickstart import write_untrained
 from tests import runs
 
 WRITE = """
@@ -306,7 +306,7 @@ def test_metrics_are_those_of_a_group_or_of_each_task_of_a_tag():
 
 def test_the_table_of_the_project():
     """Every row is complete, sets keys that the sampler has, and names a task that lm_eval knows by its file."""
-    table = evaluate.read_task_table(str(evaluate.TASK_TABLE))
+    table = benchmarks.table("tasks")
     assert {"gsm8k", "mmlu_generative", "humaneval_instruct", "arc_challenge", "hellaswag"} <= set(table)
     sampler = lambda name: [table[name].sampler[key] for key in ("gen_length", "block_length")]  # noqa: E731
     assert sampler("gsm8k") == [256, 8]

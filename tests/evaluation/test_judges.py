@@ -2,7 +2,9 @@
 
 import pytest
 
-from elbo_kto_jax.evaluation.judges import chat, check_template, read_verdict, verifiable
+from elbo_kto_jax.evaluation.judges.chat import chat, check_template
+from elbo_kto_jax.evaluation.judges.verifiable import verifiable
+from elbo_kto_jax.evaluation.replies import read_verdict
 from elbo_kto_jax.runtime.errors import UserError
 
 

@@ -4,28 +4,29 @@ import json
 
 import pytest
 
+from elbo_kto_jax.data import capitals
 from elbo_kto_jax.data.records import read_records
-from launch import compare_objectives, comparison, quickstart
+from launch import compare_objectives, comparison
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    quickstart.write_data(folder, seed=0)
+    capitals.write_data(folder, seed=0)
     return folder
 
 
 @pytest.mark.parametrize("name", compare_objectives.OBJECTIVES)
 def test_each_objective_sees_as_many_completions(folder, name):
     records = read_records(compare_objectives.write_data(folder, name), needs=("prompt", "completion")).records
-    assert len(records) == quickstart.FEEDBACK
+    assert len(records) == capitals.FEEDBACK
     good = [record.label for record in records]
     assert sum(good) == (len(records) if name == "sft" else len(records) // 2)
     assert len({str(record.prompt) for record in records}) == len(records) // (2 if name == "dpo" else 1)
     assert all(bool(record.pair) == (name == "dpo") for record in records)
     for record in records[:4]:
         word = record.prompt[0]["content"].split()[1]
-        answer = quickstart.good_answer(word) if record.label else quickstart.bad_answer(word)
+        answer = capitals.good_answer(word) if record.label else capitals.bad_answer(word)
         assert record.completion[0]["content"] == answer
 
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from elbo_kto_jax import cli
+from elbo_kto_jax import cli, plan
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.planning import request
 from elbo_kto_jax.planning.programs import DoesNotFit
 from elbo_kto_jax.runtime.errors import UserError
-from launch import plan
 from tests import runs
 from tests.conftest import PROJECT_ROOT
 from tests.published import CONFIG
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch, tmp_path):
         raise DoesNotFit("grad: needs 20.90G of 15.75G HBM")
 
     monkeypatch.setattr(plan, "_use_libtpu", lambda: None)
-    monkeypatch.setattr(plan.planning, "plan", refuse)
+    monkeypatch.setattr(request.planning, "plan", refuse)
     arguments = [f"--config={KTO_MIX}", f"--config.model.path={tmp_path / 'none'}", f"--out={tmp_path / 'out'}"]
     with pytest.raises(UserError) as refused:
         plan.main([*arguments, "--topology=v5e:2x2"])
@@ -70,18 +70,18 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch, tmp_path):
 def test_data_on_disk_is_counted(tiny_checkpoint, tmp_path):
     data = runs.write_jsonl(tmp_path / "data.jsonl", runs.records(6))
     _, config = _parsed(f"--config.model.path={tiny_checkpoint}", f"--config.data.train={data}")
-    model, tokenizer = plan._model(config)
+    model, tokenizer = request._model(config)
     assert model.n_layers == json.loads((tiny_checkpoint / "config.json").read_text())["n_layers"]
-    examples, tokens = plan._data(config, tokenizer, None, None)
+    examples, tokens = request._data(config, tokenizer, None, None)
     assert examples == 6
     assert 5 < tokens < 60
-    assert plan._data(config, tokenizer, 10, None) == (10, tokens)
+    assert request._data(config, tokenizer, 10, None) == (10, tokens)
 
 
 def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
     _, config = _parsed(f"--config.model.path={tmp_path / 'none'}")
-    assert plan._model(config) == (registry.architectures()["llada"].sizes["8b"], None)
-    assert plan._data(config, None, None, 300.0) == (plan.EXAMPLES, 300.0)
+    assert request._model(config) == (registry.architectures()["llada"].sizes["8b"], None)
+    assert request._data(config, None, None, 300.0) == (request.EXAMPLES, 300.0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_without_model_and_data_it_plans_for_the_published_ones(tmp_path):
     ],
 )
 def test_a_hub_id_says_which_published_model_is_meant(path, architecture):
-    assert plan._published(path).architecture == architecture
+    assert request._published(path).architecture == architecture
 
 
 def compiled(tmp_path, **more) -> tuple[dict, dict]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import quickstart
+from elbo_kto_jax import quickstart
 from tests.conftest import PROJECT_ROOT
 from tests.runs import read_jsonl
 

@@ -1,13 +1,15 @@
 """launch/sampler_table.py: what a row of the table counts, and how the table is written."""
 
+from elbo_kto_jax.checkpoints import tiny
+from elbo_kto_jax.data import capitals
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.sampling.decode import BUCKET
-from launch import quickstart, sampler_table
+from launch import sampler_table
 from tests.runs import read_jsonl, write_jsonl
 
 
 def test_a_row_of_the_table(tiny_checkpoint, tmp_path, monkeypatch):
-    prompts = [{"prompt": quickstart.question(word), "answer": "."} for word in "abcdefghi"]  # one is left out
+    prompts = [{"prompt": capitals.question(word), "answer": "."} for word in "abcdefghi"]  # one is left out
     subject = sampler_table.Subject(
         "random", str(tiny_checkpoint), str(write_jsonl(tmp_path / "p.jsonl", prompts)), 16, 8
     )
@@ -31,7 +33,7 @@ def test_the_task_of_the_bigger_model_fills_its_responses(tmp_path, monkeypatch)
     prompts, demonstrations = read_jsonl(tmp_path / "prompts.jsonl"), read_jsonl(tmp_path / "demonstrations.jsonl")
     assert (len(prompts), len(demonstrations)) == (2, 3)
     assert not {str(row["prompt"]) for row in prompts} & {str(row["prompt"]) for row in demonstrations}
-    tokenizer = quickstart.build_tokenizer()
+    tokenizer = tiny.build_tokenizer()
     for row in prompts:
         assert row["answer"].lower() == row["prompt"][0]["content"].split()[-1]
         asked, answered = encode_prompt(tokenizer, row["prompt"]), encode_prompt(tokenizer, row["answer"])

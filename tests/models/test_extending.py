@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import from_hf, verify
+from elbo_kto_jax import from_hf, verify
 from elbo_kto_jax.checkpoints import random_folder, store
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime.errors import UserError
 from launch import random_llada
-from launch.quickstart import write_untrained
 from tests.conftest import PROJECT_ROOT
 
 

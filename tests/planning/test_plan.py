@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from elbo_kto_jax import cli
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
@@ -16,6 +15,7 @@ from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.training import state as train_state
 from tests import runs
 
@@ -26,7 +26,7 @@ KTO_MIX = runs.CONFIG.with_name("kto_mix.py")
 
 @pytest.fixture
 def config() -> Config:
-    return Config.from_mapping(cli.load_config_file(str(KTO_MIX)).to_dict())
+    return Config.from_mapping(load_config_file(str(KTO_MIX)).to_dict())
 
 
 def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from conversion import from_hf, to_hf
-from elbo_kto_jax import cli, generate, train
+from elbo_kto_jax import cli, from_hf, generate, to_hf, train
 from elbo_kto_jax.checkpoints import store
 from tests import runs
 from tests.robustness import kill_driver

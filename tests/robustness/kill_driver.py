@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from elbo_kto_jax.checkpoints import huggingface
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.runtime.files import to_json
-from launch.quickstart import write_untrained
 from tests import runs
 from tests.robustness import commands
 

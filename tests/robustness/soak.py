@@ -20,9 +20,11 @@ import jax
 import numpy as np
 
 from elbo_kto_jax import train
+from elbo_kto_jax.checkpoints.tiny import write_untrained
+from elbo_kto_jax.data.capitals import write_data
+from elbo_kto_jax.quickstart import CONFIG
 from elbo_kto_jax.runtime.files import to_json
 from elbo_kto_jax.training import loop
-from launch.quickstart import CONFIG, write_data, write_untrained
 
 WARM = 200  # steps
 _MOST_GROWTH = 0.03  # of the resident set after step WARM, by the median of the last WARM / 2 steps

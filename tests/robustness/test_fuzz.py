@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import cli, evaluate, generate, precompute, score, train
+from elbo_kto_jax import cli, evaluate, from_hf, generate, precompute, score, to_hf, train, verify
 from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.tiny import build_tokenizer
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
@@ -29,8 +29,8 @@ from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import trouble
+from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.training.data import TrainingData
-from launch.quickstart import build_tokenizer
 from tests import runs
 from tests.published import CONFIG
 from tests.robustness.commands import PROJECT_ROOT, environment
@@ -249,7 +249,7 @@ def test_records(folder, lines, skip_bad, exact_window, max_length, newline, bat
             assert prompt.strip() in decode(tokens) or prompt in decode(tokens)
 
 
-ESTIMATOR = Config.from_mapping(cli.load_config_file(str(runs.CONFIG)).to_dict()).estimator
+ESTIMATOR = Config.from_mapping(load_config_file(str(runs.CONFIG)).to_dict()).estimator
 
 
 def decode(tokens: list[int]) -> str:
@@ -293,7 +293,7 @@ def test_duplicate_ids_are_named_with_the_first(folder):
 
 # ---- configs and flags ----
 
-DEFAULT = cli.load_config_file(str(runs.CONFIG)).to_dict()
+DEFAULT = load_config_file(str(runs.CONFIG)).to_dict()
 LEAVES = {
     f"{group}.{key}": value for group, keys in DEFAULT.items() if isinstance(keys, dict) for key, value in keys.items()
 }

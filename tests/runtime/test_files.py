@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from elbo_kto_jax import cli
 from elbo_kto_jax.runtime import files
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, check_writable, is_leftover, to_json
+from elbo_kto_jax.runtime.flags import refuse_existing
 
 
 @pytest.fixture(params=["pipe", "socket", "device", "link to a device", "open file", "link to an open file"])
@@ -36,7 +36,7 @@ def test_what_is_no_file_is_not_replaced(special):
     for attempt in (
         lambda: atomic_write(special, "x"),
         lambda: check_writable(special, "--out"),
-        lambda: cli.refuse_existing(special, overwrite=True),
+        lambda: refuse_existing(special, overwrite=True),
     ):
         with pytest.raises(UserError, match="no file can replace"):
             attempt()
@@ -105,7 +105,7 @@ def test_outputs_are_refused_before_the_work(tmp_path):
         (tmp_path / ("n" * 256), "name too long"),
     ):
         with pytest.raises(UserError, match=named):
-            cli.refuse_existing(path, overwrite=True)
+            refuse_existing(path, overwrite=True)
     for name in ("there.txt", "dangling"):
         with pytest.raises(UserError, match="exists already"):
-            cli.refuse_existing(tmp_path / name, overwrite=False)
+            refuse_existing(tmp_path / name, overwrite=False)

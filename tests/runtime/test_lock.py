@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion import from_hf, to_hf
-from elbo_kto_jax import evaluate, precompute, sweep, train
+from elbo_kto_jax import evaluate, from_hf, precompute, sweep, to_hf, train
 from elbo_kto_jax.runtime import lock
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs

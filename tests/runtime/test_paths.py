@@ -7,11 +7,27 @@ import typing
 
 import pytest
 
-from conversion import from_hf, to_hf, verify
-from elbo_kto_jax import benchmark, chat, cli, diagnose, evaluate, generate, precompute, score, sweep, train
+from elbo_kto_jax import (
+    benchmark,
+    chat,
+    cli,
+    diagnose,
+    evaluate,
+    from_hf,
+    generate,
+    plan,
+    precompute,
+    quickstart,
+    score,
+    sweep,
+    to_hf,
+    train,
+    verify,
+)
 from elbo_kto_jax.runtime import config, paths
 from elbo_kto_jax.runtime.errors import UserError
-from launch import compare_estimators, plan, quickstart, random_llada, sampler_table
+from elbo_kto_jax.runtime.flags import load_config_file
+from launch import compare_estimators, random_llada, sampler_table
 
 COMMANDS = [
     *(train, precompute, score, generate, chat, evaluate, sweep, diagnose, benchmark),
@@ -163,9 +179,10 @@ def leaves(kind, prefix="config") -> dict[str, object]:
 
 def test_every_config_key_that_names_files_is_resolved():
     locations = {"config.model.path", "config.data.train", "config.data.eval", "config.reference.path", "config.tasks"}
+    locations |= {"config.benchmarks.table", "config.judge.prompt"}
     locations |= {f"config.sweep.{key}" for key in ("checkpoints", "tasks", "baseline", "prompts", "data")}
     found = leaves(config.SweepConfig)
-    names_of_ours = ["config.objective.name", "config.estimator.scheme"]
+    names_of_ours = ["config.objective.name", "config.estimator.scheme", "config.judge.name", "config.judge.model"]
     assert [key for key, hint in found.items() if hint in (str, list[str])] == names_of_ours
     kinds = (paths.resolve, paths.resolve_all)
     of_paths = {key for key, hint in found.items() if any(kind.__name__ in str(hint) for kind in kinds)}
@@ -174,7 +191,7 @@ def test_every_config_key_that_names_files_is_resolved():
 
 @pytest.mark.parametrize("key", ["model.path", "data.train", "data.eval", "reference.path", "tasks"])
 def test_config_keys(key, home):
-    mapping = cli.load_config_file("configs/tiny.py").to_dict()
+    mapping = load_config_file("configs/tiny.py").to_dict()
     group, _, name = key.rpartition(".")
     (mapping[group] if group else mapping)[name] = "~/x.yaml"
     resolved = config.Config.from_mapping(mapping)
@@ -191,4 +208,4 @@ def test_config_keys(key, home):
 def test_a_config_file_with_a_colon_in_its_name(tmp_path):
     file = tmp_path / "a:b.py"
     file.write_text("from ml_collections import ConfigDict\ndef get_config(x=1): return ConfigDict({'x': x})\n")
-    assert cli.load_config_file(str(file)).x == 1
+    assert load_config_file(str(file)).x == 1

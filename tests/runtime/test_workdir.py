@@ -11,16 +11,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from conversion import from_hf
-from elbo_kto_jax import precompute, train
+from elbo_kto_jax import from_hf, precompute, train
 from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.runtime import workdir
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.training import inputs, loop
 from elbo_kto_jax.training import reference as reference_module
-from launch.quickstart import write_untrained
 from tests import runs
 
 STEPS = 3

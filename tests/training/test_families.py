@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conversion import from_hf, to_hf
-from elbo_kto_jax import cli, generate, objectives, train
+from elbo_kto_jax import cli, from_hf, generate, objectives, to_hf, train
 from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import abstract_params
@@ -22,7 +22,6 @@ from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training import step
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.setup import prepare
-from launch.quickstart import write_untrained
 from tests import families, runs, tiny
 from tests.families import FAMILIES, Plain
 

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from conversion import to_hf
-from elbo_kto_jax import precompute, score, train
+from elbo_kto_jax import precompute, score, to_hf, train
 from elbo_kto_jax.checkpoints import store
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer

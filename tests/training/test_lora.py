@@ -11,9 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from conversion import to_hf
-from elbo_kto_jax import generate, objectives, precompute, score, train
-from elbo_kto_jax.checkpoints import names, store
+from elbo_kto_jax import generate, objectives, precompute, score, to_hf, train
+from elbo_kto_jax.checkpoints import conversion, names, store
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime import config
@@ -306,7 +305,7 @@ def other_base(settings, tmp_path):
     model = store.load_model(settings["model.path"])
     params = {**model.params, "ln_f": {"scale": model.params["ln_f"]["scale"] + 1}}
     source = store.Source.of(store.Model(model.config, params, model.assets, ""))
-    to_hf.write(tmp_path / "other", source, 10**9)
+    conversion.write_published(tmp_path / "other", source, 10**9)
     return tmp_path / "other"
 
 

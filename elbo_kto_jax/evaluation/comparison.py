@@ -1,0 +1,125 @@
+"""Two models' answers to the same prompts, judged: comparisons.jsonl, the win rate, and its report."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elbo_kto_jax.evaluation import judges, kept
+from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
+from elbo_kto_jax.evaluation.winrate import win_rate
+from elbo_kto_jax.reports.winrate import write_winrate_report
+from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import atomic_write, to_json
+
+log = logging.getLogger(__name__)
+COMPARISONS, REPORT = "comparisons.jsonl", "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two models' answers to the same prompts."""
+
+    names: tuple[str, str]  # of A and of B
+    prompts: Prompts
+    answers_a: Sequence[str]
+    answers_b: Sequence[str]
+
+
+def answered(prompts: Prompts, models: Sequence[kept.Pinned], config: Config, out: Path) -> Comparison:
+    """What both models answer; of each, what was written down before is not made again."""
+    names = tuple(model.source for model in models)
+    log.info("%d prompts to %s and to %s, under identical decoding", len(prompts.records), *names)
+    texts = [
+        kept.answers(
+            out / "answers", model, prompts.records, prompts.digest, config, functools.partial(model.load, config)
+        )
+        for model in models
+    ]
+    return Comparison(names, prompts, *texts)
+
+
+def compare(comparison: Comparison, judge: judges.Judge, out: Path) -> dict[str, Any]:
+    """Has the answers judged, writes comparisons.jsonl and report.html into `out`; returns the result.
+
+    Raises:
+      UserError: the judge gave none of the prompts that it was asked about a verdict in every order.
+    """
+    verdicts = judge(comparison.answers_a, comparison.answers_b)
+    rows = list(_comparison_rows(comparison, verdicts))
+    comparisons_file, report_file = out / COMPARISONS, out / REPORT
+    if processes.is_first():
+        atomic_write(comparisons_file, "".join(f"{to_json(row)}\n" for row in rows))
+    _check_judged(rows, comparisons_file)
+    result = result_of(rows)
+    if processes.is_first():
+        write_winrate_report(
+            report_file,
+            title=" against ".join(comparison.names),
+            summary=result,
+            # The report's `expected` is the verdict that a judge should have given, not the answer to the task.
+            examples=[{key: value for key, value in row.items() if key != "expected"} for row in rows],
+            names=comparison.names,
+        )
+    log.info("report: %s", report_file)
+    return result
+
+
+def result_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The win rate over the lines of a comparisons.jsonl, and `not_judged`: the comparisons of equal answers."""
+    verdicts = [tuple(row["verdict"] for row in of_prompt) for _, of_prompt in _by_prompt(rows)]
+    return {**dataclasses.asdict(win_rate(verdicts)), "not_judged": sum(not _was_asked(row) for row in rows)}
+
+
+def _check_judged(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Raises UserError where the judge gave no verdicts; warns where it gave few, or was not asked at all."""
+    asked = [list(of_prompt) for _, of_prompt in _by_prompt([row for row in rows if _was_asked(row)])]
+    without = [of_prompt for of_prompt in asked if any(row["verdict"] == "unparsable" for row in of_prompt)]
+    if asked and len(without) == len(asked):
+        raise UserError(
+            f"the judge gave none of the {len(asked)} prompts a verdict that can be read ({file});\n"
+            "choose another --judge-model, or a --judge-prompt that asks for [[A]], [[B]] or [[tie]]"
+        )
+    if without:
+        log.warning(
+            "%d of %d prompts have no verdict that can be read in both orders, and are left out of the win rate",
+            *(len(without), len(asked)),
+        )
+    if not asked:
+        log.warning("the two models' answers are equal throughout: nothing was judged, and 50% says no more")
+
+
+def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
+    return itertools.groupby(rows, key=lambda row: row["id"])
+
+
+def _was_asked(row: Mapping[str, Any]) -> bool:
+    """Whether a judge saw the answers of a comparison: one that judges both orders is not asked about equal ones."""
+    return "first" not in row or row["answer_a"] != row["answer_b"]
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _comparison_rows(comparison: Comparison, verdicts: list[tuple[judges.Verdict, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per verdict; where both orders were judged, `first` is the answer that the judge saw first."""
+    prompts = comparison.prompts
+    together = zip(prompts.records, prompts.rows, comparison.answers_a, comparison.answers_b, verdicts, strict=True)
+    for record, row, a, b, given in together:
+        for first, verdict in zip("AB", given, strict=False):
+            yield {
+                "id": record.id,
+                "prompt": prompt_text(record.prompt),
+                "answer_a": a,
+                "answer_b": b,
+                "verdict": verdict,
+                "expected": row.get("answer"),
+                **({"first": first} if len(given) == 2 else {}),
+            }

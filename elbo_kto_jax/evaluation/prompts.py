@@ -1,0 +1,42 @@
+"""The prompts of a win rate."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from elbo_kto_jax.data.records import Message, Record, read_records
+from elbo_kto_jax.evaluation.kept import digest
+from elbo_kto_jax.evaluation.messages import one_line
+from elbo_kto_jax.runtime.errors import UserError
+
+
+class Prompts(NamedTuple):
+    """The prompts of a win rate."""
+
+    records: list[Record]
+    rows: list[dict[str, Any]]  # the same with all their fields, for the judge
+    digest: str  # of their file
+
+
+def read_prompts(path: str, flag: str = "--prompts") -> Prompts:
+    """The prompt records of a JSONL file.
+
+    Raises:
+      UserError: the file is missing or of another kind, or a record is bad.
+    """
+    if not path.endswith(".jsonl"):
+        raise UserError(f"{flag}={one_line(path, 200)}: expected a file that ends in .jsonl")
+    records = read_records(path, needs=("prompt",), flag=flag).records
+    content = Path(path).read_bytes()
+    lines = content.split(b"\n")
+    rows = [json.loads(lines[int(record.where.rpartition(":")[2]) - 1]) for record in records]
+    return Prompts(records, rows, digest(content))
+
+
+def prompt_text(prompt: list[Message] | str) -> str:
+    """A prompt for the reader: a single user message without its role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,50 @@
+"""The recipes of this project: configs/*.py of a checkout, elbo_kto_jax/recipes/ of an installed package."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FOLDER = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
+
+
+def names() -> list[str]:
+    """The recipes, by the name that --config takes."""
+    return sorted(file.stem for file in _FOLDER.glob("*.py") if not file.stem.startswith("_"))
+
+
+def find(name: str) -> Path | None:
+    """The file of a recipe; None: there is none of this name."""
+    file = _FOLDER / f"{name}.py"
+    return file if name.isidentifier() and file.is_file() else None
+
+
+def load(name: str, *arguments: str) -> ConfigDict:
+    """What a recipe's get_config returns; recipes that build on another one begin with it.
+
+    Raises:
+      ValueError: there is no recipe of this name.
+    """
+    file = find(name)
+    if file is None:
+        raise ValueError(f"there is no recipe {name}; known: {', '.join(names())}")
+    return get_config_of(file)(*arguments)
+
+
+def get_config_of(file: str | os.PathLike) -> Callable[..., ConfigDict]:
+    """The function get_config of a config file.
+
+    Raises:
+      ImportError: the file's name does not end in .py.
+      AttributeError: it has no get_config.
+      Exception: whatever the file raises.
+    """
+    spec = importlib.util.spec_from_file_location(f"config_{Path(file).stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError("expected a Python file (*.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config
