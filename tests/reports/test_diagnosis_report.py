@@ -5,6 +5,7 @@ import math
 import pytest
 
 from elbo_kto_jax.reports.diagnosis import write_diagnosis_report
+from tests.reports.seen import Seen
 
 FIGURES = [
     *"""elbo_variance elbo_bias reward_variance_shared reward_variance_independent independent_over_shared
@@ -67,19 +68,35 @@ def result(schemes=("uniform", "bernoulli", "balanced"), draws=(1, 2, 4, 8), **c
 def page(tmp_path, **changes):
     path = tmp_path / "report.html"
     write_diagnosis_report(path, title="Estimator", result=result(**changes))
-    return path.read_text(encoding="utf-8")
+    return Seen(path)
 
 
 def test_what_the_page_holds(tmp_path):
-    text = page(tmp_path)
-    assert "Use &lt;balanced&gt; &amp; 4." in text
-    for row in ("uniform, 1", "balanced, 8"):
-        assert text.count(f'<th scope="row">{row}</th>') == 2  # in both tables of settings
-    assert "0.750 [0.675, 0.825]" in text  # the third scheme's figures at K = 4
-    assert "0.100 [0.0900, 0.110]" in text  # wte at K = 4
-    assert "balanced, 4, desirable" in text
-    assert "1,234 distinct masks" in text
-    assert "At the start of training." not in text
+    seen = page(tmp_path)
+    assert "Use <balanced> & 4." in seen.text
+    rows = seen.table("scheme, draws")
+    assert list(rows)[:3] == ["uniform, 1", "uniform, 2", "uniform, 4"]
+    assert rows["balanced, 4"] == ["0.750 [0.675, 0.825]"] * 17  # the third scheme's figures
+    assert "0.100 [0.0900, 0.110]" in seen.text  # wte at K = 4
+    assert seen.table("scheme, draws, records")["balanced, 4, desirable"] == ["3.25 [2.93, 3.58]"] * 3
+    assert seen.table("hidden share l / L") == {"0.00 to 0.17": ["99", *["5.50 [4.95, 6.05]"] * 4]}
+    assert seen.key_numbers["Records"] == "32"
+    assert "1,234 distinct masks" in seen.text
+    assert "At the start of training." not in seen.text
+
+
+def test_charts(tmp_path):
+    charts = page(tmp_path).charts
+    bars = "uniform: 0.250 (0.225 to 0.275). bernoulli: 0.500 (0.450 to 0.550). balanced: 0.750 (0.675 to 0.825)."
+    assert charts["Variance of the gradient, 4 draws"] == charts["Variance of the reward, 4 draws"] == bars
+    # Level, since these variances fall as 1 / K; without bernoulli, whose variance is infinite.
+    assert charts["Variance times draws"].startswith("uniform (variance × K): 1.00 at draws (K) 1, 1.00 at draws (K) 8")
+    assert "balanced (variance × K): 3.00" in charts["Variance times draws"]
+    assert "bernoulli" not in charts["Variance times draws"]
+    assert charts["Gradient, by label and length"] == "desirable (7 records): 3.25 (2.93 to 3.58)."
+    assert charts["One draw, by hidden share of the answer"] == "0.00 to 0.17 hidden: 5.50 (4.95 to 6.05)."
+    assert "uniform, second order" in charts["Bias of the loss"]
+    assert len(charts) == 10
 
 
 def test_rewards_that_are_zero_are_said_to_be(tmp_path):
@@ -87,14 +104,16 @@ def test_rewards_that_are_zero_are_said_to_be(tmp_path):
     for row in rows:
         row["reward_variance_shared"] = figure(0.0)
         row["independent_over_shared"] = {"value": math.inf, "low": None, "high": math.nan}
-    text = page(tmp_path, rows=rows)
-    assert "At the start of training." in text
-    assert "inf" not in text.replace("information", "")
+    seen = page(tmp_path, rows=rows)
+    assert "At the start of training." in seen.text
+    assert seen.key_numbers["Sharing masks"] == "÷ –"
+    assert seen.table("scheme, draws")["balanced, 4"][7] == "–"
 
 
 @pytest.mark.parametrize("schemes", [("uniform",), ("uniform", "bernoulli")])
 def test_few_schemes_without_a_recommendation(tmp_path, schemes):
     nothing = {"scheme": None, "draws": None, "text": "No recommendation."}
-    text = page(tmp_path, **{"rows": result(schemes)["rows"], "recommendation": nothing})
-    assert "No recommendation." in text
-    assert "Variance of the gradient, 4 draws" in text
+    seen = page(tmp_path, **{"rows": result(schemes)["rows"], "recommendation": nothing})
+    assert "No recommendation." in seen.text
+    assert seen.key_numbers == {"Scheme": "–", "Draws": "–", "Records": "32"}
+    assert "Variance of the gradient, 4 draws" in seen.charts
