@@ -19,49 +19,28 @@ def figure(value):
     return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
 
 
+def figures(value, *names):
+    return {name: figure(value) for name in names}
+
+
 def result(schemes=("uniform", "bernoulli", "balanced"), draws=(1, 2, 4, 8), **changes):
+    settings = [(s, {"scheme": scheme, "draws": k}) for s, scheme in enumerate(schemes) for k in draws]
     rows = [
-        {
-            "scheme": scheme,
-            "draws": k,
-            "finite_variance": scheme != "bernoulli",
-            **{name: figure((1 + s) / k) for name in FIGURES},
-            "gradient_variance_by_group": {"wte": figure(0.4 / k), "head": figure(0.6 / k)},
-        }
-        for s, scheme in enumerate(schemes)
-        for k in draws
+        setting
+        | figures((1 + s) / setting["draws"], *FIGURES)
+        | {"finite_variance": setting["scheme"] != "bernoulli"}
+        | {"gradient_variance_by_group": {"wte": figure(0.4 / setting["draws"]), "head": figure(0.6)}}
+        for s, setting in settings
     ]
+    parts = figures(3.25, "elbo_variance", "reward_variance_shared", "gradient_variance")
+    counts = figures(5.5, "elbo_mean", "elbo_variance", "reward_variance", "gradient_square")
+    chosen = {"scheme": "balanced", "draws": 4, "noise_over_signal": figure(0.5), "text": "Use <balanced> & 4."}
     return {
-        "records": 32,
-        "repeats": 8,
-        "masks": 1234,
-        "batch_size": 16,
-        "recommendation": {
-            "scheme": "balanced",
-            "draws": 4,
-            "noise_over_signal": figure(0.5),
-            "text": "Use <balanced> & 4.",
-        },
+        **{"records": 32, "repeats": 8, "masks": 1234, "batch_size": 16, "config": {"seed": 0}},
+        "recommendation": chosen,
         "rows": rows,
-        "breakdown": [
-            {
-                "scheme": row["scheme"],
-                "draws": row["draws"],
-                "by": "label",
-                "bin": "desirable",
-                "records": 7,
-                **{name: figure(3.25) for name in ("elbo_variance", "reward_variance_shared", "gradient_variance")},
-            }
-            for row in rows
-        ],
-        "by_count": [
-            {
-                "hidden": "0.00 to 0.17",
-                "draws": 99,
-                **{n: figure(5.5) for n in ("elbo_mean", "elbo_variance", "reward_variance", "gradient_square")},
-            }
-        ],
-        "config": {"seed": 0},
+        "breakdown": [{**one, "by": "label", "bin": "desirable", "records": 7, **parts} for _, one in settings],
+        "by_count": [{"hidden": "0.00 to 0.17", "draws": 99, **counts}],
     } | changes
 
 

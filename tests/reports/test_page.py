@@ -10,7 +10,8 @@ from elbo_kto_jax.reports import page
 from elbo_kto_jax.reports.page import KeyNumber, Notice, Sample, conversation, flattened, write_page
 from tests.reports.seen import HOSTILE, Seen, words
 
-STYLE = (Path(page.__file__).parent / "templates" / "style.css").read_text()
+STYLE_FILE = Path(page.__file__).parent / "templates" / "style.css"
+STYLE = STYLE_FILE.read_text()
 
 
 def _page(tmp_path, samples=(), **values):
@@ -73,6 +74,11 @@ def test_all_texts_come_back_as_text(tmp_path):
     )
     assert words(seen.root.find("head/title")) == HOSTILE
     assert seen.text.count(HOSTILE) == 2 + 3 + 2 + 1 + 5 + 3
+
+
+def test_no_template_turns_escaping_off():
+    for template in STYLE_FILE.parent.glob("*.j2"):
+        assert not re.search(r"\bsafe\b|autoescape", template.read_text()), template
 
 
 def test_characters_that_no_page_can_hold_are_replaced(tmp_path):

@@ -5,25 +5,16 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.reports.training import _smoothed, write_training_report
-from tests.reports.seen import HOSTILE, Seen
+from tests.reports.seen import Seen
 
 
 def _kto_line(step):
-    return {
-        "step": step,
-        "loss": 0.5 - 0.001 * step,
-        "reward_desirable": 0.02 * step,
-        "reward_undesirable": -0.01 * step,
-        "reward_margin": 0.03 * step,
-        "reference_point": 0.001 * step,
-        "saturated_fraction": 0.0,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-6,
-        "examples": 8 * step,
-        "tokens": 1000 * step,
-        "real_token_fraction": 0.9,
-        "seconds": 0.5 * step,
-    }
+    slopes = {
+        "reward_desirable": 0.02, "reward_undesirable": -0.01, "reward_margin": 0.03, "reference_point": 0.001,
+        "examples": 8, "tokens": 1000, "seconds": 0.5,
+    }  # fmt: skip
+    level = {"saturated_fraction": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6, "real_token_fraction": 0.9}
+    return {"step": step, "loss": 0.5 - 0.001 * step, **{key: each * step for key, each in slopes.items()}, **level}
 
 
 def _report(tmp_path, **changes):
@@ -41,6 +32,7 @@ def _report(tmp_path, **changes):
 
 def test_structure(tmp_path):
     seen = _report(tmp_path)
+    assert "Interrupted." not in seen.text
     assert list(seen.charts) == [
         "Rewards", "Reward margin", "Loss", "Saturated examples",
         "Gradient norm", "Learning rate", "Throughput", "Useful tokens",
@@ -60,18 +52,6 @@ def test_sft_has_no_rewards(tmp_path):
     assert list(seen.charts) == ["Loss", "Gradient norm", "Learning rate"]
     assert "In 2 steps, the loss went from 2.00 to 1.00." in seen.text
     assert "eward" not in seen.text
-
-
-def test_everything_is_escaped(tmp_path):
-    seen = _report(
-        tmp_path,
-        title=HOSTILE,
-        config={HOSTILE: {HOSTILE: HOSTILE}},
-        metrics=[{**_kto_line(1), HOSTILE: HOSTILE, "loss": HOSTILE}],
-        samples=[{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}],
-        summary={"checkpoint": HOSTILE, "steps": HOSTILE, "interrupted": HOSTILE},
-    )
-    assert seen.text.count(HOSTILE) == 1 + 3 + 1 + 3 + 1
 
 
 def test_values_that_are_not_finite_are_reported(tmp_path):
@@ -100,14 +80,10 @@ def test_empty_and_single(tmp_path):
     assert one.of_class("dot")
 
 
-def test_interrupted_is_said(tmp_path):
-    assert "Interrupted." in _report(tmp_path, summary={"interrupted": True}).text
-    assert "Interrupted." not in _report(tmp_path, summary={"interrupted": False}).text
-
-
 def test_a_step_logged_twice_counts_once_as_logged_last(tmp_path):
     metrics = [_kto_line(1), {**_kto_line(2), "loss": 98765.0}, {**_kto_line(2), "loss": 0.25}, _kto_line(3)]
-    seen = _report(tmp_path, metrics=metrics, summary={})
+    seen = _report(tmp_path, metrics=metrics, summary={"interrupted": True})
+    assert "Interrupted." in seen.text
     assert [cells[0] for cells in seen.table("step").values()] == ["0.499", "0.250", "0.497"]
     assert "3 of 3 logged steps" in seen.text
 
@@ -148,27 +124,19 @@ def test_smoothing_is_the_mean_over_the_window_and_keeps_gaps(window):
     np.testing.assert_array_equal(found.raw, values)
 
 
-def test_a_report_replaces_the_one_before_and_a_failed_write_keeps_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_report_before(tmp_path, monkeypatch):
     _report(tmp_path, title="first")
-    assert "second" in _report(tmp_path, title="second").text
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-
-    def fail(source, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        _report(tmp_path, title="third")
-    assert "second" in Seen(tmp_path / "report.html").text
+    monkeypatch.setattr(os, "replace", lambda *paths: os.rename("", ""))
+    with pytest.raises(FileNotFoundError):
+        _report(tmp_path, title="second")
+    assert "first" in Seen(tmp_path / "report.html").text
 
 
-def test_unchanged_samples_are_marked(tmp_path):
-    seen = _report(tmp_path, samples=[{"prompt": "p", "before": "x", "after": "x"}])
-    assert [one.text for one in seen.of_class("badge")] == ["unchanged"]
-    assert "0 of 1 answers changed" in seen.text
-
-
-def test_prompts_of_samples_are_messages(tmp_path):
+def test_samples(tmp_path):
+    """Those that did not change are marked; a prompt may be messages."""
     messages = [{"role": "system", "content": "<s>"}, {"role": "user", "content": "hi"}]
-    seen = _report(tmp_path, samples=[{"prompt": messages, "before": "a", "after": "b"}])
+    samples = [{"prompt": "p", "before": "x", "after": "x"}, {"prompt": messages, "before": "a", "after": "b"}]
+    seen = _report(tmp_path, samples=samples)
+    assert "1 of 2 answers changed" in seen.text
+    assert "Prompt p unchanged" in seen.text
     assert "Prompt system <s> user hi Before a After b" in seen.text

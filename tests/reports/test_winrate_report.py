@@ -5,14 +5,8 @@ import pytest
 from elbo_kto_jax.reports.winrate import write_winrate_report
 from tests.reports.seen import HOSTILE, Seen, words
 
-SUMMARY = {
-    "adjusted_win_rate": 0.659,
-    "ci95": (0.612, 0.704),
-    "wins": 290,
-    "ties": 79,
-    "losses": 131,
-    "comparisons": 500,
-}
+COUNTS = {"wins": 290, "ties": 79, "losses": 131, "comparisons": 500}
+SUMMARY = {"adjusted_win_rate": 0.659, "ci95": (0.612, 0.704), **COUNTS}
 EXAMPLES = [
     {"prompt": "p", "answer_a": "one two three", "answer_b": "one", "verdict": "A", "expected": "A"},
     {"prompt": "q", "answer_a": "x", "answer_b": "y", "verdict": "tie", "expected": "B"},
@@ -65,11 +59,7 @@ def test_what_was_not_judged_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "summary",
-    [
-        {},
-        {"adjusted_win_rate": math.nan, "ci95": (math.nan, None), "wins": 0, "ties": 0, "losses": 0, "comparisons": 0},
-    ],
+    "summary", [{}, {**dict.fromkeys(COUNTS, 0), "adjusted_win_rate": math.nan, "ci95": (math.nan, None)}]
 )
 def test_nothing_was_judged(tmp_path, summary):
     seen = _report(tmp_path, summary, [])
