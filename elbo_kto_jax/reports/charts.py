@@ -8,7 +8,7 @@ not a plotting library's.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -103,13 +103,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     if not np.isfinite(y_values).any():
         return _nothing_to_draw()
 
-    y_low, y_high = padded_range(y_values, from_zero=y_from_zero)
-    y_ticks = ticks(y_low, y_high, 6)
-    left = _left_of(y_ticks)
+    y_range = padded_range(y_values, from_zero=y_from_zero)
     whole = bool(np.all(x_values == np.round(x_values)))
-    x_axis = Axis(*value_range(x_values), left + 6, WIDTH - _RIGHT)
-    y_axis = Axis(y_low, y_high, HEIGHT - _BOTTOM, _TOP)
-    shapes, texts = _grid(x_axis, y_axis, ticks(x_axis.low, x_axis.high, 5, whole=whole), y_ticks, left)
+    x_axis, y_axis, shapes, texts = _frame(value_range(x_values), y_range, x_label, y_label, whole=whole, inset=6.0)
     for index, one in enumerate(drawn):
         for run in _runs(np.isfinite(one.low) & np.isfinite(one.high)):
             upper = [(x_axis(one.x[i]), y_axis(one.high[i])) for i in run]
@@ -118,12 +114,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     for style, name in (("raw s", "raw"), ("s", "y")):  # all faint lines behind all others
         for index, one in enumerate(drawn):
             shapes += _lines(one.x, getattr(one, name), f"{style}{index}", x_axis, y_axis)
-    return Chart(
-        " ".join(_in_words(one, x_label, y_label) for one in drawn),
-        shapes,
-        [*_axis_names(x_axis, x_label, y_label), *texts],
-        legend=[one.name for one in drawn] if len(drawn) > 1 else (),
-    )
+    words = " ".join(_in_words(one, x_label, y_label) for one in drawn)
+    return Chart(words, shapes, texts, legend=[one.name for one in drawn] if len(drawn) > 1 else ())
 
 
 def bar_chart(bars: Sequence[Bar], *, x_label: str, x_max: Number = None) -> Chart:
@@ -143,17 +135,17 @@ def bar_chart(bars: Sequence[Bar], *, x_label: str, x_max: Number = None) -> Cha
     foot = height - _BOTTOM
     axis = Axis(low, high, 8.0, WIDTH - 16.0)
 
-    shapes, texts = [], [_text((axis.start + axis.stop) / 2, height - 6, x_label, "middle")]
+    shapes, texts = [], [Text((axis.start + axis.stop) / 2, height - 6, x_label, "middle")]
     x_ticks = ticks(low, high, 5)
     for value, label in zip(x_ticks, format_ticks(x_ticks), strict=True):
         shapes.append(_line([(axis(value), 4.0), (axis(value), foot)], "grid"))
-        texts.append(_text(axis(value), foot + 17, label, "middle"))
+        texts.append(Text(axis(value), foot + 17, label, "middle"))
     for index, bar in enumerate(bars):
         top = 8.0 + _ROW * index
         shown = _bar_in_words(bar)
         room = int((WIDTH - 24) / _CHARACTER) - len(shown) - 2
         label = bar.label if len(bar.label) <= room else bar.label[: room - 1] + "…"
-        texts += [_text(axis.start, top + 15, label, strong=True), _text(axis.stop, top + 15, shown, "end")]
+        texts += [Text(axis.start, top + 15, label, strong=True), Text(axis.stop, top + 15, shown, "end")]
         shapes += _bar(bar, top, axis)
     return Chart(" ".join(f"{bar.label}: {_bar_in_words(bar)}." for bar in bars), shapes, texts, height)
 
@@ -171,11 +163,8 @@ def histogram(values: Numbers, *, x_label: str, y_label: str) -> Chart:
     bins = max(1, math.floor(high / step) + 1 - first)
     counts = np.bincount(np.clip((np.floor(finite / step) - first).astype(int), 0, bins - 1), minlength=bins)
 
-    y_ticks = ticks(0.0, counts.max() * 1.05, 5, whole=True)
-    left = _left_of(y_ticks)
-    x_axis = Axis(first * step, (first + bins) * step, left, WIDTH - _RIGHT)
-    y_axis = Axis(0.0, counts.max() * 1.05, HEIGHT - _BOTTOM, _TOP)
-    shapes, texts = _grid(x_axis, y_axis, ticks(x_axis.low, x_axis.high, 5, whole=whole), y_ticks, left)
+    x_range, y_range = (first * step, (first + bins) * step), (0.0, counts.max() * 1.05)
+    x_axis, y_axis, shapes, texts = _frame(x_range, y_range, x_label, y_label, whole=whole, count=True)
     for index, count in enumerate(counts):
         x0, x1 = x_axis((first + index) * step) + 0.5, x_axis((first + index + 1) * step) - 0.5
         shapes.append(_box(x0, x1, y_axis(float(count)), y_axis.start))
@@ -183,7 +172,7 @@ def histogram(values: Numbers, *, x_label: str, y_label: str) -> Chart:
         f"{finite.size} values of {x_label}, from {format_number(finite.min())} to {format_number(finite.max())}; "
         f"median {format_number(float(np.median(finite)))}."
     )
-    return Chart(words, shapes, [*_axis_names(x_axis, x_label, y_label), *texts])
+    return Chart(words, shapes, texts)
 
 
 def _numbers(values: Numbers) -> np.ndarray:
@@ -218,16 +207,11 @@ def _line(points: Sequence[tuple[float, float]], style: str) -> Shape:
 
 
 def _area(points: Sequence[tuple[float, float]], style: str) -> Shape:
-    outline = _line(points, style)
-    return replace(outline, path=f"{outline.path}Z")
+    return Shape(f"{_line(points, style).path}Z", style)
 
 
 def _box(x0: float, x1: float, y0: float, y1: float) -> Shape:
     return _area([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], "bar s0")
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", strong: bool = False) -> Text:
-    return Text(round(x, 1), round(y, 1), text, anchor, strong)
 
 
 def _lines(x: np.ndarray, y: np.ndarray, style: str, x_axis: Axis, y_axis: Axis) -> list[Shape]:
@@ -255,33 +239,37 @@ def _bar(bar: Bar, top: float, axis: Axis) -> list[Shape]:
     return shapes
 
 
-def _left_of(y_ticks: Sequence[float]) -> float:
-    """Where the grid begins, so that the labels of the vertical axis fit beside it."""
-    return 10.0 + _CHARACTER * max(len(label) for label in format_ticks(y_ticks))
-
-
-def _grid(
-    x_axis: Axis, y_axis: Axis, x_ticks: Sequence[float], y_ticks: Sequence[float], left: float
-) -> tuple[list[Shape], list[Text]]:
-    """The lines behind a chart and the labels of its ticks."""
+def _frame(
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    x_label: str,
+    y_label: str,
+    *,
+    whole: bool,
+    count: bool = False,
+    inset: float = 0.0,
+) -> tuple[Axis, Axis, list[Shape], list[Text]]:
+    """The axes, the lines behind a chart and the labels. `whole`: only integers are labelled on x; `count`: on y."""
+    y_ticks = ticks(*y_range, 5 if count else 6, whole=count)
+    x_ticks = ticks(*x_range, 5, whole=whole)
+    y_names = format_ticks(y_ticks)
+    left = 10.0 + _CHARACTER * max(map(len, y_names))  # the labels fit beside it
+    x_axis, y_axis = Axis(*x_range, left + inset, WIDTH - _RIGHT), Axis(*y_range, HEIGHT - _BOTTOM, _TOP)
     foot = y_axis.start
-    shapes, texts = [], []
-    for value, label in zip(y_ticks, format_ticks(y_ticks), strict=True):
+    texts = [Text(2, 13, y_label), Text((x_axis.start + x_axis.stop) / 2, HEIGHT - 6, x_label, "middle")]
+    shapes = []
+    for value, label in zip(y_ticks, y_names, strict=True):
         y = y_axis(value)
         shapes.append(_line([(left, y), (x_axis.stop, y)], "zero" if value == 0 else "grid"))
-        texts.append(_text(left - 6, y + 4.5, label, "end"))
+        texts.append(Text(left - 6, y + 4.5, label, "end"))
     for value, label in zip(x_ticks, format_ticks(x_ticks), strict=True):
         x = x_axis(value)
         shapes.append(_line([(x, foot), (x, foot + 4)], "grid"))
         # The last label would stick out of the drawing if it were centred on the edge.
         at_edge = x + _CHARACTER * len(label) / 2 > WIDTH
-        texts.append(_text(x + (_RIGHT - 2 if at_edge else 0), foot + 18, label, "end" if at_edge else "middle"))
+        texts.append(Text(x + (_RIGHT - 2 if at_edge else 0), foot + 18, label, "end" if at_edge else "middle"))
     shapes.append(_line([(left, foot), (x_axis.stop, foot)], "axis"))
-    return shapes, texts
-
-
-def _axis_names(x_axis: Axis, x_label: str, y_label: str) -> list[Text]:
-    return [_text(2.0, 13.0, y_label), _text((x_axis.start + x_axis.stop) / 2, HEIGHT - 6, x_label, "middle")]
+    return x_axis, y_axis, shapes, texts
 
 
 def _in_words(series: Series, x_label: str, y_label: str) -> str:
@@ -305,4 +293,4 @@ def _bar_in_words(bar: Bar) -> str:
 
 
 def _nothing_to_draw() -> Chart:
-    return Chart("No finite value.", (), [_text(WIDTH / 2, HEIGHT / 2, "no finite value", "middle")])
+    return Chart("No finite value.", (), [Text(WIDTH / 2, HEIGHT / 2, "no finite value", "middle")])
