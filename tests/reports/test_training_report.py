@@ -135,8 +135,8 @@ def test_a_failed_write_keeps_the_report_before(tmp_path, monkeypatch):
 def test_samples(tmp_path):
     """Those that did not change are marked; a prompt may be messages."""
     messages = [{"role": "system", "content": "<s>"}, {"role": "user", "content": "hi"}]
-    samples = [{"prompt": "p", "before": "x", "after": "x"}, {"prompt": messages, "before": "a", "after": "b"}]
-    seen = _report(tmp_path, samples=samples)
-    assert "1 of 2 answers changed" in seen.text
+    same, changed = {"prompt": "p", "before": "x", "after": "x"}, {"prompt": messages, "before": "a", "after": "b"}
+    seen = _report(tmp_path, samples=[same, changed, changed])
+    assert "2 of 3 answers changed" in seen.text
     assert "Prompt p unchanged" in seen.text
     assert "Prompt system <s> user hi Before a After b" in seen.text
