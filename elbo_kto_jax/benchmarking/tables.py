@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.svg import Bar, bar_chart
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import Bar, bar_chart
+from elbo_kto_jax.reports.page import Figure, Table, flattened, write_page
 
 _WORK = {"train": "training step", "reference": "reference pass"}
 _VARIANTS = {"one_pass": "ours, one pass", "two_passes": "ours, two passes"}
@@ -30,29 +29,31 @@ def as_text(result: dict) -> str:
 
 def write_report(path: Path, result: dict) -> None:
     """One self-contained page."""
-    charts = []
+    figures = []
     for work, name in _WORK.items():
         bars = [Bar(label, found["seconds_per_example"]) for label, found in _figures(result, work).values()]
-        chart = bar_chart(name, bars, x_label="seconds per example")
-        charts.append((name.capitalize(), chart, "Medians; shorter is better."))
+        chart = bar_chart(bars, x_label="seconds per example")
+        figures.append(Figure(name.capitalize(), chart, "Medians; shorter is better."))
     bars = [
         Bar(f"{label}, {k}", size / 1e6)
         for label, sizes in _memory(result).items()
         for k, size in sizes.items()
         if size is not None
     ]
-    chart = bar_chart("Peak memory", bars, x_label="MB")
-    charts.append(("Peak memory", chart, "Of one training step."))
-    tables = [page.table(_header(result), _rows(result), caption=_NOTE, numeric=True)]
-    tables.append(page.table(_memory_header(result), _memory_rows(result), numeric=True))
+    figures.append(Figure("Peak memory", bar_chart(bars, x_label="MB"), "Of one training step."))
+    tables = [Table(_header(result), _rows(result), _NOTE, numeric=True)]
+    tables.append(Table(_memory_header(result), _memory_rows(result), numeric=True))
     if result["differences"]:
-        tables.append(page.table(_DIFFERENCES, _difference_rows(result), numeric=True))
-    parts = [
-        page.section("Speed and memory", page.figures(charts)),
-        page.section("Figures", *tables),
-        page.settings_table(result["setting"]),
-    ]
-    atomic_write(path, page.render_page(title="Benchmark", summary=_in_one_sentence(result), parts=parts))
+        tables.append(Table(_DIFFERENCES, _difference_rows(result), numeric=True))
+    write_page(
+        path,
+        "benchmark.html.j2",
+        title="Benchmark",
+        summary=_in_one_sentence(result),
+        figures=figures,
+        tables=tables,
+        settings=flattened(result["setting"]),
+    )
 
 
 def _labels(result: dict) -> dict[str, str]:

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.markup import Html, format_number, join, tag
-from elbo_kto_jax.reports.svg import Series, line_chart
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import Chart, Series, line_chart
+from elbo_kto_jax.reports.formatting import format_number
+from elbo_kto_jax.reports.page import KeyNumber, Notice, conversation, flattened, write_page
 
 MASK = "░"  # stands for a token that is still masked
 _PART = "▒"  # for one that is written, of a character that is not whole yet
@@ -37,6 +37,29 @@ class Trace:
     confidence: Sequence[float]
 
 
+class _Token(NamedTuple):
+    """What is seen of a token, the step that wrote it (from 1; 0: it was given) and how sure the model was."""
+
+    text: str
+    step: int
+    confidence: str
+    level: int  # of its shade
+
+
+class _Frame(NamedTuple):
+    """The response after a step: texts, each with whether the step wrote it."""
+
+    heading: str
+    text: list[tuple[str, bool]]
+
+
+class _Response(NamedTuple):
+    prompt: list[tuple[object, object]]
+    tokens: list[_Token]
+    steps: int
+    frames: list[_Frame]
+
+
 def write_denoising_report(
     path: str | os.PathLike, *, title: str, traces: Sequence[Trace], summary: Mapping, settings: Mapping
 ) -> None:
@@ -49,21 +72,20 @@ def write_denoising_report(
             are shown as such.
         settings: the sampler's options.
     """
-    parts = [page.tiles(_key_figures(traces, summary))]
-    if summary.get("prompts") and summary["prompts"] > len(traces):
-        parts.append(page.notice("Not all are here.", f"The first {len(traces)} of {summary['prompts']} are shown."))
-    if traces:
-        parts.append(page.section("Over the steps", page.figures(_charts(traces))))
-        shown = page.sample_list([_response(trace, unfolded=i == 0) for i, trace in enumerate(traces)])
-        parts.append(page.section("Responses", _legend(), shown, intro=_INTRO))
-    parts.append(page.section("Settings", page.settings_table({"sampler": settings})))
-    atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(traces), parts=parts))
-
-
-_INTRO = (
-    "The number below a token is the step that wrote it, and its shade is the probability that the model gave it then. "
-    f"Tokens without a number were given. Of a character that several tokens make, {_CONTINUED} are the further ones."
-)
+    shown = f"The first {len(traces)} of {summary.get('prompts')} are shown."
+    write_page(
+        path,
+        "denoising.html.j2",
+        title=title,
+        summary=_in_one_sentence(traces),
+        key_numbers=_key_numbers(traces, summary),
+        notices=[Notice("Not all are here.", shown)] if (summary.get("prompts") or 0) > len(traces) else [],
+        charts=_charts(traces) if traces else None,
+        bounds=("0", *map(str, _LEVELS), "1"),
+        continued=_CONTINUED,
+        responses=[_response(trace) for trace in traces],
+        settings=flattened({"sampler": settings}),
+    )
 
 
 def _in_one_sentence(traces: Sequence[Trace]) -> str:
@@ -78,18 +100,19 @@ def _in_one_sentence(traces: Sequence[Trace]) -> str:
     )
 
 
-def _key_figures(traces: Sequence[Trace], summary: Mapping) -> list[tuple[str, str, str]]:
+def _key_numbers(traces: Sequence[Trace], summary: Mapping) -> list[KeyNumber]:
     confidence = [c for t in traces for c, step in zip(t.confidence, t.written_at, strict=True) if step >= 0]
     return [
-        ("Responses", format_number(summary.get("prompts")), ""),
-        ("Confidence", format_number(np.mean(confidence) if confidence else None), "mean when written"),
-        ("Speed", format_number(summary.get("tokens_per_second")), "tokens a second, compilation included"),
-        ("Forward passes", format_number(summary.get("forward_passes")), "of a whole batch"),
-        ("Forward-pass tokens", format_number(summary.get("forward_tokens")), "positions through the layers"),
+        KeyNumber("Responses", format_number(summary.get("prompts"))),
+        KeyNumber("Confidence", format_number(np.mean(confidence) if confidence else None), "mean when written"),
+        KeyNumber("Speed", format_number(summary.get("tokens_per_second")), "tokens a second, compilation included"),
+        KeyNumber("Forward passes", format_number(summary.get("forward_passes")), "of a whole batch"),
+        KeyNumber("Forward-pass tokens", format_number(summary.get("forward_tokens")), "positions through the layers"),
     ]
 
 
-def _charts(traces: Sequence[Trace]) -> list[tuple[str, Html, str]]:
+def _charts(traces: Sequence[Trace]) -> dict[str, Chart]:
+    """Over the steps: mean confidence of what is written, and how many tokens of a response are."""
     steps = np.concatenate([np.asarray(trace.written_at, int) for trace in traces])
     confidence = np.concatenate([np.asarray(trace.confidence, float) for trace in traces])
     last = int(steps.max(initial=-1))
@@ -97,54 +120,28 @@ def _charts(traces: Sequence[Trace]) -> list[tuple[str, Html, str]]:
     sums = np.bincount(steps[steps >= 0], confidence[steps >= 0], minlength=last + 1)
     means = np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
     x = np.arange(1, last + 2)
-    sure = line_chart(
-        "Confidence", [Series("mean", x, means)], x_label="step", y_label="probability of what is written"
-    )
-    many = line_chart(
-        "Tokens written",
-        [Series("mean", x, counts / len(traces))],
-        x_label="step",
-        y_label="tokens per response",
-        y_from_zero=True,
-    )
-    return [
-        ("Confidence", sure, "Mean over the tokens that a step wrote, of all responses below."),
-        ("Tokens written", many, "A response that is done writes none."),
-    ]
+    written = Series("mean", x, counts / len(traces))
+    return {
+        "confidence": line_chart([Series("mean", x, means)], x_label="step", y_label="probability of what is written"),
+        "written": line_chart([written], x_label="step", y_label="tokens per response", y_from_zero=True),
+    }
 
 
-def _response(trace: Trace, *, unfolded: bool) -> Html:
-    asked = tag("div", tag("h3", "Prompt"), page.conversation(trace.prompt))
+def _response(trace: Trace) -> _Response:
     tokens = [_token(*one) for one in zip(trace.tokens, trace.written_at, trace.confidence, strict=True)]
-    answered = tag("div", tag("h3", "Response"), tag("div", *tokens, class_="tokens"), class_="answer")
-    return tag("article", asked, answered, _frames(trace, unfolded=unfolded), class_="sample")
+    steps = max(trace.written_at, default=-1) + 1
+    return _Response(conversation(trace.prompt), tokens, steps, _frames(trace, steps))
 
 
-def _token(text: str | None, step: int, confidence: float) -> Html:
-    """A token with the step that wrote it below, shaded by its confidence."""
+def _token(text: str | None, step: int, confidence: float) -> _Token:
     text = _CONTINUED if text is None else text
     visible = text.replace("\n", "↵") if text.strip(" ") else "␣" * max(len(text), 1)
-    if step < 0:
-        return tag("span", visible, class_="token given")
     level = sum(confidence >= bound for bound in _LEVELS)
-    said = f"step {step + 1}, confidence {confidence:.3f}"
-    return tag("span", visible, tag("small", step + 1), class_=f"token l{level}", title=said)
+    return _Token(visible, step + 1, f"{confidence:.3f}", level)
 
 
-def _legend() -> Html:
-    bounds = ("0", *map(str, _LEVELS), "1")
-    names = [f"{low} to {high}" for low, high in itertools.pairwise(bounds)]
-    return tag(
-        "p",
-        "Confidence: ",
-        *[tag("span", name, class_=f"token l{level}") for level, name in enumerate(names)],
-        class_="tokens key",
-    )
-
-
-def _frames(trace: Trace, *, unfolded: bool) -> Html:
-    """The response after each step: what is masked, what is new, what was there."""
-    steps = max(trace.written_at, default=-1) + 1
+def _frames(trace: Trace, steps: int) -> list[_Frame]:
+    """The response after each step, or after some of many."""
     shown = np.unique(np.linspace(1, steps, min(steps, _FRAMES)).round().astype(int)).tolist() if steps else []
     frames, before = [], 0
     for done in shown:
@@ -153,10 +150,9 @@ def _frames(trace: Trace, *, unfolded: bool) -> Html:
         sure = np.mean([trace.confidence[i] for i in new]) if new else None
         heading = f"{span}: {len(new)} {'token' if len(new) == 1 else 'tokens'}, confidence {format_number(sure)}"
         text = [part for start, stop in _characters(trace) for part in _shown(trace, start, stop, before, done)]
-        frames.append(tag("li", tag("h3", heading), tag("div", join(*text), class_="text", dir="auto")))
+        frames.append(_Frame(heading, text))
         before = done
-    heading, content = tag("summary", f"Step by step ({steps})"), tag("ol", *frames, class_="frames")
-    return tag("details", heading, content, open=unfolded or None)
+    return frames
 
 
 def _characters(trace: Trace) -> list[tuple[int, int]]:
@@ -165,9 +161,9 @@ def _characters(trace: Trace) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*starts, len(trace.tokens)]))
 
 
-def _shown(trace: Trace, start: int, stop: int, before: int, done: int) -> list[Html | str]:
-    """Tokens that make whole characters, after the step `done`; what is new since the step `before` is marked."""
+def _shown(trace: Trace, start: int, stop: int, before: int, done: int) -> list[tuple[str, bool]]:
+    """Texts of tokens that make whole characters, after the step `done`, and whether new since the step `before`."""
     steps = trace.written_at[start:stop]
     if max(steps) < done:
-        return [tag("mark", trace.tokens[start]) if max(steps) >= before else trace.tokens[start]]
-    return [MASK if step >= done else tag("mark", _PART) if step >= before else _PART for step in steps]
+        return [(trace.tokens[start], max(steps) >= before)]
+    return [(MASK if step >= done else _PART, before <= step < done) for step in steps]

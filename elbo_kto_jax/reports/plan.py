@@ -3,11 +3,16 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.markup import DASH, format_number
-from elbo_kto_jax.reports.svg import Bar, bar_chart
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import Bar, Chart, bar_chart
+from elbo_kto_jax.reports.formatting import DASH, format_number
+from elbo_kto_jax.reports.page import KeyNumber, Table, flattened, write_page
 
+_GIB = 2**30
+_SECONDS = {
+    "compute": "compute",
+    "overlapped": "traffic beside it",
+    "exposed": "traffic it waits for",
+}
 _MEMORY = ("program", "arguments", "temporaries", "aliased", "host", "beside it", "in all")
 _TIME = ("program", "TFLOP", "compute (s)", "HBM (s)", "overlapped (s)", "exposed (s)", "in all (s)", "compiled in (s)")
 _TRAFFIC = ("program", "collective", "overlapped (GB)", "exposed (GB)")
@@ -15,56 +20,49 @@ _TRAFFIC = ("program", "collective", "overlapped (GB)", "exposed (GB)")
 
 def write_plan_report(path: str | os.PathLike, plan: Mapping) -> None:
     """Writes the page of `plan` (elbo_kto_jax/planning/plan.py) to `path`, atomically."""
-    gib = 2**30
-    usable = plan["usable_bytes_per_chip"] / gib
-    programs = plan["programs"]
-    memory = bar_chart(
-        "Memory per chip",
-        [Bar(name, found["bytes_per_chip"] / gib, reference=usable) for name, found in programs.items()],
-        x_label="GiB per chip",
-    )
-    timed = {name: found["seconds"] for name, found in programs.items() if "seconds" in found}
-    time = bar_chart(
-        "Time of one run of each program",
-        [
-            bar
-            for name, seconds in timed.items()
-            for bar in (
-                Bar(f"{name}: compute", seconds["compute"]),
-                Bar(f"{name}: traffic beside it", seconds["overlapped"]),
-                Bar(f"{name}: traffic it waits for", seconds["exposed"]),
-            )
-        ],
-        x_label="seconds at peak rates",
-    )
-    charts = [
-        ("Memory per chip", memory, "As the compiler reports it, with what lies beside; dashed: what is usable."),
-        ("Time", time, "Bounds at peak rates, not measured."),
-    ]
-    parts = [
-        page.tiles(
-            [
-                ("Fits", "yes" if plan["fits"] else "no", f"{_gib(plan['bytes_per_chip'])} of {usable:.2f} GiB"),
-                ("MFU", f"≤ {plan['mfu_bound']:.2f}", "bound, not measured"),
-                ("Text tokens per second", f"≤ {format_number(int(plan['tokens_per_second_bound']))}", "bound"),
-                ("Chip-hours", f"≥ {format_number(plan['chip_hours_bound'])}", _cost(plan)),
-            ]
-        ),
-        page.section("Memory and time", page.figures(charts)),
-        page.section(
-            "Figures",
-            page.table(_MEMORY, memory_rows(plan), caption="GiB per chip.", numeric=True),
-            page.table(_TIME, time_rows(plan), caption="One run on one chip; bounds, not measured.", numeric=True),
-            page.table(_TRAFFIC, traffic_rows(plan), caption="Sent by one chip in one run.", numeric=True),
-        ),
-    ]
-    if plan["tried"]:
-        parts.append(page.section("Search", page.table(_TRIED, tried_rows(plan), numeric=True)))
     settings = {key: plan[key] for key in ("topology", "mesh", "settings", "step", "data", "assumed", "model")}
-    parts.append(page.settings_table(settings))
-    atomic_write(
-        path, page.render_page(title=f"Plan for {plan['topology']}", summary=in_one_sentence(plan), parts=parts)
+    write_page(
+        path,
+        "plan.html.j2",
+        title=f"Plan for {plan['topology']}",
+        summary=in_one_sentence(plan),
+        key_numbers=_key_numbers(plan),
+        memory=_memory(plan),
+        time=_time(plan["programs"]),
+        tables=[
+            Table(_MEMORY, memory_rows(plan), "GiB per chip.", numeric=True),
+            Table(_TIME, time_rows(plan), "One run on one chip; bounds, not measured.", numeric=True),
+            Table(_TRAFFIC, traffic_rows(plan), "Sent by one chip in one run.", numeric=True),
+        ],
+        tried=Table(_TRIED, tried_rows(plan), numeric=True) if plan["tried"] else None,
+        settings=flattened(settings),
     )
+
+
+def _key_numbers(plan: Mapping) -> list[KeyNumber]:
+    fits = f"{_gib(plan['bytes_per_chip'])} of {_gib(plan['usable_bytes_per_chip'])} GiB"
+    return [
+        KeyNumber("Fits", "yes" if plan["fits"] else "no", fits),
+        KeyNumber("MFU", f"≤ {plan['mfu_bound']:.2f}", "bound, not measured"),
+        KeyNumber("Text tokens per second", f"≤ {format_number(int(plan['tokens_per_second_bound']))}", "bound"),
+        KeyNumber("Chip-hours", f"≥ {format_number(plan['chip_hours_bound'])}", _cost(plan)),
+    ]
+
+
+def _memory(plan: Mapping) -> Chart:
+    usable = plan["usable_bytes_per_chip"] / _GIB
+    bars = [Bar(name, found["bytes_per_chip"] / _GIB, reference=usable) for name, found in plan["programs"].items()]
+    return bar_chart(bars, x_label="GiB per chip")
+
+
+def _time(programs: Mapping) -> Chart:
+    bars = [
+        Bar(f"{name}: {label}", found["seconds"][key])
+        for name, found in programs.items()
+        if "seconds" in found
+        for key, label in _SECONDS.items()
+    ]
+    return bar_chart(bars, x_label="seconds at peak rates")
 
 
 def in_one_sentence(plan: Mapping) -> str:
@@ -152,7 +150,7 @@ def tried_rows(plan: Mapping) -> Sequence[tuple[str, ...]]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    return f"{size / _GIB:.2f}"
 
 
 def _cost(plan: Mapping) -> str:

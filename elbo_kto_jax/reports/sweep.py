@@ -7,14 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.markup import DASH, Html, format_number, number
-from elbo_kto_jax.reports.svg import SERIES_STYLES, Bar, Series, bar_chart, line_chart
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import SERIES_STYLES, Bar, Chart, Series, bar_chart, line_chart
+from elbo_kto_jax.reports.formatting import DASH, format_number, number
+from elbo_kto_jax.reports.page import Figure, KeyNumber, Notice, Table, flattened, write_page
 
 _BARS = 24  # in one chart; the table has them all
 _LABEL = 15  # characters that are sure to find room beside a number and its interval
-_INTRO = "Whiskers and bands: 95% intervals, where the evaluation states them."
 
 
 def write_sweep_report(
@@ -36,34 +34,40 @@ def write_sweep_report(
         cells: of the whole grid.
         done: of them, how many have been evaluated.
     """
-    parts = [page.tiles(_key_figures(rows, cells, done))]
-    if done < cells:
-        parts.append(page.notice("Not complete.", f"{cells - done} of {cells} cells are still to be evaluated."))
     groups = itertools.groupby(sorted(rows, key=_metric_key), key=_metric_key)
-    charts = [chart for _, group in groups for chart in _charts(list(group))]
-    if charts:
-        parts.append(page.section("Results", page.figures(charts), intro=_INTRO))
-        parts.append(page.section("Table", _table(rows)))
-    parts.append(page.section("Details", page.settings_table(config)))
-    atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(rows, cells, done), parts=parts))
+    left = f"{cells - done} of {cells} cells are still to be evaluated."
+    write_page(
+        path,
+        "sweep.html.j2",
+        title=title,
+        summary=_in_one_sentence(rows, cells, done),
+        key_numbers=_key_numbers(rows, cells, done),
+        notices=[Notice("Not complete.", left)] if done < cells else [],
+        figures=[figure for _, group in groups for figure in _figures(list(group))],
+        table=_table(rows),
+        settings=flattened(config),
+    )
 
 
 def _in_one_sentence(rows: Sequence[Mapping], cells: int, done: int) -> str:
     tasks, checkpoints = _distinct(rows, "task"), _distinct(rows, "checkpoint")
-    plural = lambda count, word: f"{count} {word}{'' if count == 1 else 's'}"  # noqa: E731
     return (
-        f"{done} of {plural(cells, 'evaluation')} done: {plural(len(checkpoints), 'checkpoint')}, "
-        f"{plural(len(tasks), 'task')}."
+        f"{done} of {_counted(cells, 'evaluation')} done: {_counted(len(checkpoints), 'checkpoint')}, "
+        f"{_counted(len(tasks), 'task')}."
     )
 
 
-def _key_figures(rows: Sequence[Mapping], cells: int, done: int) -> list[tuple[str, str, str]]:
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _key_numbers(rows: Sequence[Mapping], cells: int, done: int) -> list[KeyNumber]:
     seconds = {row["cell"]: number(row.get("seconds")) for row in rows}
     return [
-        ("Cells", format_number(cells), f"{format_number(done)} done"),
-        ("Checkpoints", format_number(len(_distinct(rows, "checkpoint"))), ""),
-        ("Tasks", format_number(len(_distinct(rows, "task"))), ""),
-        ("Hours", format_number(sum(seconds.values()) / 3600), "of evaluation, over all cells"),
+        KeyNumber("Cells", format_number(cells), f"{format_number(done)} done"),
+        KeyNumber("Checkpoints", format_number(len(_distinct(rows, "checkpoint")))),
+        KeyNumber("Tasks", format_number(len(_distinct(rows, "task")))),
+        KeyNumber("Hours", format_number(sum(seconds.values()) / 3600), "of evaluation, over all cells"),
     ]
 
 
@@ -75,7 +79,7 @@ def _metric_key(row: Mapping) -> tuple[str, str, bool]:
     return str(row["task"]), str(row["metric"]), row["draws"] is None
 
 
-def _charts(rows: list[Mapping]) -> list[tuple[str, Html, str]]:
+def _figures(rows: list[Mapping]) -> list[Figure]:
     """One metric of one task: a line for each checkpoint along an axis of numbers, else bars.
 
     Bars have room for short labels only: they compare the checkpoints at one setting, a chart for each setting, or the
@@ -85,17 +89,17 @@ def _charts(rows: list[Mapping]) -> list[tuple[str, Html, str]]:
     names = _short_names(_distinct(rows, "checkpoint"))
     axis, values = _number_axis(rows)
     if axis and len(names) <= SERIES_STYLES:
-        return [(heading, _lines(heading, rows, names, axis, values), f"Over {axis}.")]
+        return [Figure(heading, _lines(rows, names, axis, values), f"Over {axis}.")]
     if len(names) == 1:
-        chart = _bars(heading, [(_setting(row), row) for row in rows])
-        return [(heading, chart, f"Of {next(iter(names))}, a bar for each setting.{_more(rows)}")]
-    charts = []
+        chart = _bars([(_setting(row), row) for row in rows])
+        return [Figure(heading, chart, f"Of {next(iter(names))}, a bar for each setting.{_more(rows)}")]
+    figures = []
     for setting in dict.fromkeys(_setting(row) for row in rows):
         own = [row for row in rows if _setting(row) == setting]
-        chart = _bars(f"{heading}, {setting}", [(names[row["checkpoint"]], row) for row in own])
-        whole = f" From the top: {', '.join(names.values())}." if max(map(len, names.values())) > _LABEL else ""
-        charts.append((heading, chart, f"{setting}.{whole}{_more(own)}"))
-    return charts
+        chart = _bars([(names[row["checkpoint"]], row) for row in own])
+        whole = f"From the top: {', '.join(names.values())}." if max(map(len, names.values())) > _LABEL else ""
+        figures.append(Figure(f"{heading}, {setting}", chart, f"{whole}{_more(own)}".strip()))
+    return figures
 
 
 def _number_axis(rows: Sequence[Mapping]) -> tuple[str, list[float]]:
@@ -109,19 +113,19 @@ def _number_axis(rows: Sequence[Mapping]) -> tuple[str, list[float]]:
     return (key, values) if len(set(values)) > 1 and not any(map(math.isnan, values)) else ("", [])
 
 
-def _lines(heading: str, rows: Sequence[Mapping], names: Mapping[str, str], axis: str, values: Sequence[float]) -> Html:
+def _lines(rows: Sequence[Mapping], names: Mapping[str, str], axis: str, values: Sequence[float]) -> Chart:
     series = []
     for checkpoint, name in names.items():
         own = sorted((x, i) for i, x in enumerate(values) if rows[i]["checkpoint"] == checkpoint)
         y, low, high = ([rows[i][key] for _, i in own] for key in ("value", "low", "high"))
         series.append(Series(name, [x for x, _ in own], y, low=low, high=high))
-    return line_chart(heading, series, x_label=axis, y_label=str(rows[0]["metric"]))
+    return line_chart(series, x_label=axis, y_label=str(rows[0]["metric"]))
 
 
-def _bars(heading: str, labelled: Sequence[tuple[str, Mapping]]) -> Html:
+def _bars(labelled: Sequence[tuple[str, Mapping]]) -> Chart:
     bars = [Bar(label, row["value"], row["low"], row["high"]) for label, row in labelled[:_BARS]]
     is_share = all(0 <= number(row["value"]) <= 1 for _, row in labelled)
-    return bar_chart(heading, bars, x_label=str(labelled[0][1]["metric"]), x_max=1.0 if is_share else None)
+    return bar_chart(bars, x_label=str(labelled[0][1]["metric"]), x_max=1.0 if is_share else None)
 
 
 def _more(rows: Sequence[Mapping]) -> str:
@@ -144,7 +148,7 @@ def _short_names(checkpoints: Sequence[str]) -> dict[str, str]:
     return {checkpoint: name if last.count(name) == 1 else checkpoint for checkpoint, name in short}
 
 
-def _table(rows: Sequence[Mapping]) -> Html:
+def _table(rows: Sequence[Mapping]) -> Table:
     header = ("Checkpoint", "Task", "Sampler", "K", "Metric", "Value", "95% interval", "Seconds")
     cells = [
         (
@@ -159,7 +163,7 @@ def _table(rows: Sequence[Mapping]) -> Html:
         )
         for row in rows
     ]
-    return page.table(header, cells, caption="All figures; the same in table.csv and table.md.")
+    return Table(header, cells, "All figures; the same in table.csv and table.md.")
 
 
 def _interval(low: float, high: float) -> str:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.markup import DASH, Html, format_number, number, tag
-from elbo_kto_jax.reports.svg import Series, line_chart
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import Series, line_chart
+from elbo_kto_jax.reports.formatting import DASH, format_number, number
+from elbo_kto_jax.reports.page import Figure, KeyNumber, Notice, Sample, Table, conversation, flattened, write_page
 
 _SMOOTH_ABOVE = 60  # logged steps; a shorter run is drawn as it is
 _TABLE_ROWS = 40
@@ -143,15 +142,21 @@ def write_training_report(
         summary: the command's summary (INTERFACES.md); every key is optional.
     """
     metrics = _in_step_order(metrics)
-    parts = [page.tiles(_key_figures(metrics, summary)), *_notices(metrics, summary)]
-    if summary.get("checkpoint"):
-        parts.append(tag("p", "Checkpoint: ", tag("code", summary["checkpoint"]), class_="note"))
-    if metrics:
-        parts.append(_curves(metrics))
-    if samples:
-        parts.append(_samples(samples))
-    parts.append(page.section("Details", *([_numbers_table(metrics)] if metrics else []), page.settings_table(config)))
-    atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(metrics, summary), parts=parts))
+    write_page(
+        path,
+        "training.html.j2",
+        title=title,
+        summary=_in_one_sentence(metrics, summary),
+        key_numbers=_key_numbers(metrics, summary),
+        notices=_notices(metrics, summary),
+        checkpoint=summary.get("checkpoint"),
+        window=_window(len(metrics)),
+        figures=_curves(metrics),
+        samples=[_sample(one) for one in samples],
+        changed=sum(str(one.get("before")) != str(one.get("after")) for one in samples),
+        numbers=_numbers_table(metrics) if metrics else None,
+        settings=flattened(config),
+    )
 
 
 def _in_step_order(metrics: Sequence[Mapping]) -> list[dict]:
@@ -211,43 +216,42 @@ def _whole(value: float) -> str:
     return DASH if math.isnan(value) else format_number(round(value))
 
 
-def _key_figures(metrics: Sequence[Mapping], summary: Mapping) -> list[tuple[str, str, str]]:
+def _key_numbers(metrics: Sequence[Mapping], summary: Mapping) -> list[KeyNumber]:
     items = []
     for key, label, unit in (("reward_margin", "Reward margin", "nats"), ("loss", "Loss", "")):
         last = _last(metrics, summary, key)
         first, step = _first(metrics, key)
         if math.isfinite(last):
             note = f"{format_number(first)} at step {_whole(step)}" if len(metrics) > 1 and math.isfinite(first) else ""
-            items.append((label, f"{format_number(last)} {unit}".strip(), note))
-    items.append(("Steps", _whole(_steps(metrics, summary)), ""))
+            items.append(KeyNumber(label, f"{format_number(last)} {unit}".strip(), note))
+    items.append(KeyNumber("Steps", _whole(_steps(metrics, summary))))
     tokens = _last(metrics, summary, "tokens")
     note = f"{_whole(tokens)} tokens" if math.isfinite(tokens) else ""
-    items.append(("Examples", _whole(_last(metrics, summary, "examples")), note))
+    items.append(KeyNumber("Examples", _whole(_last(metrics, summary, "examples")), note))
     for key, label in (("examples_per_second", "Examples / second"), ("tokens_per_second", "Tokens / second")):
         value = number(summary.get(key))
         if math.isfinite(value):
-            items.append((label, format_number(value), ""))
+            items.append(KeyNumber(label, format_number(value)))
     return items
 
 
-def _notices(metrics: Sequence[Mapping], summary: Mapping) -> list[Html]:
+def _notices(metrics: Sequence[Mapping], summary: Mapping) -> list[Notice]:
     notices = []
     if summary.get("interrupted"):
-        notices.append(
-            page.notice("Interrupted.", "The run was saved before its end; the same command goes on from there.")
-        )
+        text = "The run was saved before its end; the same command goes on from there."
+        notices.append(Notice("Interrupted.", text))
     for key in _OBJECTIVE:
         logged = [line for line in metrics if key in line]
         bad = [line for line in logged if not math.isfinite(number(line[key]))]
         # A batch may hold no example of one label: a missing reward is normal, a missing loss is not.
         if bad and (key in ("loss", "grad_norm") or len(bad) == len(logged)):
             where = f"at {len(bad)} of {len(logged)} logged steps, first at step {_whole(number(bad[0]['step']))}"
-            notices.append(page.notice("Not finite.", f"{key} is missing, NaN or infinite {where}."))
+            notices.append(Notice("Not finite.", f"{key} is missing, NaN or infinite {where}."))
     return notices
 
 
-def _curves(metrics: Sequence[Mapping]) -> Html:
-    items = []
+def _curves(metrics: Sequence[Mapping]) -> list[Figure]:
+    figures = []
     for chart in _CHARTS:
         series = []
         for key, name in chart.series.items():
@@ -257,11 +261,9 @@ def _curves(metrics: Sequence[Mapping]) -> Html:
                 window = _window(len(logged)) if chart.smooth else 1
                 series.append(_smoothed(name, _column(logged, "step"), _column(logged, key), window))
         if series:
-            drawn = line_chart(chart.heading, series, x_label="step", y_label=chart.unit, y_from_zero=chart.y_from_zero)
-            items.append((chart.heading, drawn, chart.caption))
-    window = _window(len(metrics))
-    intro = f"Bold: mean over {window} logged steps. Faint: every logged step." if window > 1 else ""
-    return page.section("Curves", page.figures(items), intro=intro)
+            drawn = line_chart(series, x_label="step", y_label=chart.unit, y_from_zero=chart.y_from_zero)
+            figures.append(Figure(chart.heading, drawn, chart.caption))
+    return figures
 
 
 def _window(count: int) -> int:
@@ -280,24 +282,15 @@ def _smoothed(name: str, steps: np.ndarray, values: np.ndarray, window: int) -> 
     return Series(name, steps, np.where(np.isfinite(values), mean, np.nan), raw=values)
 
 
-def _samples(samples: Sequence[Mapping]) -> Html:
-    same = [str(one.get("before")) == str(one.get("after")) for one in samples]
-    shown = [
-        page.sample(
-            one.get("prompt"),
-            [("Before", one.get("before")), ("After", one.get("after"))],
-            badges=[("unchanged", False)] if unchanged else [],
-        )
-        for one, unchanged in zip(samples, same, strict=True)
-    ]
-    changed = len(same) - sum(same)
-    intro = f"The same prompts answered before and after training; {changed} of {len(same)} answers changed."
-    return page.section("Samples", page.sample_list(shown), intro=intro)
+def _sample(one: Mapping) -> Sample:
+    before, after = one.get("before"), one.get("after")
+    badges = [("unchanged", False)] if str(before) == str(after) else []
+    return Sample(conversation(one.get("prompt")), [("Before", before), ("After", after)], badges)
 
 
-def _numbers_table(metrics: Sequence[Mapping]) -> Html:
+def _numbers_table(metrics: Sequence[Mapping]) -> Table:
     keys = ["step", *dict.fromkeys(key for line in metrics for key in line if key != "step")]
     rows = np.unique(np.linspace(0, len(metrics) - 1, min(len(metrics), _TABLE_ROWS)).round().astype(int))
     cells = [[format_number(metrics[row].get(key)) for key in keys] for row in rows]
     caption = f"{len(rows)} of {len(metrics)} logged steps, evenly spaced; all are in metrics.jsonl."
-    return page.folded("The numbers behind the curves", page.table(keys, cells, caption=caption, numeric=True))
+    return Table(keys, cells, caption, numeric=True)

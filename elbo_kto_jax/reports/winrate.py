@@ -4,10 +4,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.markup import DASH, Html, format_number, number
-from elbo_kto_jax.reports.svg import Bar, bar_chart, histogram
-from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.reports.charts import Bar, Chart, bar_chart, histogram
+from elbo_kto_jax.reports.formatting import DASH, format_number, number
+from elbo_kto_jax.reports.page import KeyNumber, Notice, Sample, conversation, write_page
 
 _VERDICTS = ("A", "B", "tie", "unparsable")
 
@@ -39,27 +38,34 @@ def write_winrate_report(
         for key in ("verdict", "expected"):
             if example.get(key) not in (*_VERDICTS, *((None,) if key == "expected" else ())):
                 raise ValueError(f"examples[{index}].{key}: expected one of {_VERDICTS}, got {example.get(key)!r}")
-    parts = [page.tiles(_key_figures(summary, examples, names)), *_notices(summary), _outcome(summary, examples, names)]
-    if examples:
-        shown = [_example(example, names) for example in examples]
-        parts.append(page.section("Comparisons", page.sample_list(shown), intro="The preferred answer is set off."))
-    atomic_write(path, page.render_page(title=title, summary=_in_one_sentence(summary, names), parts=parts))
+    write_page(
+        path,
+        "winrate.html.j2",
+        title=title,
+        summary=_in_one_sentence(summary, names),
+        key_numbers=_key_numbers(summary, examples, names),
+        notices=_notices(summary),
+        names=names,
+        outcomes=_outcomes(summary, names),
+        lengths=_lengths(examples),
+        samples=[_sample(example, names) for example in examples],
+    )
 
 
-def _notices(summary: Mapping) -> list[Html]:
+def _notices(summary: Mapping) -> list[Notice]:
     notices = []
     if number(summary.get("unparsable")) > 0:
         text = (
             f"{format_number(summary['unparsable'])} replies of the judge state no verdict. The "
             f"{format_number(summary.get('left_out'))} prompts concerned are left out of all figures."
         )
-        notices.append(page.notice("Unparsable verdicts.", text))
+        notices.append(Notice("Unparsable verdicts.", text))
     if number(summary.get("not_judged")) > 0:
         text = (
             f"In {format_number(summary['not_judged'])} of the {format_number(summary.get('comparisons'))} comparisons "
             "the two answers are equal: these are ties, about which the judge was not asked."
         )
-        notices.append(page.notice("Equal answers.", text))
+        notices.append(Notice("Equal answers.", text))
     return notices
 
 
@@ -91,27 +97,27 @@ def _in_one_sentence(summary: Mapping, names: tuple[str, str]) -> str:
     return f"{found} (95% interval {_percent(low)} to {_percent(high)}): {verdict}."
 
 
-def _key_figures(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, str]) -> list[tuple[str, str, str]]:
+def _key_numbers(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, str]) -> list[KeyNumber]:
     low, high = _interval(summary)
     items = [
-        (
+        KeyNumber(
             "Adjusted win rate",
             _percent(number(summary.get("adjusted_win_rate"))),
             f"95% interval {_percent(low)} to {_percent(high)}",
         ),
-        ("Wins", format_number(summary.get("wins")), f"{names[0]} preferred"),
-        ("Ties", format_number(summary.get("ties")), "counted as half"),
-        ("Losses", format_number(summary.get("losses")), f"{names[1]} preferred"),
-        ("Comparisons", format_number(summary.get("comparisons")), ""),
+        KeyNumber("Wins", format_number(summary.get("wins")), f"{names[0]} preferred"),
+        KeyNumber("Ties", format_number(summary.get("ties")), "counted as half"),
+        KeyNumber("Losses", format_number(summary.get("losses")), f"{names[1]} preferred"),
+        KeyNumber("Comparisons", format_number(summary.get("comparisons"))),
     ]
     known = [example for example in examples if example.get("expected") is not None]
     if known:
         right = sum(example["verdict"] == example["expected"] for example in known)
-        items.append(("Judge as expected", f"{right} of {len(known)}", "where the right verdict is known"))
+        items.append(KeyNumber("Judge as expected", f"{right} of {len(known)}", "where the right verdict is known"))
     return items
 
 
-def _outcome(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, str]) -> Html:
+def _outcomes(summary: Mapping, names: tuple[str, str]) -> Chart:
     low, high = _interval(summary)
     total = number(summary.get("comparisons")) or math.nan
     share = {key: 100 * number(summary.get(key)) / total for key in ("wins", "ties", "losses")}
@@ -121,30 +127,19 @@ def _outcome(summary: Mapping, examples: Sequence[Mapping], names: tuple[str, st
         Bar("Tie", share["ties"]),
         Bar(f"{names[1]} preferred", share["losses"]),
     ]
-    rates = bar_chart("Win rate and outcomes", bars, x_label="share of comparisons (%)", x_max=100)
-    caption = (
-        f"{names[0]} against {names[1]}: wins and half the ties (whisker: 95% interval; dashed: no difference), and "
-        "what that is made of."
-    )
-    items = [("Win rate and outcomes", rates, caption)]
-    if examples:
-        differences = [_words(example.get("answer_a")) - _words(example.get("answer_b")) for example in examples]
-        lengths = histogram(
-            "Difference in length", differences, x_label="words more in the answer of A", y_label="comparisons"
-        )
-        caption = (
-            f"A is {names[0]}, B is {names[1]}; over the {len(examples)} comparisons below. Judges tend to favour long "
-            "answers: far from zero, read the win rate with care."
-        )
-        items.append(("Difference in length", lengths, caption))
-    return page.section("Outcome", page.figures(items))
+    return bar_chart(bars, x_label="share of comparisons (%)", x_max=100)
+
+
+def _lengths(examples: Sequence[Mapping]) -> Chart:
+    differences = [_words(example.get("answer_a")) - _words(example.get("answer_b")) for example in examples]
+    return histogram(differences, x_label="words more in the answer of A", y_label="comparisons")
 
 
 def _words(text: object) -> int:
     return len(str(text or "").split())
 
 
-def _example(example: Mapping, names: tuple[str, str]) -> Html:
+def _sample(example: Mapping, names: tuple[str, str]) -> Sample:
     verdict, expected = example["verdict"], example.get("expected")
     said = {
         "A": f"{names[0]} preferred",
@@ -157,9 +152,9 @@ def _example(example: Mapping, names: tuple[str, str]) -> Html:
         badges.append((f"{names['AB'.index(example['first'])]} shown first", False))
     if expected is not None and expected != verdict:
         badges.append((f"expected: {said[expected]}", True))
-    return page.sample(
-        example.get("prompt"),
+    return Sample(
+        conversation(example.get("prompt")),
         [(names[0], example.get("answer_a")), (names[1], example.get("answer_b"))],
-        badges=badges,
+        badges,
         chosen={"A": 0, "B": 1}.get(verdict),
     )

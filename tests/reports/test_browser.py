@@ -43,17 +43,10 @@ def _training_page(path):
     noise = np.random.default_rng(0).normal(size=300)
     metrics = [
         {
-            "step": 1000 * (i + 1),
-            "loss": math.nan if i == 5 else 0.5 + 1e-6 * noise[i],
-            "reward_desirable": 1e4 * noise[i],
-            "reward_undesirable": -noise[i],
-            "reward_margin": 1e-9 * noise[i],
-            "reference_point": 0.0,
-            "grad_norm": 1e7 + noise[i],
-            "learning_rate": 1e-6,
-            "examples": i,
-            "tokens": 123_456_789 * i,
-            "seconds": float(i),
+            **{"step": 1000 * (i + 1), "loss": math.nan if i == 5 else 0.5 + 1e-6 * noise[i], "reference_point": 0.0},
+            **{"reward_desirable": 1e4 * noise[i], "reward_undesirable": -noise[i], "reward_margin": 1e-9 * noise[i]},
+            **{"grad_norm": 1e7 + noise[i], "learning_rate": 1e-6},
+            **{"examples": i, "tokens": 123_456_789 * i, "seconds": float(i)},
         }
         for i in range(300)
     ]

@@ -1,10 +1,23 @@
-import re
-import xml.etree.ElementTree as ElementTree
+"""reports/page.py and the templates: escaping, self-containedness, colours."""
 
+import re
+from pathlib import Path
+
+import jinja2
 import pytest
 
 from elbo_kto_jax.reports import page
-from elbo_kto_jax.reports.style import STYLE
+from elbo_kto_jax.reports.page import KeyNumber, Notice, Sample, conversation, flattened, write_page
+from tests.reports.seen import HOSTILE, Seen, words
+
+STYLE_FILE = Path(page.__file__).parent / "templates" / "style.css"
+STYLE = STYLE_FILE.read_text()
+
+
+def _page(tmp_path, samples=(), **values):
+    values = {"checkpoint": None, "window": 1, "figures": [], "changed": 0, "numbers": None, "settings": []} | values
+    write_page(tmp_path / "page.html", "training.html.j2", samples=samples, **{"title": "a", "summary": "b"} | values)
+    return Seen(tmp_path / "page.html")
 
 
 def _contrast(a, b):
@@ -47,44 +60,49 @@ def test_both_schemes_define_the_same_colours():
     assert set(re.findall(r"var\(--([\w-]+)", STYLE)) - set_by_elements <= LIGHT.keys()
 
 
-def test_page_is_self_contained_and_titled():
-    text = page.render_page(title="a < b", summary="It & that.", parts=[page.section("Part", page.figures([]))])
-    assert text.startswith("<!doctype html>")
-    assert "<title>a &lt; b</title>" in text
-    assert "<h1>a &lt; b</h1>" in text
-    assert "It &amp; that." in text
-    assert '<html lang="en">' in text
-    assert 'name="viewport"' in text
-    assert "default-src &#x27;none&#x27;" in text
-    assert not re.search(r"<script|https?:|src=|@import|url\(|<link", text)
+def test_all_texts_come_back_as_text(tmp_path):
+    sample = Sample(conversation([{"role": HOSTILE, "content": HOSTILE}]), [(HOSTILE, HOSTILE)], [(HOSTILE, True)], 0)
+    seen = _page(
+        tmp_path,
+        [sample],
+        title=HOSTILE,
+        summary=HOSTILE,
+        key_numbers=[KeyNumber(HOSTILE, HOSTILE, HOSTILE)],
+        notices=[Notice(HOSTILE, HOSTILE)],
+        checkpoint=HOSTILE,
+        settings=flattened({HOSTILE: {HOSTILE: HOSTILE}}),
+    )
+    assert words(seen.root.find("head/title")) == HOSTILE
+    assert seen.text.count(HOSTILE) == 2 + 3 + 2 + 1 + 5 + 3
 
 
-def test_settings_are_flattened():
-    table = page.settings_table({"a": {"b": {"c": 1}, "d": None}, "e": [1, 2], "f": "x<y", "g": {}, "h": ""})
-    rows = ElementTree.fromstring(f"<div>{table}</div>").iter("tr")
-    cells = [tuple("".join(cell.itertext()) for cell in row) for row in rows]
-    assert cells[1:] == [
-        ("a.b.c", "1"), ("a.d", "null"), ("e", "[1, 2]"), ("f", "x<y"), ("g", "{}"), ("h", '""')
-    ]  # fmt: skip
-    assert "All settings (6)" in table
+def test_no_template_turns_escaping_off():
+    for template in STYLE_FILE.parent.glob("*.j2"):
+        assert not re.search(r"\bsafe\b|autoescape", template.read_text()), template
 
 
-def test_sample_marks_the_chosen_answer_and_empty_texts():
-    shown = page.sample("", [("A", "yes"), ("B", None)], badges=[("note", True)], chosen=0)
-    assert shown.count("(empty)") == 2
-    assert shown.count('class="chosen"') == 1
-    assert "✓ A" in shown
-    assert 'class="badge warn"' in shown
+def test_characters_that_no_page_can_hold_are_replaced(tmp_path):
+    seen = _page(tmp_path, summary="日本語 ü a\x00b\x1b[0m\ud800\r\n\tc \u202e")
+    assert "日本語 ü a\ufffdb\ufffd[0m\ufffd\n\tc \u202e" in "".join(seen.root.find("body").itertext())
 
 
-def test_later_samples_are_folded():
-    samples = [page.sample(str(i), [("A", ""), ("B", "")]) for i in range(5)]
-    assert "<details>" not in page.sample_list(samples, shown=5)
-    assert "2 more" in page.sample_list(samples, shown=3)
+def test_what_a_template_misses_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'version_of_jax' is undefined"):
+        page._ENVIRONMENT.from_string("{{ version_of_jax }}").render()
 
 
-def test_table_caption_and_scope():
-    table = page.table(("k", "v"), [("a", 1)], caption="all of <them>", numeric=True)
-    root = ElementTree.fromstring(f"<div>{table}</div>")
-    assert root.find("p").text == "all of <them>"
-    assert [cell.get("scope") for cell in root.iter("th")] == ["col", "col", "row"]
+def test_settings_are_flattened(tmp_path):
+    config = {"a": {"b": {"c": 1}, "d": None}, "e": [1, 2], "f": "x<y", "g": {}, "h": ""}
+    seen = _page(tmp_path, settings=flattened(config))
+    expected = {"a.b.c": "1", "a.d": "null", "e": "[1, 2]", "f": "x<y", "g": "{}", "h": '""'}
+    assert seen.table("Key") == {key: [value] for key, value in expected.items()}
+    assert "All settings (6)" in seen.text
+
+
+def test_samples(tmp_path):
+    """Six are shown, the rest is folded; empty texts are named, the chosen answer is set off."""
+    seen = _page(tmp_path, [Sample([(None, "")], [("A", f"yes {i}"), ("B", None)], (), 0) for i in range(8)])
+    assert [words(one) for one in seen.of_class("chosen")] == [f"✓ A yes {i}" for i in range(8)]
+    assert len(seen.of_class("empty")) == 16
+    folded = next(one for one in seen.root.iter("details") if "2 more" in words(one.find("summary")))
+    assert len(folded.findall("article")) == 2

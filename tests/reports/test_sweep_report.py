@@ -1,10 +1,10 @@
 import json
 import math
-import re
 
 import pytest
 
 from elbo_kto_jax.reports.sweep import write_sweep_report
+from tests.reports.seen import HOSTILE, Seen
 
 
 def _row(checkpoint, task="gsm8k", metric="acc,none", value=0.5, sampler=None, draws=None, low=None, high=None, **more):
@@ -26,13 +26,12 @@ ROWS = [
 def _report(tmp_path, rows=ROWS, cells=9, done=9):
     path = tmp_path / "report.html"
     write_sweep_report(path, title="Sweep", config={"seed": 0}, rows=rows, cells=cells, done=done)
-    return path.read_text(encoding="utf-8")
+    return Seen(path)
 
 
 def test_charts(tmp_path):
     """Lines along numbers, bars for what cannot be ordered, and nothing drawn of what is no number."""
-    text = _report(tmp_path)
-    drawn = dict(re.findall(r'aria-label="([^"]*?)\. ([^"]*)" class="chart"', text))
+    drawn = _report(tmp_path).charts
     assert drawn["gsm8k: acc,none, As configured"] == "base: 0.500 (0.400 to 0.600). tuned: 0.750 (0.650 to 0.850)."
     assert drawn["gsm8k: acc,none, steps=8"] == drawn["gsm8k: acc,none, As configured"]
     assert drawn["ifeval: acc,none"] == "steps=8, temperature=1.0: 0.500. As configured: 0.500."
@@ -42,44 +41,43 @@ def test_charts(tmp_path):
 
 
 def test_figures_and_table(tmp_path):
-    text = _report(tmp_path)
-    tiles = dict(re.findall(r"<dt>([^<]*)</dt><dd class=\"value\">([^<]*)", text))
-    assert tiles == {"Cells": "9", "Checkpoints": "2", "Tasks": "5", "Hours": "6.50"}
-    assert "9 of 9 evaluations done: 2 checkpoints, 5 tasks." in text
-    assert "Not complete" not in text
-    assert text.count('<th scope="row">a/tuned</th>') == 4
-    assert "<td>0.650 to 0.850</td>" in text
-
-
-def test_a_sweep_that_goes_on(tmp_path):
-    assert "4 of 13 cells are still to be evaluated" in _report(tmp_path, cells=13)
+    seen = _report(tmp_path, rows=[_row("a", value=0.75, low=0.65, high=0.85), _row("b", sampler="{}", draws=4)])
+    assert seen.key_numbers == {"Cells": "9", "Checkpoints": "2", "Tasks": "1", "Hours": "1.00"}
+    assert "9 of 9 evaluations done: 2 checkpoints, 1 task." in seen.text
+    assert "Not complete" not in seen.text
+    assert seen.table("Checkpoint") == {
+        "a": ["gsm8k", "–", "–", "acc,none", "0.750", "0.650 to 0.850", "1,800"],
+        "b": ["gsm8k", "K=4", "4", "acc,none", "0.500", "–", "1,800"],
+    }
 
 
 def test_nothing_is_done_yet(tmp_path):
-    text = _report(tmp_path, rows=[], cells=3, done=0)
-    assert "0 of 3 evaluations done" in text
-    assert "<figure>" not in text
+    seen = _report(tmp_path, rows=[], cells=3, done=0)
+    assert "0 of 3 evaluations done" in seen.text
+    assert "3 of 3 cells are still to be evaluated" in seen.text
+    assert seen.charts == {}
 
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path):
-    text = _report(tmp_path, rows=[_row("a/run"), _row("b/run")])
-    assert "a/run: 0.500. b/run: 0.500." in text
+    assert list(_report(tmp_path, rows=[_row("a/run"), _row("b/run")]).charts.values()) == [
+        "a/run: 0.500. b/run: 0.500."
+    ]
 
 
 def test_more_cells_than_a_chart_holds(tmp_path):
-    text = _report(tmp_path, rows=[_row(f"run {i}") for i in range(40)], cells=40, done=40)
-    assert "The first 24 of 40." in text
-    assert text.count('<th scope="row">run ') == 40
+    seen = _report(tmp_path, rows=[_row(f"run {i}") for i in range(40)], cells=40, done=40)
+    assert "The first 24 of 40." in seen.text
+    assert len(seen.table("Checkpoint")) == 40
 
 
 def test_everything_is_escaped(tmp_path):
-    hostile = "</p><script>alert(1)</script>\"'"
-    text = _report(tmp_path, rows=[_row(hostile, task=hostile, metric=hostile, sampler=json.dumps({hostile: hostile}))])
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 4
+    sampler = json.dumps({HOSTILE: HOSTILE})
+    seen = _report(tmp_path, rows=[_row("a", task=f"a {HOSTILE}", metric=HOSTILE, sampler=sampler)])
+    assert seen.table("Checkpoint")["a"][1] == f"{HOSTILE}={HOSTILE}"
+    assert seen.text.count(HOSTILE) >= 6
 
 
 @pytest.mark.parametrize("checkpoints", [4, 5])
 def test_lines_only_while_they_can_be_told_apart(tmp_path, checkpoints):
     rows = [_row(f"run {i}", task="elbo", draws=k) for i in range(checkpoints) for k in (1, 2)]
-    assert ("draws K" in _report(tmp_path, rows=rows)) == (checkpoints == 4)
+    assert ("draws K" in _report(tmp_path, rows=rows).text) == (checkpoints == 4)

@@ -1,31 +1,20 @@
 import math
 import os
-import re
 
 import numpy as np
 import pytest
 
 from elbo_kto_jax.reports.training import _smoothed, write_training_report
-
-HOSTILE = "</article><script>alert('x')</script><img src=x onerror=alert(1)>\"'&\ud800\x00"
+from tests.reports.seen import Seen
 
 
 def _kto_line(step):
-    return {
-        "step": step,
-        "loss": 0.5 - 0.001 * step,
-        "reward_desirable": 0.02 * step,
-        "reward_undesirable": -0.01 * step,
-        "reward_margin": 0.03 * step,
-        "reference_point": 0.001 * step,
-        "saturated_fraction": 0.0,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-6,
-        "examples": 8 * step,
-        "tokens": 1000 * step,
-        "real_token_fraction": 0.9,
-        "seconds": 0.5 * step,
-    }
+    slopes = {
+        "reward_desirable": 0.02, "reward_undesirable": -0.01, "reward_margin": 0.03, "reference_point": 0.001,
+        "examples": 8, "tokens": 1000, "seconds": 0.5,
+    }  # fmt: skip
+    level = {"saturated_fraction": 0.0, "grad_norm": 1.0, "learning_rate": 1e-6, "real_token_fraction": 0.9}
+    return {"step": step, "loss": 0.5 - 0.001 * step, **{key: each * step for key, each in slopes.items()}, **level}
 
 
 def _report(tmp_path, **changes):
@@ -38,118 +27,89 @@ def _report(tmp_path, **changes):
     }
     path = tmp_path / "report.html"
     write_training_report(path, **(arguments | changes))
-    return path.read_text(encoding="utf-8")
-
-
-def _headings(text):
-    return re.findall(r"<figure><h3>([^<]*)", text)
-
-
-def _tiles(text):
-    return dict(re.findall(r"<dt>([^<]*)</dt><dd class=\"value\">([^<]*)", text))
+    return Seen(path)
 
 
 def test_structure(tmp_path):
-    text = _report(tmp_path)
-    assert _headings(text) == [
+    seen = _report(tmp_path)
+    assert "Interrupted." not in seen.text
+    assert list(seen.charts) == [
         "Rewards", "Reward margin", "Loss", "Saturated examples",
         "Gradient norm", "Learning rate", "Throughput", "Useful tokens",
     ]  # fmt: skip
-    assert "In 10 steps over 80 examples, the reward margin went from 0.0300 to 0.300 nats and the loss" in text
-    assert _tiles(text)["Reward margin"] == "0.300 nats"
-    assert _tiles(text)["Tokens / second"] == "2,000"
-    assert re.findall(r"<h2>([^<]*)", text) == ["Curves", "Samples", "Details"]
-    assert "1 of 1 answers changed" in text
-    assert "model.path" in text
+    assert "In 10 steps over 80 examples, the reward margin went from 0.0300 to 0.300 nats and the loss" in seen.text
+    assert seen.key_numbers["Reward margin"] == "0.300 nats"
+    assert seen.key_numbers["Tokens / second"] == "2,000"
+    assert seen.sections == ["Curves", "Samples", "Details"]
+    assert "1 of 1 answers changed" in seen.text
+    assert seen.table("Key") == {"seed": ["0"], "model.path": ["m"]}
+    assert seen.table("step")["10"][:2] == ["0.490", "0.200"]
 
 
 def test_sft_has_no_rewards(tmp_path):
     metrics = [{"step": i, "loss": 2.0 / i, "grad_norm": 1.0, "learning_rate": 1e-5} for i in (1, 2)]
-    text = _report(tmp_path, metrics=metrics, summary={"steps": 2}, samples=[])
-    assert _headings(text) == ["Loss", "Gradient norm", "Learning rate"]
-    assert "In 2 steps, the loss went from 2.00 to 1.00." in text
-    assert "eward" not in text.split("</style>")[1]
-
-
-def test_everything_is_escaped(tmp_path):
-    text = _report(
-        tmp_path,
-        title=HOSTILE,
-        config={HOSTILE: {HOSTILE: HOSTILE}},
-        metrics=[{**_kto_line(1), HOSTILE: HOSTILE, "loss": HOSTILE}],
-        samples=[{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}],
-        summary={"checkpoint": HOSTILE, "steps": HOSTILE, "interrupted": HOSTILE},
-    )
-    assert "<script" not in text
-    assert "<img" not in text
-    assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)") >= 8
+    seen = _report(tmp_path, metrics=metrics, summary={"steps": 2}, samples=[])
+    assert list(seen.charts) == ["Loss", "Gradient norm", "Learning rate"]
+    assert "In 2 steps, the loss went from 2.00 to 1.00." in seen.text
+    assert "eward" not in seen.text
 
 
 def test_values_that_are_not_finite_are_reported(tmp_path):
     metrics = [_kto_line(step) for step in range(1, 11)]
     metrics[3]["loss"], metrics[5]["loss"], metrics[7]["loss"] = math.nan, None, math.inf
-    text = _report(tmp_path, metrics=metrics)
-    assert "loss is missing, NaN or infinite at 3 of 10 logged steps, first at step 4." in text
-    assert not re.search(r"\bnan\b|\binf\b", text.split("</style>")[1])
+    seen = _report(tmp_path, metrics=metrics)
+    assert "loss is missing, NaN or infinite at 3 of 10 logged steps, first at step 4." in seen.text
+    assert [seen.table("step")[step][0] for step in ("3", "4", "6", "8")] == ["0.497", "–", "–", "–"]
 
 
 def test_a_batch_without_one_label_is_no_alarm(tmp_path):
     metrics = [_kto_line(step) for step in range(1, 11)]
     metrics[3]["reward_desirable"] = None
-    assert "Not finite" not in _report(tmp_path, metrics=metrics)
+    assert "Not finite" not in _report(tmp_path, metrics=metrics).text
     for line in metrics:
         line["reward_desirable"] = None
-    assert "reward_desirable is missing" in _report(tmp_path, metrics=metrics)
+    assert "reward_desirable is missing" in _report(tmp_path, metrics=metrics).text
 
 
 def test_empty_and_single(tmp_path):
     nothing = _report(tmp_path, metrics=[], samples=[], summary={}, config={})
-    assert "No step has been logged yet." in nothing
-    assert _headings(nothing) == []
+    assert "No step has been logged yet." in nothing.text
+    assert nothing.charts == {}
     one = _report(tmp_path, metrics=[_kto_line(1)], summary={})
-    assert "In 1 step over 8 examples, the reward margin was 0.0300 nats and the loss was 0.499." in one
-    assert "<circle" in one
-
-
-def test_interrupted_is_said(tmp_path):
-    assert "Interrupted." in _report(tmp_path, summary={"interrupted": True})
-    assert "Interrupted." not in _report(tmp_path, summary={"interrupted": False})
+    assert "In 1 step over 8 examples, the reward margin was 0.0300 nats and the loss was 0.499." in one.text
+    assert one.of_class("dot")
 
 
 def test_a_step_logged_twice_counts_once_as_logged_last(tmp_path):
     metrics = [_kto_line(1), {**_kto_line(2), "loss": 98765.0}, {**_kto_line(2), "loss": 0.25}, _kto_line(3)]
-    text = _report(tmp_path, metrics=metrics, summary={})
-    assert "98,765" not in text.split("</style>")[1]
-    assert "3 of 3 logged steps" in text
+    seen = _report(tmp_path, metrics=metrics, summary={"interrupted": True})
+    assert "Interrupted." in seen.text
+    assert [cells[0] for cells in seen.table("step").values()] == ["0.499", "0.250", "0.497"]
+    assert "3 of 3 logged steps" in seen.text
 
 
 def test_throughput_is_the_difference_of_the_totals(tmp_path):
-    text = _report(tmp_path)
-    drawing = re.search(r'aria-label="Throughput\. ([^"]*)"', text)[1]
-    assert "lowest 2,000, highest 2,000" in drawing
+    assert "lowest 2,000, highest 2,000" in _report(tmp_path).charts["Throughput"]
     # The totals start again after a restart: no speed can be told there, least of all a negative one.
     metrics = [*(_kto_line(step) for step in range(1, 6)), {**_kto_line(6), "tokens": 10, "seconds": 0.1}]
-    drawing = re.search(r'aria-label="Throughput\. ([^"]*)"', _report(tmp_path, metrics=metrics))[1]
-    assert "lowest 2,000, highest 2,000" in drawing
+    assert "lowest 2,000, highest 2,000" in _report(tmp_path, metrics=metrics).charts["Throughput"]
 
 
 def test_held_out_values_are_joined_across_the_steps_between(tmp_path):
     metrics = [_kto_line(step) for step in range(1, 11)]
-    assert "held out" not in _report(tmp_path, metrics=metrics).split('aria-label="Loss', 1)[1]
+    assert "held out" not in _report(tmp_path, metrics=metrics).charts["Loss"]
     for line in metrics[4::5]:
         line["eval_loss"] = 0.4
-    text = _report(tmp_path, metrics=metrics)
-    loss = text[text.index("<h3>Loss</h3>") : text.index("<h3>Saturated examples</h3>")]
-    assert "held out (loss per example): 0.400 at step 5, 0.400 at step 10" in loss
-    assert loss.count('class="line s1"') == 2  # in the legend and as one unbroken line
-    assert "<circle" not in loss
+    seen = _report(tmp_path, metrics=metrics)
+    assert "held out (loss per example): 0.400 at step 5, 0.400 at step 10" in seen.charts["Loss"]
+    loss = seen.root.findall(".//figure")[list(seen.charts).index("Loss")]
+    assert len(loss.findall("svg/path[@class='line s1']")) == 1  # unbroken
 
 
 def test_long_runs_are_smoothed_and_stay_small(tmp_path):
-    metrics = [_kto_line(step) for step in range(1, 2001)]
-    text = _report(tmp_path, metrics=metrics)
-    assert "Bold: mean over" in text
-    assert len(text) < 700_000
+    seen = _report(tmp_path, metrics=[_kto_line(step) for step in range(1, 2001)])
+    assert "Bold: mean over 67 logged steps" in seen.text
+    assert seen.size < 700_000
 
 
 @pytest.mark.parametrize("window", [3, 5])
@@ -164,32 +124,19 @@ def test_smoothing_is_the_mean_over_the_window_and_keeps_gaps(window):
     np.testing.assert_array_equal(found.raw, values)
 
 
-def test_unicode_survives(tmp_path):
-    assert "日本語 ü \ufffd" in _report(tmp_path, title="日本語 ü \ud800")
-
-
-def test_a_report_replaces_the_one_before_and_a_failed_write_keeps_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_report_before(tmp_path, monkeypatch):
     _report(tmp_path, title="first")
-    assert "<h1>second" in _report(tmp_path, title="second")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
-
-    def fail(source, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        _report(tmp_path, title="third")
-    assert "<h1>second" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(os, "replace", lambda *paths: os.rename("", ""))
+    with pytest.raises(FileNotFoundError):
+        _report(tmp_path, title="second")
+    assert "first" in Seen(tmp_path / "report.html").text
 
 
-def test_unchanged_samples_are_marked(tmp_path):
-    text = _report(tmp_path, samples=[{"prompt": "p", "before": "x", "after": "x"}])
-    assert ">unchanged<" in text
-    assert "0 of 1 answers changed" in text
-
-
-def test_prompts_of_samples_are_messages(tmp_path):
+def test_samples(tmp_path):
+    """Those that did not change are marked; a prompt may be messages."""
     messages = [{"role": "system", "content": "<s>"}, {"role": "user", "content": "hi"}]
-    text = _report(tmp_path, samples=[{"prompt": messages, "before": "a", "after": "b"}])
-    assert '<div class="role">system</div><div class="text" dir="auto">&lt;s&gt;</div>' in text
-    assert '<div class="role">user</div><div class="text" dir="auto">hi</div>' in text
+    same, changed = {"prompt": "p", "before": "x", "after": "x"}, {"prompt": messages, "before": "a", "after": "b"}
+    seen = _report(tmp_path, samples=[same, changed, changed])
+    assert "2 of 3 answers changed" in seen.text
+    assert "Prompt p unchanged" in seen.text
+    assert "Prompt system <s> user hi Before a After b" in seen.text

@@ -1,18 +1,12 @@
 import math
-import re
 
 import pytest
 
 from elbo_kto_jax.reports.winrate import write_winrate_report
+from tests.reports.seen import HOSTILE, Seen, words
 
-SUMMARY = {
-    "adjusted_win_rate": 0.659,
-    "ci95": (0.612, 0.704),
-    "wins": 290,
-    "ties": 79,
-    "losses": 131,
-    "comparisons": 500,
-}
+COUNTS = {"wins": 290, "ties": 79, "losses": 131, "comparisons": 500}
+SUMMARY = {"adjusted_win_rate": 0.659, "ci95": (0.612, 0.704), **COUNTS}
 EXAMPLES = [
     {"prompt": "p", "answer_a": "one two three", "answer_b": "one", "verdict": "A", "expected": "A"},
     {"prompt": "q", "answer_a": "x", "answer_b": "y", "verdict": "tie", "expected": "B"},
@@ -23,7 +17,7 @@ EXAMPLES = [
 def _report(tmp_path, summary=SUMMARY, examples=EXAMPLES, names=("tuned", "base")):
     path = tmp_path / "report.html"
     write_winrate_report(path, title="Win rate", summary=summary, examples=examples, names=names)
-    return path.read_text(encoding="utf-8")
+    return Seen(path)
 
 
 @pytest.mark.parametrize(
@@ -36,52 +30,47 @@ def _report(tmp_path, summary=SUMMARY, examples=EXAMPLES, names=("tuned", "base"
     ],
 )
 def test_sentence(tmp_path, interval, verdict):
-    text = _report(tmp_path, {**SUMMARY, "ci95": interval})
+    text = _report(tmp_path, {**SUMMARY, "ci95": interval}).text
     assert "tuned wins 65.9% of 500 comparisons with base, ties counted as half" in text
     assert verdict in text
 
 
 def test_structure(tmp_path):
-    text = _report(tmp_path)
-    tiles = dict(re.findall(r"<dt>([^<]*)</dt><dd class=\"value\">([^<]*)", text))
-    assert tiles == {
+    seen = _report(tmp_path)
+    assert seen.key_numbers == {
         "Adjusted win rate": "65.9%", "Wins": "290", "Ties": "79", "Losses": "131", "Comparisons": "500",
         "Judge as expected": "1 of 2",
     }  # fmt: skip
-    assert text.count('class="chosen"') == 2
-    assert text.index("✓ tuned") < text.index("✓ base")
-    assert "expected: base preferred" in text
-    shares = re.search(r'aria-label="Win rate and outcomes\. ([^"]*)"', text)[1]
-    assert shares == ("Adjusted win rate: 65.9 (61.2 to 70.4). tuned preferred: 58.0. Tie: 15.8. base preferred: 26.2.")
-    lengths = re.search(r'aria-label="Difference in length\. ([^"]*)"', text)[1]
-    assert "3 values of words more in the answer of A, from 0 to 2.00; median 1.00." in lengths
+    assert [words(one) for one in seen.of_class("chosen")] == ["✓ tuned one two three", "✓ base (empty)"]
+    assert [words(one) for one in seen.of_class("warn")] == ["expected: base preferred"]
+    assert seen.charts == {
+        "Win rate and outcomes": (
+            "Adjusted win rate: 65.9 (61.2 to 70.4). tuned preferred: 58.0. Tie: 15.8. base preferred: 26.2."
+        ),
+        "Difference in length": "3 values of words more in the answer of A, from 0 to 2.00; median 1.00.",
+    }
 
 
-def test_equal_answers_are_reported(tmp_path):
-    assert "the two answers are equal" not in _report(tmp_path)
-    assert "In 16 of the 500 comparisons the two answers are equal" in _report(tmp_path, {**SUMMARY, "not_judged": 16})
+def test_what_was_not_judged_is_reported(tmp_path):
+    assert "the two answers are equal" not in _report(tmp_path).text
+    text = _report(tmp_path, {**SUMMARY, "not_judged": 16, "unparsable": 3, "left_out": 2}).text
+    assert "In 16 of the 500 comparisons the two answers are equal" in text
+    assert "3 replies of the judge state no verdict. The 2 prompts concerned are left out" in text
 
 
 @pytest.mark.parametrize(
-    "summary",
-    [
-        {},
-        {"adjusted_win_rate": math.nan, "ci95": (math.nan, None), "wins": 0, "ties": 0, "losses": 0, "comparisons": 0},
-    ],
+    "summary", [{}, {**dict.fromkeys(COUNTS, 0), "adjusted_win_rate": math.nan, "ci95": (math.nan, None)}]
 )
 def test_nothing_was_judged(tmp_path, summary):
-    text = _report(tmp_path, summary, [])
-    assert "No comparison of tuned with base has been judged." in text
-    assert "no finite value" in text
-    assert "Judge as expected" not in text
+    seen = _report(tmp_path, summary, [])
+    assert "No comparison of tuned with base has been judged." in seen.text
+    assert seen.charts == {"Win rate and outcomes": "No finite value."}
+    assert "Judge as expected" not in seen.key_numbers
 
 
 def test_everything_is_escaped(tmp_path):
-    hostile = "</p><script>alert(1)</script>\"'"
-    example = {"prompt": hostile, "answer_a": hostile, "answer_b": hostile, "verdict": "A", "expected": "B"}
-    text = _report(tmp_path, examples=[example], names=(hostile, hostile))
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;") >= 8
+    example = {"prompt": HOSTILE, "answer_a": HOSTILE, "answer_b": HOSTILE, "verdict": "A", "expected": "B"}
+    assert _report(tmp_path, examples=[example], names=(HOSTILE, HOSTILE)).text.count(HOSTILE) == 18
 
 
 @pytest.mark.parametrize(("key", "value"), [("verdict", "a"), ("verdict", None), ("expected", "x")])
