@@ -4,7 +4,7 @@
 #       [--slices=1] [--claim=VOLUME_CLAIM] [--restarts=10] [--dry-run] -- COMMAND
 #   bash launch/gke.sh --xpk-cluster=CLUSTER --name=JOB --image=IMAGE --accelerator=v5litepod-16 [--slices=1] ... -- COMMAND
 #   COMMAND, say: python -m elbo_kto_jax.train --config=configs/kto_mix.py --workdir=/mnt/shared/runs/kto_mix
-# IMAGE      holds this project, installed with its extra `tpu`, as the working folder (docs/slice.md has a Dockerfile).
+# IMAGE      holds this project, installed with its extra `tpu`, as the working folder (docs/tpu.md has a Dockerfile).
 # --claim    a persistent volume claim that many nodes may write (Filestore), mounted at /mnt/shared; not with XPK, which
 #            attaches what `xpk storage attach` has named.
 # --dry-run  prints the manifest, or what it would run.

@@ -33,7 +33,7 @@ PEER = ROOT / "tests" / "peer" / "torch_elbo_kto.py"
 MEMORY_DRAWS = (1, 4, 8)
 PADDED_RECORDS = 2  # that the padded peer runs a round: each costs it the same
 VARIANTS = ("one_pass", "two_passes")  # of our training step, beside the one that is configured
-EQUAL_VARIANCE = (Estimator(4, "balanced"), Estimator(8, "uniform"))  # docs/estimators.md: 0.58 of it
+EQUAL_VARIANCE = (Estimator(4, "balanced"), Estimator(8, "uniform"))  # docs/estimators.md
 _WHOLE_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # in one piece
 REWARD_SPREAD = 3.0  # nats: rewards that a loss can be compared at, though policy and reference are one model
 

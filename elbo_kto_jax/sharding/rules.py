@@ -45,7 +45,7 @@ MESH_AXES = {
 def split_cpu(sizes: config.Mesh) -> None:
     """Lets jax see the CPU as the devices of the mesh, where every size is given; accelerators are not touched.
 
-    A device for each core does more than one device whose threads share every small product (README).
+    A device for each core does more than one device whose threads share every small product (docs/troubleshooting.md).
     Left as it is where there are fewer cores, or several processes. Must come before anything runs on a device.
     """
     devices = sizes.data * sizes.fsdp * sizes.tensor
