@@ -9,7 +9,10 @@ import time
 import jax
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.checkpoints.folders import check_destination, is_checkpoint
+from elbo_kto_jax.checkpoints.load import open_source
+from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
+from elbo_kto_jax.checkpoints.save import save_model
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.runtime import lock
 from elbo_kto_jax.runtime.errors import UserError
@@ -26,23 +29,21 @@ def main(argv: list[str]) -> dict:
         "--source", required=True, help="folder of safetensors, or a Hugging Face hub id (ORGANISATION/NAME)"
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--dtype", choices=huggingface.DTYPE_NAMES, help="dtype of every parameter (default: as stored)"
-    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of every parameter (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
     flags, _ = parser.parse(argv)
 
     started = time.monotonic()
     jax.config.update("jax_platforms", "cpu")
-    store.check_destination(flags.out, flags.overwrite, store.is_checkpoint)  # before minutes of reading
+    check_destination(flags.out, flags.overwrite, is_checkpoint)  # before minutes of reading
     with lock.beside(flags.out, "--out"):
-        source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+        source = open_source(flags.source, dtype=flags.dtype, flag="--source")
         if flags.dtype and any(leaf.dtype.name != flags.dtype for leaf in source.leaves.values()):
             raise UserError(
                 f"--dtype={flags.dtype}: --source={flags.source} is a converted checkpoint and is copied as it is "
                 "stored; leave --dtype out, or give it to conversion.to_hf"
             )
-        store.save_model(flags.out, source, flags.overwrite)
+        save_model(flags.out, source, flags.overwrite)
     return {"tensors": len(source.published()), "bytes": source.nbytes, "seconds": time.monotonic() - started}
 
 

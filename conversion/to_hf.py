@@ -16,8 +16,16 @@ import jax
 from jax.typing import DTypeLike
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints import names
+from elbo_kto_jax.checkpoints.assets import with_dtype, with_mask
 from elbo_kto_jax.checkpoints.digest import Digest
+from elbo_kto_jax.checkpoints.folders import check_destination
+from elbo_kto_jax.checkpoints.huggingface import is_published
+from elbo_kto_jax.checkpoints.load import open_source
+from elbo_kto_jax.checkpoints.manifest import unsaid_mask
+from elbo_kto_jax.checkpoints.model import Source
+from elbo_kto_jax.checkpoints.publish import write_folder
+from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
 from elbo_kto_jax.runtime import lock
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,7 +36,7 @@ def main(argv: list[str]) -> dict:
     parser = cli.Flags("conversion.to_hf", "Converts a checkpoint into the published form of its model.")
     parser.add_argument("--source", required=True, help="converted checkpoint, step of a training run or its workdir")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=huggingface.DTYPE_NAMES, help="of every tensor (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of every tensor (default: as stored)")
     parser.add_argument(
         "--shard-size", type=shard_size, default="5GB", help="bytes per file: a number and KB, MB or GB (default: 5GB)"
     )
@@ -39,13 +47,13 @@ def main(argv: list[str]) -> dict:
     jax.config.update("jax_platforms", "cpu")
     out = Path(flags.out)
     with lock.beside(out, "--out"):
-        store.check_destination(out, flags.overwrite, huggingface.is_published)
-        source = store.open_source(flags.source, dtype=flags.dtype, flag="--source")
+        check_destination(out, flags.overwrite, is_published)
+        source = open_source(flags.source, dtype=flags.dtype, flag="--source")
         size = write(out, source, flags.shard_size, flags.dtype)
     return {"tensors": len(source.published()), "bytes": size, "seconds": time.monotonic() - started}
 
 
-def write(out: Path, source: store.Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
+def write(out: Path, source: Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
     """Writes a model in its published form, replacing `out` at the end, and returns the bytes of its tensors.
 
     Args:
@@ -57,11 +65,11 @@ def write(out: Path, source: store.Source, shard_size: int, dtype: DTypeLike | N
     """
     tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
     structs = source.published(dtype)
-    assets = huggingface.with_mask(source.assets, store.unsaid_mask(source.config, source.assets))
+    assets = with_mask(source.assets, unsaid_mask(source.config, source.assets))
     buffers = source.buffers(2, published=True)  # one is written while the next one is read
-    huggingface.write_folder(
+    write_folder(
         out,
-        huggingface.with_dtype(assets, structs),
+        with_dtype(assets, structs),
         structs,
         lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,

@@ -13,8 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints import names
 from elbo_kto_jax.checkpoints.buffers import Buffers
+from elbo_kto_jax.checkpoints.folders import is_checkpoint, locate
+from elbo_kto_jax.checkpoints.huggingface import HuggingFaceFolder, open_folder
+from elbo_kto_jax.checkpoints.load import open_source
+from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import to_json
@@ -32,10 +36,10 @@ def main(argv: list[str]) -> dict:
     flags, _ = parser.parse(argv)
 
     jax.config.update("jax_platforms", "cpu")
-    folder = store.locate(flags.source, "--source", weights=True)
-    if store.is_checkpoint(folder):
+    folder = locate(flags.source, "--source", weights=True)
+    if is_checkpoint(folder):
         raise UserError(f"--source={flags.source}: a converted checkpoint; expected a published one (safetensors)")
-    source, checkpoint = huggingface.open_folder(Path(folder)), store.open_source(flags.checkpoint, flag="--checkpoint")
+    source, checkpoint = open_folder(Path(folder)), open_source(flags.checkpoint, flag="--checkpoint")
     theirs, ours = names.published_tensors(source.config), names.published_tensors(checkpoint.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
     buffers, different = checkpoint.buffers(1, published=True), 0
@@ -57,9 +61,7 @@ def main(argv: list[str]) -> dict:
     return summary
 
 
-def difference_between(
-    source: huggingface.HuggingFaceFolder, checkpoint: store.Source, name: str, buffers: Buffers
-) -> str:
+def difference_between(source: HuggingFaceFolder, checkpoint: Source, name: str, buffers: Buffers) -> str:
     """How the tensor `name` differs, in words; empty if shape, dtype and all bits are equal."""
     theirs, ours = names.published_tensors(source.config)[name], names.published_tensors(checkpoint.config)[name]
     if theirs.shape != ours.shape:

@@ -22,7 +22,8 @@ import jax
 from elbo_kto_jax import cli
 from elbo_kto_jax.benchmarking.measure import PEER, Plan, measure
 from elbo_kto_jax.benchmarking.tables import as_text, write_report
-from elbo_kto_jax.checkpoints import huggingface, random_folder
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.huggingface import is_published
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.objectives.kto import Kto
 from elbo_kto_jax.planning.fit import layers_that_fit
@@ -128,7 +129,7 @@ def _check_peer(config: Config) -> None:
     for name in ("desirable_weight", "undesirable_weight"):
         if getattr(config.objective, name) != 1.0:
             raise UserError(f"config.objective.{name}: the peer's is 1; set it to 1.0, {alone}")
-    if not huggingface.is_published(Path(config.model.path)):
+    if not is_published(Path(config.model.path)):
         path = config.model.path
         raise UserError(f"--config.model.path={path}: the peer reads a Hugging Face folder; give one, {alone}")
 

@@ -37,7 +37,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion import from_hf, to_hf, verify
 from elbo_kto_jax import cli, evaluate, train
-from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.checkpoints.assets import CONFIG_FILE
+from elbo_kto_jax.checkpoints.huggingface import is_published
+from elbo_kto_jax.checkpoints.model import Model, Source
 from elbo_kto_jax.checkpoints.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, init_params
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     _stage(1, f"making data and a random tiny {flags.architecture}: the task is to write {LENGTH} letters in capitals")
     write_data(workdir / "data", flags.seed)
-    if not huggingface.is_published(workdir / "untrained"):
+    if not is_published(workdir / "untrained"):
         write_untrained(workdir / "untrained", flags.seed, flags.architecture)
 
     _stage(2, "fine-tuning it (SFT) on demonstrations of which half are bad: it learns good and bad answers alike")
@@ -245,14 +247,14 @@ def write_untrained(folder: Path, seed: int, architecture: str = "llada", **dime
     its ModelConfig that differ from the quickstart's."""
     tokenizer = build_tokenizer()
     config = published_config(tokenizer, architecture, **(_DIMENSIONS | dimensions))
-    assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
+    assets = {CONFIG_FILE: json.dumps(config, indent=1).encode()}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         assets |= {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
     model_config = registry.read_config(config, str(folder))
     params = init_params(MaskPredictor(model_config), jax.random.key(seed))
-    model = store.Model(model_config, params, assets, str(folder))
-    to_hf.write(folder, store.Source.of(model), to_hf.shard_size("5GB"))
+    model = Model(model_config, params, assets, str(folder))
+    to_hf.write(folder, Source.of(model), to_hf.shard_size("5GB"))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

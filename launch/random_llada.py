@@ -7,7 +7,9 @@ from pathlib import Path
 
 from conversion.to_hf import shard_size
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.folders import check_destination
+from elbo_kto_jax.checkpoints.huggingface import is_published
 from elbo_kto_jax.models import registry
 
 
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
     flags, _ = parser.parse(argv)
     out = Path(flags.out)
-    store.check_destination(out, flags.overwrite, huggingface.is_published)
+    check_destination(out, flags.overwrite, is_published)
     dimensions = random_folder.dimensions(flags.size, flags.architecture)
     dimensions |= {"n_layers": flags.layers} if flags.layers else {}
     written = random_folder.write(

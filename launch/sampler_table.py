@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elbo_kto_jax import cli, train
-from elbo_kto_jax.checkpoints import huggingface
+from elbo_kto_jax.checkpoints.huggingface import is_published
 from elbo_kto_jax.evaluate import read_prompts
 from elbo_kto_jax.evaluation.judges import Expected
 from elbo_kto_jax.runtime import terminal
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 def train_bigger(workdir: Path) -> str:
     """Fine-tunes the bigger model on demonstrations that are all good; returns its checkpoint."""
     _write_data(workdir / "data")
-    if not huggingface.is_published(workdir / "untrained"):
+    if not is_published(workdir / "untrained"):
         quickstart.write_untrained(workdir / "untrained", 0, max_sequence_length=256, **DIMENSIONS)
     arguments = [
         f"--config={quickstart.CONFIG}:sft",

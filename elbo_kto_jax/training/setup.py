@@ -12,7 +12,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints import adapters
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.manifest import Adaptation, unsaid_mask
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.special import find_eot_id, with_special_tokens
@@ -69,20 +72,20 @@ class Setup:
         shardings = self.shardings(abstract_params(self.model))
         dtype = jnp.dtype(self.config.model.param_dtype)
         log.info("loading %s", path)
-        return store.load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
+        return load_model(path, param_dtype=dtype, shardings=shardings, flag=flag).params
 
-    def load_base(self) -> tuple[lora.Base, store.Adaptation] | tuple[None, None]:
+    def load_base(self) -> tuple[lora.Base, Adaptation] | tuple[None, None]:
         """What the run's adapters are trained on, and how their checkpoints name it; None without adapters."""
         config, options = self.config, self.config.lora
         if not options.rank:
             return None, None
         abstract = train_state.abstract_base(self.model, options)
         log.info("loading %s as the base of adapters of rank %d", config.model.path, options.rank)
-        params, path, digest = store.load_base(
+        params, path, digest = adapters.load_base(
             config.model.path, abstract, self.shardings(abstract), flag="--config.model.path"
         )
         base = lora.Base(params, options.alpha / options.rank)
-        return base, store.Adaptation(options.rank, options.alpha, path, digest)
+        return base, Adaptation(options.rank, options.alpha, path, digest)
 
     def init_adapters(self) -> Params:
         """The adapters before the first step."""
@@ -92,7 +95,7 @@ class Setup:
     def fingerprint(self, reference: str, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
         config, layout = self.config, data.layout
-        mask = store.unsaid_mask(self.model.config, self.assets)
+        mask = unsaid_mask(self.model.config, self.assets)
         return {
             "model": reference,
             "dtype": config.model.dtype,
@@ -149,8 +152,8 @@ def prepare(
       UserError: anything about them that the user has to mend.
     """
     model_flag, data_flag = flags
-    model_config, assets = store.load_config(config.model.path, model_flag)
-    tokenizer = store.build_tokenizer(assets, config.model.path)
+    model_config, assets = load_config(config.model.path, model_flag)
+    tokenizer = build_tokenizer(assets, config.model.path)
     where = f"{model_flag}={config.model.path}"
     model_config = with_special_tokens(model_config, tokenizer, config.model.mask_token_id, where)
     if moment is not None:

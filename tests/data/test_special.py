@@ -14,7 +14,12 @@ from tokenizers import Regex, pre_tokenizers
 
 from conversion import to_hf
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.manifest import manifest_checksum
+from elbo_kto_jax.checkpoints.save import save_model
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer as tokenizer_of
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.special import MASK_KEY, end_of_turn, find_eot_id, with_special_tokens
 from elbo_kto_jax.models.registry import architectures, read_config
@@ -169,7 +174,7 @@ def renamed(tokenizer, tokens: dict[str, str]):
     assets = files_of(tokenizer)
     for old, new in tokens.items():
         assets = {name: content.replace(old.encode(), new.encode()) for name, content in assets.items()}
-    return store.build_tokenizer(assets, "renamed")
+    return tokenizer_of(assets, "renamed")
 
 
 def files_of(tokenizer) -> dict[str, bytes]:
@@ -194,9 +199,9 @@ def bare_folder(tmp_path_factory):
 
 def saved(bare_folder, out, mask_id):
     """A checkpoint of a run that was told this mask token."""
-    loaded = store.load_model(bare_folder)
+    loaded = load_model(bare_folder)
     told = with_special_tokens(loaded.config, loaded.tokenizer(), mask_id, "x")
-    store.save_model(out, dataclasses.replace(loaded, config=told))
+    save_model(out, dataclasses.replace(loaded, config=told))
     return out
 
 
@@ -213,12 +218,12 @@ def test_a_checkpoint_keeps_the_mask_that_it_was_trained_with(bare_folder, tmp_p
     """Also one that a config.json could not say: the user said it, and it is above all."""
     mask_id = mask_of(build_tokenizer()) if mask == "special" else 3
     ours = saved(bare_folder, tmp_path / "ours", mask_id)
-    assert store.load_config(ours)[0].mask_token_id == mask_id
+    assert load_config(ours)[0].mask_token_id == mask_id
     assert opened(ours) == mask_id
 
 
 def test_what_config_json_says_is_not_repeated(tiny_checkpoint, tmp_path):
-    store.save_model(tmp_path / "ours", store.load_model(tiny_checkpoint))
+    save_model(tmp_path / "ours", load_model(tiny_checkpoint))
     manifest = json.loads((tmp_path / "ours" / "assets" / "manifest.json").read_text())
     assert "mask_token_id" not in manifest
 
@@ -230,11 +235,11 @@ def test_a_damaged_mask_in_a_manifest_is_refused(bare_folder, tmp_path, value):
     file = ours / "assets" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["mask_token_id"] = value
-    with_checksum = manifest | {"checksum": store._manifest_checksum(manifest)}
+    with_checksum = manifest | {"checksum": manifest_checksum(manifest)}
     for content, reason in ((manifest, "checksum"), (with_checksum, "damaged")):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=reason) as refused:
-            store.load_config(ours)
+            load_config(ours)
         assert str(file) in str(refused.value)
 
 
@@ -242,7 +247,7 @@ def test_a_mask_in_a_manifest_that_is_outside_of_the_embedding_is_refused(bare_f
     ours = saved(bare_folder, tmp_path / "ours", 3)
     file = ours / "assets" / "manifest.json"
     manifest = json.loads(file.read_text()) | {"mask_token_id": 10**6}
-    file.write_text(json.dumps(manifest | {"checksum": store._manifest_checksum(manifest)}))
+    file.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     with pytest.raises(UserError, match="1000000 is outside"):
         opened(ours)
 
@@ -324,11 +329,11 @@ def one_file():
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return store.build_tokenizer(files_of(tokenizer), "one file")
+    return tokenizer_of(files_of(tokenizer), "one file")
 
 
 def test_two_files_give_the_tokens_of_one():
-    one, two = one_file(), store.build_tokenizer(two_files(), "some/model")
+    one, two = one_file(), tokenizer_of(two_files(), "some/model")
     assert len(two) == len(one)
     assert two.get_vocab() == one.get_vocab()
     for text in TEXTS:
@@ -342,7 +347,7 @@ def test_two_files_give_the_tokens_of_one():
 
 @pytest.mark.parametrize("template_file", [False, True], ids=["in the settings", "in a file"])
 def test_the_chat_template_of_two_files(template_file):
-    tokenizer = store.build_tokenizer(two_files(template_file), "some/model")
+    tokenizer = tokenizer_of(two_files(template_file), "some/model")
     tokens = chat.encode_prompt(tokenizer, [{"role": "user", "content": "Capitals <|mdm_mask|>"}])
     text = "<|im_start|>user\nCapitals <|mdm_mask|><|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokens) == text
@@ -373,7 +378,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_files_are_refused_in_a_line(case):
     with pytest.raises(UserError, match=r"^some/model: ") as refused:
-        store.build_tokenizer(DAMAGE[case](two_files()), "some/model")
+        tokenizer_of(DAMAGE[case](two_files()), "some/model")
     assert str(refused.value).count("\n") <= 1
     assert "tokenizer" in str(refused.value)
 
@@ -381,6 +386,6 @@ def test_damaged_files_are_refused_in_a_line(case):
 def test_a_folder_of_two_files_is_read_whole(tmp_path):
     for name, content in two_files(template_file=True).items():
         (tmp_path / name).write_bytes(content)
-    assets = huggingface.read_assets(tmp_path)
+    assets = read_assets(tmp_path)
     assert assets == two_files(template_file=True)
-    assert len(store.build_tokenizer(assets, "x")) == len(build_tokenizer())
+    assert len(tokenizer_of(assets, "x")) == len(build_tokenizer())

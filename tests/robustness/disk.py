@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conversion import from_hf, to_hf
 from elbo_kto_jax import cli, generate, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from tests import runs
 from tests.robustness import kill_driver
 
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
     steps = sorted(path for path in (small / "run" / "checkpoints").iterdir() if path.name.isdecimal())
     assert 1 <= len(steps) < len(expected[1]), steps
     for step in steps:
-        store.load_model(step)
+        load_model(step)
     used = {file: file.read_bytes() for file in small.rglob("*") if file.is_file()}
 
     # Read-only: said before any work is done.

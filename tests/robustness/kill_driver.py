@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from elbo_kto_jax.checkpoints import huggingface
+from elbo_kto_jax.checkpoints.huggingface import is_published
 from elbo_kto_jax.runtime.files import to_json
 from launch.quickstart import write_untrained
 from tests import runs
@@ -228,7 +228,7 @@ class Driver:
         )
         runs.write_jsonl(self.shared / "prompts.jsonl", list(prompts))
         for seed, name in enumerate(("model", "other")):
-            if not huggingface.is_published(self.shared / name):
+            if not is_published(self.shared / name):
                 write_untrained(self.shared / name, seed)
 
     def attack(self, name: str, kills: int, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)) -> Count:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 
 from conversion import from_hf, to_hf, verify
 from elbo_kto_jax import cli, evaluate, generate, precompute, score, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer as tokenizer_of
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
@@ -451,7 +451,7 @@ def test_tokenizer_files(folder, name, value):
     scratch = folder / "tokenizer"
     TOKENIZER.save_pretrained(scratch)
     assets = {file.name: file.read_bytes() for file in scratch.iterdir()} | {name: json.dumps(value).encode()}
-    tokenizer, message = refused(store.build_tokenizer, assets, "there")
+    tokenizer, message = refused(tokenizer_of, assets, "there")
     assert (tokenizer is None) == message.startswith("there: ") if message else tokenizer is not None
     if tokenizer is not None:
         refused(encode_prompt, tokenizer, [{"role": "user", "content": "a"}])
@@ -477,7 +477,7 @@ def test_tokenizer_json(folder, place, data):
     assets = {file.name: file.read_bytes() for file in scratch.iterdir()}
     value = data.draw(st.one_of(st.sampled_from(BROKEN[place]), any_json))
     assets["tokenizer.json"] = json.dumps({**json.loads(assets["tokenizer.json"]), place: value}).encode()
-    tokenizer, message = refused(store.build_tokenizer, assets, "there")
+    tokenizer, message = refused(tokenizer_of, assets, "there")
     if tokenizer is None:
         assert message.startswith("there: unreadable tokenizer")
     else:
