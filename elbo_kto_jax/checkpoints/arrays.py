@@ -127,10 +127,12 @@ def open_array(tree: epath.Path, path: TreePath) -> tensorstore.TensorStore:
 
 
 def damaged(where: str) -> UserError:
+    """The error for values that are not those that were saved."""
     return UserError(f"{where}: damaged: its values do not have the digest of what was saved; {REMEDY}")
 
 
 def unreadable(tree: epath.Path, error: Exception) -> UserError:
+    """The error for a stored tree that cannot be read because of `error`."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{tree}: cannot be read ({reason[:200]}); {REMEDY}")
 

@@ -85,6 +85,8 @@ class StoredTree:
 
 
 class Manifest(NamedTuple):
+    """What a manifest says, checked for its form."""
+
     assets: dict[str, str | None]  # name -> checksum; None in checkpoints of earlier versions, which had none
     trees: dict[str, StoredTree]
     lora: Adaptation | None  # params are adapters
@@ -93,6 +95,11 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
+    """The manifest of the checkpoint `folder`, whose every part has the form that was saved.
+
+    Raises:
+      UserError: it is missing, damaged, or of another version.
+    """
     file = folder / "assets" / MANIFEST_FILE
     try:
         manifest = from_json(file.read_bytes())
@@ -132,6 +139,7 @@ def manifest_checksum(manifest: dict) -> str:
 
 
 def checksum_of(content: bytes) -> str:
+    """Of a file's content: 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -156,7 +164,11 @@ def _hexadecimal(digest: str) -> str:
 
 
 def stored_assets(folder: epath.Path, manifest: Manifest) -> tuple[ModelConfig, dict[str, bytes]]:
-    """The architecture and the assets of a checkpoint of ours."""
+    """The architecture and the assets of the checkpoint of ours at `folder`, which has this manifest.
+
+    Raises:
+      UserError: a file is missing, or is not what was saved.
+    """
     assets = {}
     for name, checksum in manifest.assets.items():
         file = folder / "assets" / name
@@ -180,6 +192,7 @@ def unsaid_mask(config: ModelConfig, assets: Mapping[str, bytes]) -> int | None:
 
 
 def other_base(folder: epath.Path, adaptation: Adaptation, path: str, digest: str) -> UserError:
+    """The error for adapters at `folder` whose base is not the one at `path`, which has another digest."""
     return UserError(
         f"{folder}: its adapters were trained on another base (digest {adaptation.base_digest}) than the one at {path} "
         f"(digest {digest}); put the former there"

@@ -20,7 +20,12 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
 
 
-def open_file(file: Path):
+def open_file(file: Path) -> safe_open:
+    """The file, whose header has been read and checked.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -28,6 +33,7 @@ def open_file(file: Path):
 
 
 def damaged(file: Path, error: Exception) -> UserError:
+    """The error for a file that cannot be read because of `error`."""
     return UserError(f"{file}: damaged or incomplete safetensors file ({error}); download or copy it again")
 
 
