@@ -7,8 +7,8 @@ interrupted conversion leaves a folder DIR.orbax-checkpoint-tmp that nothing loa
 import jax
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface
 from elbo_kto_jax.checkpoints.conversion import from_published
+from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
 from elbo_kto_jax.models import registry
 
 
@@ -23,9 +23,7 @@ def main(argv: list[str]) -> dict:
         "--source", required=True, help="folder of safetensors, or a Hugging Face hub id (ORGANISATION/NAME)"
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument(
-        "--dtype", choices=huggingface.DTYPE_NAMES, help="dtype of every parameter (default: as stored)"
-    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of every parameter (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
     flags, _ = parser.parse(argv)
     jax.config.update("jax_platforms", "cpu")

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface
 from elbo_kto_jax.checkpoints.conversion import shard_size, to_published
+from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
 
 
 def main(argv: list[str]) -> dict:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> dict:
     parser = cli.Flags("conversion.to_hf", "Converts a checkpoint into the published form of its model.")
     parser.add_argument("--source", required=True, help="converted checkpoint, step of a training run or its workdir")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=huggingface.DTYPE_NAMES, help="of every tensor (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of every tensor (default: as stored)")
     parser.add_argument(
         "--shard-size", type=shard_size, default="5GB", help="bytes per file: a number and KB, MB or GB (default: 5GB)"
     )

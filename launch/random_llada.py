@@ -6,8 +6,9 @@ Any architecture (models/), of a small size or of a published one. The name is f
 from pathlib import Path
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.checkpoints import huggingface, random_folder, store
+from elbo_kto_jax.checkpoints import huggingface, random_folder
 from elbo_kto_jax.checkpoints.conversion import shard_size
+from elbo_kto_jax.checkpoints.folders import check_destination
 from elbo_kto_jax.models import registry
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
     flags, _ = parser.parse(argv)
     out = Path(flags.out)
-    store.check_destination(out, flags.overwrite, huggingface.is_published)
+    check_destination(out, flags.overwrite, huggingface.is_published)
     dimensions = random_folder.dimensions(flags.size, flags.architecture)
     dimensions |= {"n_layers": flags.layers} if flags.layers else {}
     written = random_folder.write(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from elbo_kto_jax.checkpoints import names, store
+from elbo_kto_jax.checkpoints import names
+from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.data.packing import Layout, Segment, pack
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
@@ -51,16 +52,16 @@ class Golden:
 
     @cached_property
     def config(self) -> ModelConfig:
-        config = store.load_config(self.folder / "policy")[0]
+        config = load_config(self.folder / "policy")[0]
         return dataclasses.replace(config, mask_token_id=self.described.get("mask_token_id", config.mask_token_id))
 
     @cached_property
     def policy(self) -> dict:
-        return store.load_model(self.folder / "policy").params
+        return load_model(self.folder / "policy").params
 
     @cached_property
     def reference(self) -> dict:
-        return store.load_model(self.folder / "reference").params
+        return load_model(self.folder / "reference").params
 
     def elbo(self, mode: str, name: str) -> np.ndarray:
         """The mean over the draws of the estimates of the model called `name`, "theta" or "ref"."""

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from elbo_kto_jax.checkpoints import names
+from elbo_kto_jax.checkpoints.training_state import TrainingState
 from elbo_kto_jax.models.registry import read_config
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -97,6 +100,22 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal shape, dtype and bits: NaNs compare by their bits, and -0.0 is not 0.0."""
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def assert_same_trees(a: Any, b: Any) -> None:
+    """Equal structure, and `same_bits` of every leaf."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def abstract_state(state: TrainingState, sharding: jax.sharding.Sharding | None = None) -> TrainingState:
+    """What to restore `state` as: on one device, or in the sharding."""
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def as_struct(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return TrainingState(jax.tree.map(as_struct, state.params), jax.tree.map(as_struct, state.opt_state), {})
 
 
 def write_version_1(manifest: Path, *missing: str) -> None:

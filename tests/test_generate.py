@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import generate
-from elbo_kto_jax.checkpoints.store import build_tokenizer, load_config
+from elbo_kto_jax.checkpoints.load import load_config
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError

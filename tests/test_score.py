@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import score
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_config
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 
@@ -16,7 +17,7 @@ DRAWS = 16
 @pytest.fixture(scope="module")
 def exact_record(golden) -> dict:
     """The record of the goldens' `exact.*`, as plain strings that tokenise to its tokens."""
-    tokenizer = store.build_tokenizer(store.load_config(golden.folder / "policy")[1], "golden")
+    tokenizer = build_tokenizer(load_config(golden.folder / "policy")[1], "golden")
     record = {"id": "exact"}
     for field, name in (("prompt", "exact.prompt"), ("completion", "exact.answer")):
         tokens = golden.arrays[name].tolist()

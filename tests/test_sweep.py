@@ -12,12 +12,12 @@ import time
 import pytest
 
 from elbo_kto_jax import sweep
-from elbo_kto_jax.checkpoints import store
 from elbo_kto_jax.evaluation import sweep_tables
 from elbo_kto_jax.evaluation.sweep import Grid
 from elbo_kto_jax.evaluation.sweep_tasks import WinRate
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.sampling import respond
 from elbo_kto_jax.sharding import rules
 from tests import runs
 from tests.evaluation.chat_server import serve
@@ -53,9 +53,9 @@ def command(tiny_checkpoint, other_checkpoint, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """The checkpoints whose weights are read, in order."""
-    read, original = [], store.load_model
+    read, original = [], respond.load_model
     spy = lambda path, **more: read.append(str(path)) or original(path, **more)  # noqa: E731
-    monkeypatch.setattr(store, "load_model", spy)
+    monkeypatch.setattr(respond, "load_model", spy)
     return read
 
 

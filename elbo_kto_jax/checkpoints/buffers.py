@@ -16,7 +16,7 @@ class Buffers:
     """Arrays in a few blocks of memory by turns, which grow to the largest array."""
 
     def __init__(self, count: int):
-        """`count`: how many of the latest arrays are valid at a time; see `store.Source.buffers`."""
+        """`count`: how many of the latest arrays are valid at a time; see `Source.buffers`."""
         self._blocks = [np.empty(0, np.uint8)] * max(1, count)
         self._turn = 0
 

@@ -14,9 +14,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints import huggingface, names
+from elbo_kto_jax.checkpoints.assets import with_dtype, with_mask
 from elbo_kto_jax.checkpoints.buffers import Buffers
 from elbo_kto_jax.checkpoints.digest import Digest
+from elbo_kto_jax.checkpoints.folders import check_destination, is_checkpoint, locate
+from elbo_kto_jax.checkpoints.load import open_source
+from elbo_kto_jax.checkpoints.manifest import unsaid_mask
+from elbo_kto_jax.checkpoints.model import Source
+from elbo_kto_jax.checkpoints.publish import write_folder
+from elbo_kto_jax.checkpoints.save import save_model
 from elbo_kto_jax.runtime import lock, terminal
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -36,15 +43,15 @@ def from_published(source: str, out: str, *, dtype: str | None, overwrite: bool)
       UserError: `source` is no published model, or `out` cannot be written.
     """
     started = time.monotonic()
-    store.check_destination(out, overwrite, store.is_checkpoint)  # before minutes of reading
+    check_destination(out, overwrite, is_checkpoint)  # before minutes of reading
     with lock.beside(out, "--out"):
-        opened = store.open_source(source, dtype=dtype, flag="--source")
+        opened = open_source(source, dtype=dtype, flag="--source")
         if dtype and any(leaf.dtype.name != dtype for leaf in opened.leaves.values()):
             raise UserError(
                 f"--dtype={dtype}: --source={source} is a converted checkpoint and is copied as it is "
                 "stored; leave --dtype out, or give it to conversion.to_hf"
             )
-        store.save_model(out, opened, overwrite)
+        save_model(out, opened, overwrite)
     return {"tensors": len(opened.published()), "bytes": opened.nbytes, "seconds": time.monotonic() - started}
 
 
@@ -63,13 +70,13 @@ def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, 
     """
     started = time.monotonic()
     with lock.beside(out, "--out"):
-        store.check_destination(out, overwrite, huggingface.is_published)
-        opened = store.open_source(source, dtype=dtype, flag="--source")
+        check_destination(out, overwrite, huggingface.is_published)
+        opened = open_source(source, dtype=dtype, flag="--source")
         size = write_published(out, opened, shard_size, dtype)
     return {"tensors": len(opened.published()), "bytes": size, "seconds": time.monotonic() - started}
 
 
-def write_published(out: Path, source: store.Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
+def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
     """Writes a model in its published form, replacing `out` at the end, and returns the bytes of its tensors.
 
     Args:
@@ -81,11 +88,11 @@ def write_published(out: Path, source: store.Source, shard_size: int, dtype: DTy
     """
     tensors, digest = names.published_tensors(source.config), Digest(source.leaves)
     structs = source.published(dtype)
-    assets = huggingface.with_mask(source.assets, store.unsaid_mask(source.config, source.assets))
+    assets = with_mask(source.assets, unsaid_mask(source.config, source.assets))
     buffers = source.buffers(2, published=True)  # one is written while the next one is read
-    huggingface.write_folder(
+    write_folder(
         out,
-        huggingface.with_dtype(assets, structs),
+        with_dtype(assets, structs),
         structs,
         lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,
@@ -112,10 +119,10 @@ def compare(source: str, checkpoint: str) -> dict:
     Raises:
       UserError: one of the two is not what it should be.
     """
-    folder = store.locate(source, "--source", weights=True)
-    if store.is_checkpoint(folder):
+    folder = locate(source, "--source", weights=True)
+    if is_checkpoint(folder):
         raise UserError(f"--source={source}: a converted checkpoint; expected a published one (safetensors)")
-    published, converted = huggingface.open_folder(Path(folder)), store.open_source(checkpoint, flag="--checkpoint")
+    published, converted = huggingface.open_folder(Path(folder)), open_source(checkpoint, flag="--checkpoint")
     theirs, ours = names.published_tensors(published.config), names.published_tensors(converted.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
     buffers, different = converted.buffers(1, published=True), 0
@@ -131,9 +138,7 @@ def compare(source: str, checkpoint: str) -> dict:
     return {"tensors": len(every), "equal": not different, "different": different}
 
 
-def difference_between(
-    source: huggingface.HuggingFaceFolder, checkpoint: store.Source, name: str, buffers: Buffers
-) -> str:
+def difference_between(source: huggingface.HuggingFaceFolder, checkpoint: Source, name: str, buffers: Buffers) -> str:
     """How the tensor `name` differs, in words; empty if shape, dtype and all bits are equal."""
     theirs, ours = names.published_tensors(source.config)[name], names.published_tensors(checkpoint.config)[name]
     if theirs.shape != ours.shape:

@@ -16,7 +16,10 @@ import ml_dtypes
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints import names
+from elbo_kto_jax.checkpoints.assets import CONFIG_FILE, read_assets
+from elbo_kto_jax.checkpoints.publish import write_folder
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -75,12 +78,10 @@ def write(
     """
     if not tokenizer.is_dir():
         raise UserError(f"{tokenizer}: no such folder; name one with the model's tokenizer files")
-    assets = {
-        name: data for name, data in huggingface.read_assets(tokenizer).items() if name != huggingface.CONFIG_FILE
-    }
-    built = store.build_tokenizer(assets, str(tokenizer))
+    assets = {name: data for name, data in read_assets(tokenizer).items() if name != CONFIG_FILE}
+    built = build_tokenizer(assets, str(tokenizer))
     config = published_config(built, architecture, torch_dtype=dtype, **dimensions)
-    assets[huggingface.CONFIG_FILE] = json.dumps(config, indent=1).encode()
+    assets[CONFIG_FILE] = json.dumps(config, indent=1).encode()
     model = registry.read_config(config, str(out))
     tensors = names.published_tensors(model)
     rows = {name: row for row in registry.parameters(model).values() for name in row.tensors}
@@ -96,7 +97,7 @@ def write(
             yield values.astype(DTYPES[dtype])
 
     structs = {name: jax.ShapeDtypeStruct(tensor.shape, DTYPES[dtype]) for name, tensor in tensors.items()}
-    huggingface.write_folder(out, assets, structs, read, shard_size)
+    write_folder(out, assets, structs, read, shard_size)
     return {name: struct.size * DTYPES[dtype].itemsize for name, struct in structs.items()}
 
 

@@ -8,8 +8,9 @@ import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.checkpoints.assets import CONFIG_FILE
 from elbo_kto_jax.checkpoints.conversion import shard_size, write_published
+from elbo_kto_jax.checkpoints.model import Model, Source
 from elbo_kto_jax.checkpoints.random_folder import EOS, MASK, published_config
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, init_params
@@ -36,19 +37,19 @@ _DIMENSIONS = {
 def write_untrained(folder: Path, seed: int, architecture: str = "llada", **dimensions: int) -> None:
     """Writes a tiny model with random weights and its tokenizer as a Hugging Face folder; `dimensions` are fields of
     its ModelConfig that differ from the quickstart's."""
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     config = published_config(tokenizer, architecture, **(_DIMENSIONS | dimensions))
-    assets = {huggingface.CONFIG_FILE: json.dumps(config, indent=1).encode()}
+    assets = {CONFIG_FILE: json.dumps(config, indent=1).encode()}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         assets |= {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
     model_config = registry.read_config(config, str(folder))
     params = init_params(MaskPredictor(model_config), jax.random.key(seed))
-    model = store.Model(model_config, params, assets, str(folder))
-    write_published(folder, store.Source.of(model), shard_size("5GB"))
+    model = Model(model_config, params, assets, str(folder))
+    write_published(folder, Source.of(model), shard_size("5GB"))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: ASCII, the words of the chat template, LLaDA's special tokens and template."""
     vocabulary = {token: i for i, token in enumerate(["Ċ", "Ġ", *map(chr, range(ord("!"), ord("~") + 1))])}
     merges = []

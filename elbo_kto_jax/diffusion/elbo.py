@@ -7,7 +7,7 @@ are not hidden cost nothing.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 CHUNK = 256  # targets of a row whose logits exist at once; its logits take 4 * CHUNK * vocabulary bytes a row
 _SUM = 64  # log-probabilities that are added up before these sums are
@@ -30,15 +30,19 @@ def elbo_draws(
     and in two steps, whose rounding is a tenth of that of one long sum: rewards are small differences of large sums.
     """
     log_probs = target_log_probs(hidden, head, target_position, target_token, num_targets)
-    group = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % _SUM))).reshape(x.shape[0], -1, _SUM)  # noqa: E731
-    in_slot = group(target_slot)[..., None] == jnp.arange(slots)
+    in_slot = _groups(target_slot)[..., None] == jnp.arange(slots)
     sums = jnp.einsum(
         "mip,mipg->mig",
-        group(log_probs * target_weight),
+        _groups(log_probs * target_weight),
         in_slot.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.sum(sums, axis=1)
+
+
+def _groups(x: Shaped[Array, "m p"]) -> Shaped[Array, "m groups _"]:
+    """Each row in groups of _SUM, the last one filled up with zeros."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _SUM))).reshape(x.shape[0], -1, _SUM)
 
 
 def target_log_probs(

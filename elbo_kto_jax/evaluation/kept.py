@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import elbo_kto_jax
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.folders import files_in, locate
 from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.runtime import processes
@@ -72,8 +72,8 @@ def pin(source: str, flag: str) -> Pinned:
     Raises:
       UserError: there is none.
     """
-    folder = store.locate(source, flag, weights=True)
-    files = {str(file.relative_to(folder)): file for file in store.files_in(folder)}
+    folder = locate(source, flag, weights=True)
+    files = {str(file.relative_to(folder)): file for file in files_in(folder)}
     total = hashlib.blake2b(digest_size=16)
     shown = sorted(name for name in files if not any(part.startswith(".") for part in Path(name).parts))
     for name in tqdm(shown, desc="checking files", unit="file", disable=None, leave=False):

@@ -82,10 +82,16 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*positions in"]) -> Float[Array, "*positions out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        given = lambda name: self.get_variable("params", name)  # noqa: E731
-        times = lambda y, matrix: jnp.matmul(y, matrix.astype(self.dtype), precision=self.precision)  # noqa: E731
-        # In float32: rounding the scale would change every weight in the same direction.
-        scaled = lambda y, scale: (y.astype(jnp.float32) * scale).astype(self.dtype)  # noqa: E731
+
+        def given(name):
+            return self.get_variable("params", name)
+
+        def times(y, matrix):
+            return jnp.matmul(y, matrix.astype(self.dtype), precision=self.precision)
+
+        def scaled(y, scale):
+            # In float32: rounding the scale would change every weight in the same direction.
+            return (y.astype(jnp.float32) * scale).astype(self.dtype)
 
         # As one matrix: with two axes to sum over, XLA for CPUs transposes the operands of a weight's gradient, and
         # works out everything before them column by column.

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from elbo_kto_jax.models import registry, rope
-from elbo_kto_jax.models.attention import SAVED
+from elbo_kto_jax.models.attention_plain import SAVED
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.layers import CACHE, INITIALIZERS, Block, RMSNorm, matmul_precision
 

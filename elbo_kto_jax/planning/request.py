@@ -5,7 +5,8 @@ import logging
 import shlex
 from pathlib import Path
 
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_config
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
@@ -97,9 +98,9 @@ def _model(config: Config):
     path = Path(config.model.path)
     if not path.exists():
         return _published(config.model.path), None
-    model, assets = store.load_config(path)
+    model, assets = load_config(path)
     try:
-        return model, store.build_tokenizer(assets, str(path))
+        return model, build_tokenizer(assets, str(path))
     except UserError:  # a config.json is enough for a plan
         return model, None
 

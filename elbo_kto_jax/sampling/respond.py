@@ -14,7 +14,8 @@ from jaxtyping import Int32
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data import chat, special
 from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
@@ -67,7 +68,7 @@ class Checkpoint:
         """
         shardings = rules.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
         dtype = self.model.param_dtype
-        return store.load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
+        return load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
 
 
 def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
@@ -76,8 +77,8 @@ def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
     Raises:
       UserError: the checkpoint or its tokenizer is not usable, or does not fit on the mesh.
     """
-    model_config, assets = store.load_config(source, flag)
-    tokenizer = store.build_tokenizer(assets, source)
+    model_config, assets = load_config(source, flag)
+    tokenizer = build_tokenizer(assets, source)
     model_config = special.with_special_tokens(model_config, tokenizer, config.model.mask_token_id, source)
     mesh = rules.make_mesh(config.mesh)
     rules.check_heads(model_config, mesh)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.data.special import with_special_tokens
 from elbo_kto_jax.models.config import ModelConfig
@@ -44,7 +45,7 @@ class Opened:
         """
         shardings = rules.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
         log.info("loading %s", path)
-        return store.load_model(path, param_dtype=self.model.param_dtype, shardings=shardings, flag=flag).params
+        return load_model(path, param_dtype=self.model.param_dtype, shardings=shardings, flag=flag).params
 
 
 def open_model(config: Config, flag: str = "--config.model.path", moment: datetime.datetime | None = None) -> Opened:
@@ -55,8 +56,8 @@ def open_model(config: Config, flag: str = "--config.model.path", moment: dateti
     Raises:
       UserError: config.json or the tokenizer is not usable, or the model cannot be split as the mesh asks.
     """
-    model_config, assets = store.load_config(config.model.path, flag)
-    tokenizer = store.build_tokenizer(assets, config.model.path)
+    model_config, assets = load_config(config.model.path, flag)
+    tokenizer = build_tokenizer(assets, config.model.path)
     where = f"{flag}={config.model.path}"
     model_config = with_special_tokens(model_config, tokenizer, config.model.mask_token_id, where)
     if moment is not None:

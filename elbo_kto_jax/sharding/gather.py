@@ -32,8 +32,12 @@ def over_rows(function: Callable, mesh: Mesh, params: Any, model: ModelConfig) -
     )
     if not _on_cpu(mesh):
         return mapped
-    widen = lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf  # noqa: E731
-    return lambda params, rows: mapped(jax.tree.map(widen, params), rows)
+    return lambda params, rows: mapped(jax.tree.map(_widened, params), rows)
+
+
+def _widened(leaf: Any) -> Any:
+    """bfloat16 as float32, anything else as it is."""
+    return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
 
 
 def whole(params: Any, mesh: Mesh, dtype: Any, model: ModelConfig, prefix: str = "") -> Any:

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from elbo_kto_jax.checkpoints.store import Adaptation, TrainingCheckpoints, TrainingState
+from elbo_kto_jax.checkpoints.manifest import Adaptation
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.runtime import config, processes
 from elbo_kto_jax.runtime.errors import Interrupted, UserError

@@ -15,8 +15,8 @@ import hashlib
 
 import numpy as np
 
-from elbo_kto_jax.checkpoints import store
 from elbo_kto_jax.checkpoints.digest import params_digest
+from elbo_kto_jax.checkpoints.load import manifest_digest, read_digest, weight_files
 from elbo_kto_jax.data.examples import Examples
 from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
@@ -56,7 +56,7 @@ def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
                 digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
                 found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": digest.hexdigest()}
     for key in dict.fromkeys((MODEL, reference_key(setup.config))):
-        for file in store.weight_files(*_place(setup.config, key)):
+        for file in weight_files(*_place(setup.config, key)):
             content = file.read_bytes() if file.suffix == ".json" else None
             digest = {} if content is None else {"blake2b": _digest(content)}
             found[str(file)] = {"bytes": file.stat().length, **digest}
@@ -91,7 +91,7 @@ class Weights:
         Raises:
           UserError: they are not those of the start.
         """
-        stored = store.manifest_digest(*_place(self._setup.config, key))
+        stored = manifest_digest(*_place(self._setup.config, key))
         self._workdir.check({key: {"weights": digest, "stored weights": stored}})
         self._checked.add(key)
 
@@ -108,13 +108,13 @@ class Weights:
         if key in self._checked:
             return
         path, flag = _place(self._setup.config, key)
-        stored = store.manifest_digest(path, flag)
+        stored = manifest_digest(path, flag)
         if stored:
             self._workdir.check({key: {"stored weights": stored}})
             self._checked.add(key)
         else:
             shardings = self._setup.shardings(abstract_params(self._setup.model))
-            self.check(key, store.read_digest(path, self._setup.config.model.param_dtype, shardings, flag))
+            self.check(key, read_digest(path, self._setup.config.model.param_dtype, shardings, flag))
 
 
 def _place(config: Config, key: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxtyping import Array, Bool
 
-from elbo_kto_jax.checkpoints.store import TrainingCheckpoints
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted
 from elbo_kto_jax.runtime.workdir import MetricsLog, Workdir, open_workdir, stop_on_signal

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.adapters import load_base
+from elbo_kto_jax.checkpoints.manifest import Adaptation, unsaid_mask
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.diffusion import masks
@@ -66,18 +67,18 @@ class Setup:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
         return Opened(self.model, self.assets, self.tokenizer, self.mesh).load_params(path, flag)
 
-    def load_base(self) -> tuple[lora.Base, store.Adaptation] | tuple[None, None]:
+    def load_base(self) -> tuple[lora.Base, Adaptation] | tuple[None, None]:
         """What the run's adapters are trained on, and how their checkpoints name it; None without adapters."""
         config, options = self.config, self.config.lora
         if not options.rank:
             return None, None
         abstract = train_state.abstract_base(self.model, options)
         log.info("loading %s as the base of adapters of rank %d", config.model.path, options.rank)
-        params, path, digest = store.load_base(
+        params, path, digest = load_base(
             config.model.path, abstract, self.shardings(abstract), flag="--config.model.path"
         )
         base = lora.Base(params, options.alpha / options.rank)
-        return base, store.Adaptation(options.rank, options.alpha, path, digest)
+        return base, Adaptation(options.rank, options.alpha, path, digest)
 
     def init_adapters(self) -> Params:
         """The adapters before the first step."""
@@ -87,7 +88,7 @@ class Setup:
     def fingerprint(self, reference: str, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
         config, layout = self.config, data.layout
-        mask = store.unsaid_mask(self.model.config, self.assets)
+        mask = unsaid_mask(self.model.config, self.assets)
         return {
             "model": reference,
             "dtype": config.model.dtype,

@@ -106,12 +106,16 @@ def gradient_noise_scale(opt_state: Any, options: config.Optimizer, batch_size: 
     NaN where the signal is not seen above the noise, and after the first step.
     """
     count = optax.tree.get(opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByAdamState")
-    squares = lambda tree: sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree))  # noqa: E731
-    total = lambda tree: sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))  # noqa: E731
     shrink = options.b1**count
-    of_mean = squares(optax.tree.get(opt_state, "mu")) / jnp.square(1 - shrink)
-    of_step = total(optax.tree.get(opt_state, "nu")) / (1 - options.b2**count)
+    squares = jax.tree.map(lambda m: jnp.square(m.astype(jnp.float32)), optax.tree.get(opt_state, "mu"))
+    of_mean = _sum(squares) / jnp.square(1 - shrink)
+    of_step = _sum(optax.tree.get(opt_state, "nu")) / (1 - options.b2**count)
     share = (1 - options.b1) / (1 + options.b1) * (1 + shrink) / (1 - shrink)
     noise = (of_step - of_mean) / (1 - share)
     signal = of_step - noise
     return jnp.where((count > 1) & (signal > 0), batch_size * noise / signal, jnp.nan)
+
+
+def _sum(tree: Any) -> Float32[Array, ""]:
+    """The sum of all elements of a tree, in float32."""
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import optax
 
-from elbo_kto_jax.checkpoints.store import Adaptation, TrainingCheckpoints, TrainingState
+from elbo_kto_jax.checkpoints.manifest import Adaptation
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.scoring.scorer import Weights

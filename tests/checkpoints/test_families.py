@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoints import huggingface, names, random_folder, store
+from elbo_kto_jax.checkpoints import huggingface, names, random_folder
+from elbo_kto_jax.checkpoints.load import load_model, manifest_digest, open_source
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.runtime.errors import UserError
@@ -53,7 +54,7 @@ def test_there_and_back_bit_by_bit(tmp_path, monkeypatch, family, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_number_lands_where_the_published_network_has_it(tmp_path, family):
     tensors = families.write(tmp_path, family)
-    params = store.load_model(tmp_path).params
+    params = load_model(tmp_path).params
     layer = "model.layers.1.self_attn."
     np.testing.assert_array_equal(params["wte"]["embedding"], tensors[EMBEDDING])
     np.testing.assert_array_equal(params["blocks"]["q_proj"]["kernel"][1], tensors[f"{layer}q_proj.weight"].T)
@@ -107,7 +108,7 @@ def test_a_head_that_equals_the_embedding_is_accepted_and_published_once(tmp_pat
     # One parameter, one digest: with or without the second copy.
     families.write(tmp_path / "once", family)
     from_hf.main([f"--source={tmp_path / 'once'}", f"--out={tmp_path / 'same'}"])
-    assert store.manifest_digest(tmp_path / "same") == store.manifest_digest(tmp_path / "ours")
+    assert manifest_digest(tmp_path / "same") == manifest_digest(tmp_path / "ours")
 
 
 CHANGES = {
@@ -127,7 +128,7 @@ def _with(head, place):
 def test_a_head_that_differs_from_the_embedding_is_refused(tmp_path, monkeypatch, family, change):
     monkeypatch.setattr(names, "ROWS", 7)
     families.write(tmp_path / "source", family, edit=lambda tensors: add_head(tensors, CHANGES[change]))
-    for call in (huggingface.open_folder, store.load_model, store.open_source):
+    for call in (huggingface.open_folder, load_model, open_source):
         message = refusal(call, tmp_path / "source")
         assert f"tensor {HEAD} differs from {EMBEDDING}" in message
         assert "tie_word_embeddings" in message
@@ -229,7 +230,7 @@ OWN = {
 def test_a_tensor_that_does_not_fit_is_named(tmp_path, family, case):
     edit, named = (BAD | OWN[family])[case]
     families.write(tmp_path, family, edit=edit)
-    message = refusal(store.load_model, tmp_path)
+    message = refusal(load_model, tmp_path)
     assert str(tmp_path) in message
     assert named in message
 
@@ -240,7 +241,7 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path, family):
     families.write(tmp_path, family)
     for other in set(FAMILIES) - {family}:
         (tmp_path / "config.json").write_text(json.dumps(families.CONFIGS[other]))
-        assert "tensor" in refusal(store.load_model, tmp_path)
+        assert "tensor" in refusal(load_model, tmp_path)
 
 
 # ---- folders that the project makes ----
@@ -256,7 +257,7 @@ def test_random_folders_load(tiny_checkpoint, tmp_path, monkeypatch, family):
     small(monkeypatch)
     flags = [f"--tokenizer={tiny_checkpoint}", f"--architecture={family}", "--dtype=bfloat16", "--layers=3"]
     summary = random_llada.main([*flags, f"--out={tmp_path / 'out'}"])
-    model = store.load_model(tmp_path / "out")
+    model = load_model(tmp_path / "out")
     assert (model.config.architecture, model.config.n_layers, model.config.embedding_size) == (family, 3, 128)
     assert summary["bytes"] == 2 * sum(row.size for row in registry.parameters(model.config).values())
     norm, bias = (np.unique(np.float32(x)) for x in (model.params["ln_f"]["scale"], _bias(model.params)))
@@ -285,7 +286,7 @@ def test_sizes_of_each_and_no_others(family):
 def test_the_quickstart_s_model_of_each_loads(tmp_path, family):
     more = {"head_dim": 48} if family == "a2d_qwen3" else {}
     write_untrained(tmp_path / "source", 0, family, **more)
-    model = store.load_model(tmp_path / "source")
+    model = load_model(tmp_path / "source")
     assert model.config.architecture == family
     assert model.config.head_dim == more.get("head_dim", 32)
     assert (HEAD in read_published(tmp_path / "source")) == (family == "dream")

@@ -12,7 +12,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec
 
 from elbo_kto_jax import from_hf, to_hf
-from elbo_kto_jax.checkpoints import huggingface, names, store
+from elbo_kto_jax.checkpoints import huggingface, names
+from elbo_kto_jax.checkpoints.assets import read_assets, with_dtype
+from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.registry import read_config
@@ -58,7 +60,7 @@ def assert_holds(params: dict, tensors: dict[str, np.ndarray], config: ModelConf
 
 @pytest.mark.parametrize("which", ["policy", "reference"])
 def test_golden_checkpoint_is_read_exactly(golden, which):
-    model = store.load_model(golden.folder / which)
+    model = load_model(golden.folder / which)
     assert_holds(model.params, read_published(golden.folder / which), model.config)
 
 
@@ -66,13 +68,13 @@ def test_golden_checkpoint_is_read_exactly(golden, which):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_stored_dtype_is_read_bit_by_bit(tmp_path, dtype, shards):
     tensors = write_published(tmp_path, dtype=dtype, shards=shards, bits=True)
-    model = store.load_model(tmp_path)
+    model = load_model(tmp_path)
     assert_holds(model.params, tensors, model.config)
 
 
 def test_param_dtype_rounds_to_nearest_even(tmp_path):
     tensors = write_published(tmp_path, dtype="float32")
-    model = store.load_model(tmp_path, param_dtype="bfloat16")
+    model = load_model(tmp_path, param_dtype="bfloat16")
     rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
     assert_holds(model.params, rounded, model.config)
 
@@ -97,7 +99,7 @@ def test_a_sharded_read_reads_every_element_once(tmp_path, cpu_devices, monkeypa
             for path, leaf in leaves.items()
         }
     )
-    model = store.load_model(tmp_path, shardings=shardings)
+    model = load_model(tmp_path, shardings=shardings)
     assert sum(read_elements) == sum(tensor.size for tensor in tensors.values())
     assert model.params["blocks"]["k_proj"]["kernel"].addressable_shards[0].data.shape == (2, 16, 1)
     assert_holds(model.params, tensors, model.config)
@@ -106,7 +108,7 @@ def test_a_sharded_read_reads_every_element_once(tmp_path, cpu_devices, monkeypa
 def refused(path, **kwargs) -> str:
     """The message with which loading `path` is refused: at most two lines."""
     with pytest.raises(UserError) as caught:
-        store.load_model(path, **kwargs)
+        load_model(path, **kwargs)
     message = str(caught.value)
     assert len(message.splitlines()) <= 2, message
     return message
@@ -148,7 +150,7 @@ def test_a_wrong_tensor_is_named(tmp_path, edit, words, shards):
 
 def test_layers_of_different_dtypes_load_where_one_is_asked_for(tmp_path):
     write_published(tmp_path, edit=lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(np.float16)}))
-    model = store.load_model(tmp_path, param_dtype=np.float32)
+    model = load_model(tmp_path, param_dtype=np.float32)
     assert model.params["blocks"]["q_proj"]["kernel"].dtype == np.float32
 
 
@@ -177,7 +179,7 @@ def test_a_damaged_config_is_named_before_weights_are_looked_at(tmp_path, conten
     (tmp_path / "config.json").write_text(content)
     assert str(tmp_path / "config.json") in refused(tmp_path)
     with pytest.raises(UserError, match=r"config\.json"):
-        store.load_config(tmp_path)
+        load_config(tmp_path)
 
 
 def test_weights_in_pytorch_files_are_refused_by_name(tmp_path):
@@ -230,8 +232,8 @@ def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    config, _ = store.load_config("somebody/LLaDA-tiny")
-    model = store.load_model("somebody/LLaDA-tiny")
+    config, _ = load_config("somebody/LLaDA-tiny")
+    model = load_model("somebody/LLaDA-tiny")
     assert asked == [("somebody/LLaDA-tiny", False), ("somebody/LLaDA-tiny", True)]  # a config needs no weights
     assert model.config == config
     assert_holds(model.params, tensors, config)
@@ -301,11 +303,11 @@ def test_a_link_among_the_assets_of_our_form_is_not_followed(tmp_path):
 
 def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_path):
     write_published(tmp_path / "plain")
-    expected = huggingface.read_assets(tmp_path / "plain")
+    expected = read_assets(tmp_path / "plain")
     (tmp_path / "plain" / "template.txt").write_text("{{ messages }}")
     (tmp_path / "plain" / "chat_template.jinja").symlink_to("template.txt")
     (tmp_path / "link").symlink_to("plain")
-    assert huggingface.read_assets(tmp_path / "link") == expected | {"chat_template.jinja": b"{{ messages }}"}
+    assert read_assets(tmp_path / "link") == expected | {"chat_template.jinja": b"{{ messages }}"}
     cache = tmp_path / "hub" / "models--org--name"
     snapshot = cache / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
@@ -313,8 +315,8 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_pa
     for i, file in enumerate(sorted((tmp_path / "plain").iterdir())):
         (cache / "blobs" / str(i)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    assert huggingface.read_assets(snapshot) == huggingface.read_assets(tmp_path / "plain")
-    store.load_model(snapshot)
+    assert read_assets(snapshot) == read_assets(tmp_path / "plain")
+    load_model(snapshot)
     (cache / "blobs" / "0").unlink()  # chat_template.jinja's
     (cache / "blobs" / "0").symlink_to(foreign_file(tmp_path / "etc"))
     assert "outside of the checkpoint" in refused(snapshot)
@@ -340,7 +342,7 @@ def test_links_within_a_folder_to_a_folder_and_of_the_hubs_cache_are_read(tmp_pa
 def test_config_json_names_the_dtype_of_the_tensors(said, dtypes, expected):
     assets = {"config.json": json.dumps(CONFIG | said).encode(), "tokenizer.json": b"{}"}
     tensors = {str(i): jax.ShapeDtypeStruct((4,), dtype) for i, dtype in enumerate(dtypes)}
-    found = huggingface.with_dtype(assets, tensors)
+    found = with_dtype(assets, tensors)
     assert json.loads(found["config.json"]) == CONFIG | expected
     assert list(json.loads(found["config.json"])) == [*CONFIG, *said]
     assert found == assets or expected != said

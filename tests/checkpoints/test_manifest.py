@@ -13,7 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints import names
+from elbo_kto_jax.checkpoints.digest import params_digest
+from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE
+from elbo_kto_jax.checkpoints.load import load_config, load_model, open_source
+from elbo_kto_jax.checkpoints.manifest import Adaptation
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.runtime.errors import UserError
 from tests.published import same_bits, write_published, write_version_1
@@ -31,12 +36,12 @@ def adapters(tmp_path_factory) -> Path:
     """A step of adapters on a base beside it."""
     folder = tmp_path_factory.mktemp("adapters")
     write_published(folder / "base")
-    model = store.load_model(folder / "base")
+    model = load_model(folder / "base")
     abstract = lora.abstract_adapters(model.params, 2, np.float32)
     params = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract)
-    adaptation = store.Adaptation(2, 4.0, str(folder / "base"), store.params_digest(model.params))
-    state = store.TrainingState(params, optax.adamw(1e-3).init(params), {"step": 1, "tokens": 7})
-    checkpoints = store.TrainingCheckpoints(folder / "run" / "checkpoints", adaptation=adaptation)
+    adaptation = Adaptation(2, 4.0, str(folder / "base"), params_digest(model.params))
+    state = TrainingState(params, optax.adamw(1e-3).init(params), {"step": 1, "tokens": 7})
+    checkpoints = TrainingCheckpoints(folder / "run" / "checkpoints", adaptation=adaptation)
     checkpoints.save(1, state, model.assets)
     checkpoints.close()
     return folder
@@ -49,7 +54,7 @@ def step(adapters, tmp_path) -> Path:
 
 
 def manifest_of(step: Path) -> Path:
-    return step / "assets" / store.MANIFEST_FILE
+    return step / "assets" / MANIFEST_FILE
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -100,26 +105,26 @@ def test_every_edit_is_refused(step):
     manifest = json.loads(file.read_text())
     for path, edit in edits(manifest, 0, 500):
         file.write_text(json.dumps(edit))
-        assert str(file) in refusal(store.load_config, step), path
+        assert str(file) in refusal(load_config, step), path
     file.write_text(json.dumps(manifest, indent=3))  # which says the same
-    store.load_model(step)
+    load_model(step)
 
 
 def test_every_edit_of_a_manifest_without_checksum_is_read_or_refused(step):
     file = manifest_of(step)
     write_version_1(file)
-    before = store.load_model(step).params
+    before = load_model(step).params
     manifest, refused = json.loads(file.read_text()), []
     for _, edit in edits(manifest, 1, 100):
         file.write_text(json.dumps(edit))
         try:
-            store.load_config(step)
+            load_config(step)
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 100
     assert all(str(file) in message and len(message) < 2000 for message in refused)
     file.write_text(json.dumps(manifest))
-    assert jax.tree.all(jax.tree.map(same_bits, before, store.load_model(step).params))
+    assert jax.tree.all(jax.tree.map(same_bits, before, load_model(step).params))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +154,8 @@ def test_what_switches_a_check_off_or_cannot_be_is_refused(step, path, value, ve
     if version == 1:
         write_version_1(file)
     file.write_text(json.dumps(edited(json.loads(file.read_text()), path, value)))
-    assert f"{file}: " in refusal(store.load_model, step)
-    assert str(file) in refusal(store.open_source, step)
+    assert f"{file}: " in refusal(load_model, step)
+    assert str(file) in refusal(open_source, step)
 
 
 def test_a_checksum_is_not_got_rid_of(step):
@@ -159,21 +164,21 @@ def test_a_checksum_is_not_got_rid_of(step):
     without = {key: value for key, value in manifest.items() if key != "checksum"}
     for edit in (without, {**manifest, "checksum": None}, {**manifest, "version": 1}, {**without, "version": 2}):
         file.write_text(json.dumps(edit))
-        assert "damaged" in refusal(store.load_model, step)
+        assert "damaged" in refusal(load_model, step)
 
 
 def test_a_base_may_be_moved_and_nothing_else_takes_its_place(adapters, step):
     file = manifest_of(step)
-    before = store.load_model(step).params
+    before = load_model(step).params
     manifest = json.loads(file.read_text())
     moved = step.parent / "moved"
     shutil.copytree(adapters / "base", moved)
     file.write_text(json.dumps(edited(manifest, ("lora", "base_path"), str(moved))))
-    assert jax.tree.all(jax.tree.map(same_bits, before, store.load_model(step).params))
+    assert jax.tree.all(jax.tree.map(same_bits, before, load_model(step).params))
     others = [str(step), str(adapters / "run"), str(step.parent), str(file), "/dev/null", "/proc/self/mem"]
     for path in (*others, None, [], {}, 1, "", "\0", "x" * 200, "a/../b", "no scheme://a"):
         file.write_text(json.dumps(edited(manifest, ("lora", "base_path"), path)))
-        assert str(file) in refusal(store.load_model, step), path
+        assert str(file) in refusal(load_model, step), path
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -185,16 +190,16 @@ def test_adapters_do_not_stand_on_adapters(adapters, step, version):
         if version == 1:
             write_version_1(file)
         file.write_text(json.dumps(edited(json.loads(file.read_text()), ("lora", "base_path"), str(base))))
-    assert f"{second} holds adapters itself" in refusal(store.load_model, step)
+    assert f"{second} holds adapters itself" in refusal(load_model, step)
 
 
-def abstract(step: Path) -> store.TrainingState:
+def abstract(step: Path) -> TrainingState:
     arrays = json.loads(manifest_of(step).read_text())["trees"]["params"]["arrays"]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaves = {tuple(path.split("/")): jnp.zeros(shape, dtype) for path, (shape, dtype) in arrays.items()}
-    params = store.names.unflatten(leaves)
+    params = names.unflatten(leaves)
     as_struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
-    return store.TrainingState(*(jax.tree.map(as_struct, x) for x in (params, optax.adamw(1e-3).init(params))), {})
+    return TrainingState(*(jax.tree.map(as_struct, x) for x in (params, optax.adamw(1e-3).init(params))), {})
 
 
 @pytest.mark.parametrize("progress", [{"step": 9, "tokens": 7}, {}, [], None, {"step": "x"}, 10**400])
@@ -204,7 +209,7 @@ def test_progress_that_is_edited_in_both_its_places_is_refused(adapters, tmp_pat
     file = manifest_of(run / "checkpoints" / "1")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"progress": progress}))
     (run / "checkpoints" / "1" / "progress" / "metadata").write_text(json.dumps(progress))
-    checkpoints = store.TrainingCheckpoints(run / "checkpoints")
+    checkpoints = TrainingCheckpoints(run / "checkpoints")
     assert str(run) in refusal(checkpoints.restore, 1, abstract(run / "checkpoints" / "1"))
     checkpoints.close()
 
@@ -215,9 +220,9 @@ def test_a_run_does_not_go_on_with_another_rank_or_alpha(adapters, tmp_path):
     file = manifest_of(run / "checkpoints" / "1")
     write_version_1(file)
     manifest = json.loads(file.read_text())
-    adaptation = store.Adaptation(**manifest["lora"])
+    adaptation = Adaptation(**manifest["lora"])
     file.write_text(json.dumps(edited(manifest, ("lora", "alpha"), 40.0)))
-    checkpoints = store.TrainingCheckpoints(run / "checkpoints", adaptation=adaptation)
+    checkpoints = TrainingCheckpoints(run / "checkpoints", adaptation=adaptation)
     message = refusal(checkpoints.restore, 1, abstract(run / "checkpoints" / "1"))
     assert "alpha 40, the config asks for rank 2 and alpha 4" in message
     checkpoints.close()
@@ -234,11 +239,11 @@ def test_json_that_is_no_object_or_too_deep(adapters, tmp_path, name, content):
     step = run / "checkpoints" / "1"
     expected = abstract(step)
     (step / name).write_bytes(content.encode("latin-1"))
-    checkpoints = store.TrainingCheckpoints(run / "checkpoints")
+    checkpoints = TrainingCheckpoints(run / "checkpoints")
     assert str(step / name) in refusal(checkpoints.restore, 1, expected)
     checkpoints.close()
     if name != "progress/metadata":
-        assert str(step / name) in refusal(store.load_model, run)
+        assert str(step / name) in refusal(load_model, run)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
@@ -246,4 +251,4 @@ def test_json_that_is_no_object_or_too_deep(adapters, tmp_path, name, content):
 def test_json_of_a_published_folder(tmp_path, name, content):
     write_published(tmp_path)
     (tmp_path / name).write_text(content)
-    assert name in refusal(store.load_model, tmp_path)
+    assert name in refusal(load_model, tmp_path)

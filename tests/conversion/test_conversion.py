@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoints import conversion, huggingface, names, store
+from elbo_kto_jax.checkpoints import conversion, huggingface, names, publish
+from elbo_kto_jax.checkpoints.load import load_model, open_source
+from elbo_kto_jax.checkpoints.model import Source
+from elbo_kto_jax.checkpoints.save import save_model
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.runtime.errors import UserError
 from tests.published import CONFIG, DTYPES, read_published, same_bits, write_published
 
@@ -96,9 +100,9 @@ def test_an_export_has_the_dtype_that_was_asked_for_and_says_so(tmp_path, form, 
     if form == "ours":
         from_hf.main([f"--source={source}", f"--out={tmp_path / 'ours'}"])
     if form == "step":
-        model = store.load_model(source)
-        checkpoints = store.TrainingCheckpoints(tmp_path / "step" / "checkpoints")
-        checkpoints.save(1, store.TrainingState(model.params, {"n": jnp.zeros(1)}, {}), model.assets)
+        model = load_model(source)
+        checkpoints = TrainingCheckpoints(tmp_path / "step" / "checkpoints")
+        checkpoints.save(1, TrainingState(model.params, {"n": jnp.zeros(1)}, {}), model.assets)
         checkpoints.close()
     more = [] if dtype is None else [f"--dtype={dtype}"]
     summary = to_hf.main([f"--source={tmp_path / form}", f"--out={tmp_path / 'out'}", "--shard-size=1KB", *more])
@@ -107,7 +111,7 @@ def test_an_export_has_the_dtype_that_was_asked_for_and_says_so(tmp_path, form, 
     assert summary["bytes"] == sum(tensor.nbytes for tensor in found.values())
     expected = dict.fromkeys(said, wanted.name)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG | expected
-    assert store.load_model(tmp_path / "out").params["head"]["kernel"].dtype == wanted
+    assert load_model(tmp_path / "out").params["head"]["kernel"].dtype == wanted
 
 
 def test_a_value_that_the_dtype_of_the_export_does_not_have(tmp_path):
@@ -141,7 +145,7 @@ def test_published_folders_are_compared_with_each_other_and_copied(tmp_path, mon
     to_hf.main([f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'copy'}"])
     assert_same_checkpoint(tmp_path / "source", tmp_path / "copy")
     for folder in ("source", "copy"):
-        source = store.open_source(tmp_path / folder)
+        source = open_source(tmp_path / folder)
         for pieces in (1, 2, 3):
             buffers, kept = source.buffers(pieces, published=True), []
             for tensor in names.published_tensors(source.config).values():
@@ -161,10 +165,10 @@ def test_verify_names_the_one_tensor_with_a_flipped_bit(tmp_path, capsys, place,
         tensors[name][column, row] = before
 
     write_published(tmp_path / "source", edit=edit)
-    model = store.load_model(tmp_path / "source")
+    model = load_model(tmp_path / "source")
     k_proj = model.params["blocks"]["k_proj"]
     k_proj["kernel"] = k_proj["kernel"].at[place].set(after)
-    store.save_model(tmp_path / "ours", model)
+    save_model(tmp_path / "ours", model)
     with pytest.raises(UserError, match="1 of 21"):
         verify.main([f"--source={tmp_path / 'source'}", f"--checkpoint={tmp_path / 'ours'}"])
     printed = capsys.readouterr()
@@ -174,10 +178,10 @@ def test_verify_names_the_one_tensor_with_a_flipped_bit(tmp_path, capsys, place,
 
 def test_a_training_step_becomes_a_published_checkpoint(tmp_path):
     tensors = write_published(tmp_path / "source")
-    model = store.load_model(tmp_path / "source")
-    checkpoints = store.TrainingCheckpoints(tmp_path / "work" / "checkpoints")
+    model = load_model(tmp_path / "source")
+    checkpoints = TrainingCheckpoints(tmp_path / "work" / "checkpoints")
     opt_state = jax.tree.map(jnp.zeros_like, model.params)
-    checkpoints.save(1, store.TrainingState(model.params, opt_state, {}), model.assets)
+    checkpoints.save(1, TrainingState(model.params, opt_state, {}), model.assets)
     checkpoints.close()
     summary = to_hf.main([f"--source={tmp_path / 'work'}", f"--out={tmp_path / 'theirs'}"])
     assert summary["tensors"] == len(tensors)
@@ -207,20 +211,20 @@ def test_only_a_checkpoint_of_the_same_kind_is_replaced_and_only_on_request(tmp_
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     write_published(tmp_path / "source")
-    model = store.load_model(tmp_path / "source")
+    model = load_model(tmp_path / "source")
 
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(to_hf.huggingface, "write_shards", fail)
+    monkeypatch.setattr(publish, "write_shards", fail)
     with pytest.raises(OSError, match="disk full"):
-        conversion.write_published(tmp_path / "theirs", store.Source.of(model), 10**9)
+        conversion.write_published(tmp_path / "theirs", Source.of(model), 10**9)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_an_export_follows_no_link_that_somebody_put_there(tmp_path, monkeypatch):
     write_published(tmp_path / "source")
-    source = store.Source.of(store.load_model(tmp_path / "source"))
+    source = Source.of(load_model(tmp_path / "source"))
     victim = tmp_path / "victim"
     victim.mkdir()
     (tmp_path / ".out.0.partial").symlink_to(victim)  # as if a killed export had left it
@@ -235,7 +239,7 @@ def test_an_export_follows_no_link_that_somebody_put_there(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["x[1]", "a*b", "a b"])
 def test_a_killed_export_s_folder_is_removed_whatever_its_name(tmp_path, name):
     write_published(tmp_path / "source")
-    source = store.Source.of(store.load_model(tmp_path / "source"))
+    source = Source.of(load_model(tmp_path / "source"))
     (tmp_path / f".{name}.0.partial").mkdir()
     (tmp_path / ".x1.0.partial").mkdir()  # of another
     conversion.write_published(tmp_path / name, source, 10**9)
@@ -282,12 +286,10 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_same_command_star
     assert out not in left
     for folder in left:
         with pytest.raises(UserError):
-            store.load_model(folder)
+            load_model(folder)
     {"from_hf": from_hf, "to_hf": to_hf}[command].main(arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"source", source.name, "out"})
-    assert jax.tree.all(
-        jax.tree.map(same_bits, store.load_model(out).params, store.load_model(tmp_path / "source").params)
-    )
+    assert jax.tree.all(jax.tree.map(same_bits, load_model(out).params, load_model(tmp_path / "source").params))
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("2 KB", 2000)])

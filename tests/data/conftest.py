@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from elbo_kto_jax.checkpoints.huggingface import read_assets
-from elbo_kto_jax.checkpoints.store import build_tokenizer
+from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from tests.golden import Golden
 
 

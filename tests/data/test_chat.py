@@ -8,8 +8,8 @@ import pytest
 from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 
-from elbo_kto_jax.checkpoints.huggingface import read_assets
-from elbo_kto_jax.checkpoints.store import build_tokenizer
+from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.chat import (
     encode,

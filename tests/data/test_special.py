@@ -13,8 +13,13 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from elbo_kto_jax import cli, to_hf
-from elbo_kto_jax.checkpoints import huggingface, random_folder, store
-from elbo_kto_jax.checkpoints.tiny import build_tokenizer, write_untrained
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.manifest import manifest_checksum
+from elbo_kto_jax.checkpoints.save import save_model
+from elbo_kto_jax.checkpoints.tiny import tiny_tokenizer, write_untrained
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.special import MASK_KEY, end_of_turn, find_eot_id, with_special_tokens
 from elbo_kto_jax.models.registry import architectures, read_config
@@ -33,7 +38,7 @@ QWEN_TEMPLATE = (
 @pytest.fixture
 def tokenizer():
     """That of the quickstart: it has <|mdm_mask|>, and declares no mask token."""
-    return build_tokenizer()
+    return tiny_tokenizer()
 
 
 def mask_of(tokenizer) -> int:
@@ -168,7 +173,7 @@ def renamed(tokenizer, tokens: dict[str, str]):
     assets = files_of(tokenizer)
     for old, new in tokens.items():
         assets = {name: content.replace(old.encode(), new.encode()) for name, content in assets.items()}
-    return store.build_tokenizer(assets, "renamed")
+    return build_tokenizer(assets, "renamed")
 
 
 def files_of(tokenizer) -> dict[str, bytes]:
@@ -193,9 +198,9 @@ def bare_folder(tmp_path_factory):
 
 def saved(bare_folder, out, mask_id):
     """A checkpoint of a run that was told this mask token."""
-    loaded = store.load_model(bare_folder)
+    loaded = load_model(bare_folder)
     told = with_special_tokens(loaded.config, loaded.tokenizer(), mask_id, "x")
-    store.save_model(out, dataclasses.replace(loaded, config=told))
+    save_model(out, dataclasses.replace(loaded, config=told))
     return out
 
 
@@ -210,14 +215,14 @@ def opened(path):
 @pytest.mark.parametrize("mask", ["special", "ordinary"])
 def test_a_checkpoint_keeps_the_mask_that_it_was_trained_with(bare_folder, tmp_path, mask):
     """Also one that a config.json could not say: the user said it, and it is above all."""
-    mask_id = mask_of(build_tokenizer()) if mask == "special" else 3
+    mask_id = mask_of(tiny_tokenizer()) if mask == "special" else 3
     ours = saved(bare_folder, tmp_path / "ours", mask_id)
-    assert store.load_config(ours)[0].mask_token_id == mask_id
+    assert load_config(ours)[0].mask_token_id == mask_id
     assert opened(ours) == mask_id
 
 
 def test_what_config_json_says_is_not_repeated(tiny_checkpoint, tmp_path):
-    store.save_model(tmp_path / "ours", store.load_model(tiny_checkpoint))
+    save_model(tmp_path / "ours", load_model(tiny_checkpoint))
     manifest = json.loads((tmp_path / "ours" / "assets" / "manifest.json").read_text())
     assert "mask_token_id" not in manifest
 
@@ -229,11 +234,11 @@ def test_a_damaged_mask_in_a_manifest_is_refused(bare_folder, tmp_path, value):
     file = ours / "assets" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["mask_token_id"] = value
-    with_checksum = manifest | {"checksum": store._manifest_checksum(manifest)}
+    with_checksum = manifest | {"checksum": manifest_checksum(manifest)}
     for content, reason in ((manifest, "checksum"), (with_checksum, "damaged")):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=reason) as refused:
-            store.load_config(ours)
+            load_config(ours)
         assert str(file) in str(refused.value)
 
 
@@ -241,17 +246,17 @@ def test_a_mask_in_a_manifest_that_is_outside_of_the_embedding_is_refused(bare_f
     ours = saved(bare_folder, tmp_path / "ours", 3)
     file = ours / "assets" / "manifest.json"
     manifest = json.loads(file.read_text()) | {"mask_token_id": 10**6}
-    file.write_text(json.dumps(manifest | {"checksum": store._manifest_checksum(manifest)}))
+    file.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     with pytest.raises(UserError, match="1000000 is outside"):
         opened(ours)
 
 
 def test_an_export_says_the_mask_that_config_json_did_not(bare_folder, tmp_path):
     """It has no manifest, and whoever uses it must not have to know; nothing else of config.json changes."""
-    ours = saved(bare_folder, tmp_path / "ours", mask_of(build_tokenizer()))
+    ours = saved(bare_folder, tmp_path / "ours", mask_of(tiny_tokenizer()))
     to_hf.main([f"--source={ours}", f"--out={tmp_path / 'hf'}"])
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (bare_folder, tmp_path / "hf"))
-    assert after == before | {"mask_token_id": mask_of(build_tokenizer())}
+    assert after == before | {"mask_token_id": mask_of(tiny_tokenizer())}
     assert opened(tmp_path / "hf") == after["mask_token_id"]
     assert read_published(tmp_path / "hf").keys() == read_published(bare_folder).keys()
 
@@ -261,7 +266,7 @@ def test_an_export_says_the_mask_that_config_json_did_not(bare_folder, tmp_path)
 
 def test_a_random_folder_has_the_tokens_of_its_tokenizer():
     """Qwen3's ends a text with <|im_end|> and fills with <|endoftext|>."""
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.eos_token, tokenizer.pad_token = "<|eot_id|>", "<|endoftext|>"
     for family in FAMILIES:
         config = random_folder.published_config(tokenizer, family, d_model=16, n_heads=2, n_kv_heads=1)
@@ -283,7 +288,7 @@ TEXTS = (
 
 def two_files(template_file: bool = False) -> dict[str, bytes]:
     """vocab.json and merges.txt of the quickstart's tokenizer, with its added tokens in tokenizer_config.json."""
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     settings = {
         "added_tokens_decoder": {
@@ -312,7 +317,7 @@ def two_files(template_file: bool = False) -> dict[str, bytes]:
 
 def one_file():
     """The quickstart's tokenizer with Qwen's rules of where a text is split, as its tokenizer.json states them."""
-    tokenizer = build_tokenizer()
+    tokenizer = tiny_tokenizer()
     pattern = (  # of Qwen2.5
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -323,11 +328,11 @@ def one_file():
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return store.build_tokenizer(files_of(tokenizer), "one file")
+    return build_tokenizer(files_of(tokenizer), "one file")
 
 
 def test_two_files_give_the_tokens_of_one():
-    one, two = one_file(), store.build_tokenizer(two_files(), "some/model")
+    one, two = one_file(), build_tokenizer(two_files(), "some/model")
     assert len(two) == len(one)
     assert two.get_vocab() == one.get_vocab()
     for text in TEXTS:
@@ -341,7 +346,7 @@ def test_two_files_give_the_tokens_of_one():
 
 @pytest.mark.parametrize("template_file", [False, True], ids=["in the settings", "in a file"])
 def test_the_chat_template_of_two_files(template_file):
-    tokenizer = store.build_tokenizer(two_files(template_file), "some/model")
+    tokenizer = build_tokenizer(two_files(template_file), "some/model")
     tokens = chat.encode_prompt(tokenizer, [{"role": "user", "content": "Capitals <|mdm_mask|>"}])
     text = "<|im_start|>user\nCapitals <|mdm_mask|><|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokens) == text
@@ -372,7 +377,7 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_files_are_refused_in_a_line(case):
     with pytest.raises(UserError, match=r"^some/model: ") as refused:
-        store.build_tokenizer(DAMAGE[case](two_files()), "some/model")
+        build_tokenizer(DAMAGE[case](two_files()), "some/model")
     assert str(refused.value).count("\n") <= 1
     assert "tokenizer" in str(refused.value)
 
@@ -380,6 +385,6 @@ def test_damaged_files_are_refused_in_a_line(case):
 def test_a_folder_of_two_files_is_read_whole(tmp_path):
     for name, content in two_files(template_file=True).items():
         (tmp_path / name).write_bytes(content)
-    assets = huggingface.read_assets(tmp_path)
+    assets = read_assets(tmp_path)
     assert assets == two_files(template_file=True)
-    assert len(store.build_tokenizer(assets, "x")) == len(build_tokenizer())
+    assert len(build_tokenizer(assets, "x")) == len(tiny_tokenizer())

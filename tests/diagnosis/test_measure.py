@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.checkpoints.tiny import build_tokenizer
+from elbo_kto_jax.checkpoints.tiny import tiny_tokenizer
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting, group_names
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.runtime import config
@@ -31,7 +31,7 @@ def measurement():
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
     settings = config.Config.from_mapping(load_config_file(str(runs.CONFIG)).to_dict())
     settings = dataclasses.replace(settings, seed=SEED, objective=tiny.KTO)
-    setup = Setup(settings, tiny.model(), {}, build_tokenizer(), mesh, objectives.build(tiny.KTO), data, None)
+    setup = Setup(settings, tiny.model(), {}, tiny_tokenizer(), mesh, objectives.build(tiny.KTO), data, None)
     return Measurement(setup, RECORDS, SETTINGS)
 
 

@@ -1,6 +1,7 @@
 """launch/random_llada.py: a folder that the project loads, the same for the same seed."""
 
-from elbo_kto_jax.checkpoints import huggingface, random_folder
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.huggingface import open_folder
 from launch import random_llada
 
 
@@ -18,7 +19,7 @@ def test_folder(tiny_checkpoint, tmp_path, monkeypatch):
         ]
         summary = random_llada.main(flags)
         assert summary["tensors"] == 2 * 9 + 3
-    opened = huggingface.open_folder(folders[0])
+    opened = open_folder(folders[0])
     assert (opened.config.d_model, opened.config.n_layers) == (32, 2)
     contents = [{file.name: file.read_bytes() for file in folder.glob("*.safetensors")} for folder in folders]
     assert len(contents[0]) > 1

@@ -33,7 +33,7 @@ def test_the_task_of_the_bigger_model_fills_its_responses(tmp_path, monkeypatch)
     prompts, demonstrations = read_jsonl(tmp_path / "prompts.jsonl"), read_jsonl(tmp_path / "demonstrations.jsonl")
     assert (len(prompts), len(demonstrations)) == (2, 3)
     assert not {str(row["prompt"]) for row in prompts} & {str(row["prompt"]) for row in demonstrations}
-    tokenizer = tiny.build_tokenizer()
+    tokenizer = tiny.tiny_tokenizer()
     for row in prompts:
         assert row["answer"].lower() == row["prompt"][0]["content"].split()[-1]
         asked, answered = encode_prompt(tokenizer, row["prompt"]), encode_prompt(tokenizer, row["answer"])

@@ -1,11 +1,14 @@
-"""models/attention.py: the formula in numpy, and the tiled form against it in values and gradients."""
+"""models/attention*.py: the formula in numpy, and the tiled form against it in values and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.models import attention
+from elbo_kto_jax.models import attention, attention_cpu, attention_kernels
+from elbo_kto_jax.models.attention_cpu import block_attention
+from elbo_kto_jax.models.attention_kernels import cudnn_attention, splash_attention
+from elbo_kto_jax.models.attention_plain import plain_attention
 
 
 def random_inputs(s, *, h=4, kv=2, b=2, e=6, dtype=jnp.float32, seed=0):
@@ -37,10 +40,10 @@ def naive(query, key, value, segment_ids):
     return out
 
 
-@pytest.mark.parametrize("form", [attention.plain_attention, attention.block_attention])
+@pytest.mark.parametrize("form", [plain_attention, block_attention])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_formula(monkeypatch, form, kv):
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention_cpu, "BLOCK", 8)
     inputs, segment_ids = random_inputs(21, kv=kv), random_segments(21)
     is_real = np.asarray(segment_ids > 0)
     assert not is_real.all()
@@ -78,7 +81,7 @@ def test_keys_of_other_positions():
 )
 def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, padding):
     """In values and gradients; rows shorter than a tile and rows that end within one, padding anywhere."""
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(attention_cpu, "BLOCK", 8)
     inputs = random_inputs(s, kv=kv, dtype=jnp.dtype(dtype))
     segment_ids = random_segments(s, padding=padding)
     is_real = segment_ids > 0
@@ -95,13 +98,13 @@ def test_the_tiled_form_is_the_plain_one(monkeypatch, s, kv, dtype, padding):
         return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
     tolerance = 2e-5 if dtype == "float32" else 4e-2
-    for found, expected in zip(run(attention.block_attention), run(attention.plain_attention), strict=True):
+    for found, expected in zip(run(block_attention), run(plain_attention), strict=True):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [(attention.splash_attention, {"interpret": True}), (attention.cudnn_attention, {"implementation": "xla"})],
+    [(splash_attention, {"interpret": True}), (cudnn_attention, {"implementation": "xla"})],
 )
 @pytest.mark.parametrize(
     ("s", "kv", "padding"),
@@ -122,22 +125,22 @@ def test_the_kernels_are_the_plain_form(form, options, s, kv, padding):
         gradients, out = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
         return [np.asarray(x) for x in (out, *gradients)]
 
-    for found, expected in zip(run(form, **options), run(attention.plain_attention), strict=True):
+    for found, expected in zip(run(form, **options), run(plain_attention), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "head_dim", "form"),
     [
-        ("cpu", "float32", 128, attention.block_attention),
-        ("cpu", "bfloat16", 128, attention.block_attention),
-        ("tpu", "float32", 128, attention.plain_attention),
-        ("tpu", "bfloat16", 128, attention.splash_attention),
-        ("gpu", "bfloat16", 128, attention.cudnn_attention),
-        ("gpu", "bfloat16", 256, attention.plain_attention),
-        ("gpu", "bfloat16", 6, attention.plain_attention),
-        ("gpu", "float32", 128, attention.plain_attention),
-        ("unknown", "float32", 128, attention.plain_attention),
+        ("cpu", "float32", 128, block_attention),
+        ("cpu", "bfloat16", 128, block_attention),
+        ("tpu", "float32", 128, plain_attention),
+        ("tpu", "bfloat16", 128, splash_attention),
+        ("gpu", "bfloat16", 128, cudnn_attention),
+        ("gpu", "bfloat16", 256, plain_attention),
+        ("gpu", "bfloat16", 6, plain_attention),
+        ("gpu", "float32", 128, plain_attention),
+        ("unknown", "float32", 128, plain_attention),
     ],
 )
 def test_the_platform_decides_and_the_log_says_so(platform, dtype, head_dim, form, caplog):
@@ -160,7 +163,7 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="jax has n
 )
 def test_the_kernels_for_gpus_are_the_plain_form(form, s, runs):
     """In values and gradients, in bfloat16; every position is written, padding too."""
-    if form == "packed_attention" and not attention._has_packed_kernel():
+    if form == "packed_attention" and not attention_kernels.has_packed_kernel():
         pytest.skip("this GPU has no kernel for packed segments")
     inputs, segment_ids = random_inputs(s, e=128, dtype=jnp.bfloat16), []
     for seed in range(2):
@@ -174,8 +177,8 @@ def test_the_kernels_for_gpus_are_the_plain_form(form, s, runs):
         found, pull = jax.vjp(lambda *inputs: form(*inputs, segment_ids), *(x.astype(dtype) for x in inputs))
         return [np.asarray(x, np.float64) for x in (found, *pull((cotangent * is_real[..., None, None]).astype(dtype)))]
 
-    exact = both(attention.plain_attention, inputs, jnp.float32)
-    for found, expected in zip(both(getattr(attention, form), inputs, jnp.bfloat16), exact, strict=True):
+    exact = both(plain_attention, inputs, jnp.float32)
+    for found, expected in zip(both(getattr(attention_kernels, form), inputs, jnp.bfloat16), exact, strict=True):
         assert np.isfinite(found).all()
         apart = (found - expected)[is_real]
         assert np.linalg.norm(apart) < 6e-3 * np.linalg.norm(expected[is_real])  # bfloat16 keeps 8 bits: 2 to 4e-3

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from elbo_kto_jax.checkpoints import huggingface
+from elbo_kto_jax.checkpoints.assets import parse_config
 from elbo_kto_jax.models.registry import architectures, parameters, read_config
 from elbo_kto_jax.runtime.errors import UserError
 from tests import families
@@ -312,5 +312,5 @@ def test_a_head_dim_of_its_own_must_be_even():
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'"x"', b"null", b"\xff\xfe", b'{"a": 1' * 10])
 def test_what_is_no_config_json_is_refused(content):
     with pytest.raises(UserError, match=r"some/config\.json") as refused:
-        huggingface.parse_config({"config.json": content}, "some/config.json")
+        parse_config({"config.json": content}, "some/config.json")
     assert str(refused.value).count("\n") <= 1

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import from_hf, verify
-from elbo_kto_jax.checkpoints import random_folder, store
+from elbo_kto_jax.checkpoints import random_folder
+from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
@@ -30,7 +31,7 @@ def heron(monkeypatch):
 
 def test_a_folder_of_the_example_loads_and_every_row_is_a_parameter(heron, tmp_path):
     write_untrained(tmp_path / "heron", 0, "heron", n_kv_heads=1)
-    model = store.load_model(tmp_path / "heron")
+    model = load_model(tmp_path / "heron")
     assert (model.config.architecture, model.config.n_kv_heads, model.config.tied_head) == ("heron", 1, False)
     network = MaskPredictor(model.config)
     assert abstract_params(network)["blocks"]["q_norm"]["scale"].shape == (2, 32)

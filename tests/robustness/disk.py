@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elbo_kto_jax import cli, from_hf, generate, to_hf, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from tests import runs
 from tests.robustness import kill_driver
 
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     steps = sorted(path for path in (small / "run" / "checkpoints").iterdir() if path.name.isdecimal())
     assert 1 <= len(steps) < len(expected[1]), steps
     for step in steps:
-        store.load_model(step)
+        load_model(step)
     used = {file: file.read_bytes() for file in small.rglob("*") if file.is_file()}
 
     # Read-only: said before any work is done.

@@ -12,7 +12,11 @@ import optax
 import pytest
 
 from elbo_kto_jax import train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.model import Model
+from elbo_kto_jax.checkpoints.save import save_model
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.training import loop
 from tests import runs
@@ -52,31 +56,31 @@ def same_trees(a, b) -> bool:
 
 
 @pytest.fixture
-def model(tmp_path) -> store.Model:
+def model(tmp_path) -> Model:
     write_published(tmp_path / "published", dtype="bfloat16", bits=False)
-    return store.load_model(tmp_path / "published")
+    return load_model(tmp_path / "published")
 
 
 @pytest.fixture
-def state(model) -> store.TrainingState:
+def state(model) -> TrainingState:
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), model.params)
-    return store.TrainingState(params, optax.adamw(1e-3).init(params), {"step": 7, "seconds": 1.5})
+    return TrainingState(params, optax.adamw(1e-3).init(params), {"step": 7, "seconds": 1.5})
 
 
-def abstract(state: store.TrainingState) -> store.TrainingState:
+def abstract(state: TrainingState) -> TrainingState:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     as_struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return store.TrainingState(jax.tree.map(as_struct, state.params), jax.tree.map(as_struct, state.opt_state), {})
+    return TrainingState(jax.tree.map(as_struct, state.params), jax.tree.map(as_struct, state.opt_state), {})
 
 
 # Orbax reads arrays concurrently and leaves the failures after the first one unawaited.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_step_is_refused_or_exactly_what_was_saved(tmp_path, model, state):
     """Every file of a step, every kind of damage; the other files of the step before are the foreign ones."""
-    checkpoints = store.TrainingCheckpoints(tmp_path / "whole")
+    checkpoints = TrainingCheckpoints(tmp_path / "whole")
     for step, scale in ((3, 0.5), (5, 1.0)):
         params = jax.tree.map(lambda x, scale=scale: x * scale, state.params)
-        checkpoints.save(step, store.TrainingState(params, state.opt_state, {"step": step}), model.assets)
+        checkpoints.save(step, TrainingState(params, state.opt_state, {"step": step}), model.assets)
     checkpoints.close()
     refused: list[str] = []
     for file, kind, rng in cases(tmp_path / "whole" / "5", 25, seed=0):
@@ -84,7 +88,7 @@ def test_a_damaged_step_is_refused_or_exactly_what_was_saved(tmp_path, model, st
         shutil.copytree(tmp_path / "whole", copy)
         other = copy / "3" / file
         damage(copy / "5" / file, kind, rng, other.read_bytes() if other.is_file() else b"foreign")
-        checkpoints = store.TrainingCheckpoints(copy)
+        checkpoints = TrainingCheckpoints(copy)
         try:
             restored = checkpoints.restore_latest(abstract(state))
         except UserError as error:
@@ -102,18 +106,18 @@ def test_a_damaged_step_is_refused_or_exactly_what_was_saved(tmp_path, model, st
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_a_flipped_bit_of_a_value_is_found_in_whatever_dtype_it_is_wanted(tmp_path, model, dtype):
-    store.save_model(tmp_path / "saved", model)
+    save_model(tmp_path / "saved", model)
     values = max((tmp_path / "saved" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(values.read_bytes())
     content[len(content) // 2] ^= 1
     values.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged|cannot be read"):
-        store.load_model(tmp_path / "saved", param_dtype=dtype)
+        load_model(tmp_path / "saved", param_dtype=dtype)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_all_steps_damaged(tmp_path, model, state):
-    checkpoints = store.TrainingCheckpoints(tmp_path)
+    checkpoints = TrainingCheckpoints(tmp_path)
     for step in (1, 2, 3):
         checkpoints.save(step, state._replace(progress={"step": step}), model.assets)
     checkpoints.wait()
@@ -128,10 +132,10 @@ def test_all_steps_damaged(tmp_path, model, state):
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums_and_is_read(tmp_path, model, state):
-    checkpoints = store.TrainingCheckpoints(tmp_path)
+    checkpoints = TrainingCheckpoints(tmp_path)
     checkpoints.save(7, state, model.assets)
     checkpoints.wait()
-    file = tmp_path / "7" / "assets" / store.MANIFEST_FILE
+    file = tmp_path / "7" / "assets" / MANIFEST_FILE
     write_version_1(file, "checksums", "progress")
     assert checkpoints.restore_latest(abstract(state)).progress == state.progress
     checkpoints.close()
@@ -152,7 +156,7 @@ def test_a_damaged_header_of_safetensors_is_refused_or_harmless(tmp_path):
         changed[rng.randrange(length)] ^= 1 << rng.randrange(8)
         file.write_bytes(changed)
         try:
-            store.load_model(tmp_path / "whole")
+            load_model(tmp_path / "whole")
         except UserError as error:
             refused += str(tmp_path / "whole") in str(error)
         else:
@@ -171,19 +175,19 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, name):
     index["weight_map"][moved] = name
     file.write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"index\.json: .* is not the name of a file in this folder"):
-        store.load_model(tmp_path / "folder")
+        load_model(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", ""])
 def test_assets_outside_of_the_checkpoint_are_refused(tmp_path, model, name):
     (tmp_path / "outside").write_text("secret")
-    store.save_model(tmp_path / "saved", model)
-    file = tmp_path / "saved" / "assets" / store.MANIFEST_FILE
+    save_model(tmp_path / "saved", model)
+    file = tmp_path / "saved" / "assets" / MANIFEST_FILE
     write_version_1(file, "checksums")
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps({**manifest, "assets": [*manifest["assets"], name]}))
     with pytest.raises(UserError, match="damaged"):
-        store.load_config(tmp_path / "saved")
+        load_config(tmp_path / "saved")
 
 
 # ---- working folders ----
@@ -210,7 +214,7 @@ def test_a_damaged_working_folder_is_refused_or_gives_the_same(run, tmp_path, mo
     """No step is taken in any case: the run is finished, and what is damaged is not trained on."""
     whole, argv = run
     monkeypatch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("a step was taken"))
-    before = store.load_model(whole / "checkpoints" / "2").params
+    before = load_model(whole / "checkpoints" / "2").params
     refused: dict[tuple[Path, str], str] = {}
     for file, kind, rng in cases(whole, 10, seed=1):
         if kind == "missing" and file.parts[0] == "config.json":
@@ -223,7 +227,7 @@ def test_a_damaged_working_folder_is_refused_or_gives_the_same(run, tmp_path, mo
         except UserError as error:
             refused[file, kind] = str(error)
         else:
-            assert file.parts[:2] != ("checkpoints", "2") or same_trees(store.load_model(workdir).params, before)
+            assert file.parts[:2] != ("checkpoints", "2") or same_trees(load_model(workdir).params, before)
             assert kill_driver.cached(workdir) == kill_driver.cached(whole)
         shutil.rmtree(workdir)
     assert any(file.parts[0] == "checkpoints" for file, _ in refused)

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from elbo_kto_jax import cli, evaluate, from_hf, generate, precompute, score, to_hf, train, verify
-from elbo_kto_jax.checkpoints import store
-from elbo_kto_jax.checkpoints.tiny import build_tokenizer
+from elbo_kto_jax.checkpoints.tiny import tiny_tokenizer
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
@@ -37,7 +37,7 @@ from tests.robustness.commands import PROJECT_ROOT, environment
 from tests.share import share
 
 SPECIAL = ("<|eot_id|>", "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|start_header_id|>")
-TOKENIZER = build_tokenizer()
+TOKENIZER = tiny_tokenizer()
 
 
 def cases(bounded: int, whole: int):
@@ -451,7 +451,7 @@ def test_tokenizer_files(folder, name, value):
     scratch = folder / "tokenizer"
     TOKENIZER.save_pretrained(scratch)
     assets = {file.name: file.read_bytes() for file in scratch.iterdir()} | {name: json.dumps(value).encode()}
-    tokenizer, message = refused(store.build_tokenizer, assets, "there")
+    tokenizer, message = refused(build_tokenizer, assets, "there")
     assert (tokenizer is None) == message.startswith("there: ") if message else tokenizer is not None
     if tokenizer is not None:
         refused(encode_prompt, tokenizer, [{"role": "user", "content": "a"}])
@@ -477,7 +477,7 @@ def test_tokenizer_json(folder, place, data):
     assets = {file.name: file.read_bytes() for file in scratch.iterdir()}
     value = data.draw(st.one_of(st.sampled_from(BROKEN[place]), any_json))
     assets["tokenizer.json"] = json.dumps({**json.loads(assets["tokenizer.json"]), place: value}).encode()
-    tokenizer, message = refused(store.build_tokenizer, assets, "there")
+    tokenizer, message = refused(build_tokenizer, assets, "there")
     if tokenizer is None:
         assert message.startswith("there: unreadable tokenizer")
     else:

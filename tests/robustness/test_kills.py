@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from tests.robustness import soak
 from tests.robustness.kill_driver import JOBS, Driver
 from tests.share import share
@@ -39,4 +39,4 @@ def test_soak(tmp_path, request):
     assert found["steps"] == steps
     assert (found["late_compilations"], found["late_files"]) == (0, 0)
     assert steps < 600 or found["growth"] < 0.03
-    assert store.load_model(tmp_path / "run").source.endswith(f"/{steps}")
+    assert load_model(tmp_path / "run").source.endswith(f"/{steps}")

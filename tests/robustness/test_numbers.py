@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.training import loop
 from elbo_kto_jax.training.health import Health
@@ -51,7 +51,7 @@ def bad_steps(monkeypatch):
 
 
 def params_at(workdir, step):
-    return store.load_model(workdir / "checkpoints" / str(step)).params
+    return load_model(workdir / "checkpoints" / str(step)).params
 
 
 def same(a, b) -> bool:
@@ -71,7 +71,7 @@ def test_stop(settings, tmp_path, bad_steps):
     named = [row for row in rows if repr(row["id"]) in first.split("examples ")[1].split(":")[0]]
     assert [row["reward"] for row in named] == [None]
     assert sum(row["reward"] is None for row in rows) == 1
-    assert same(store.load_model(tmp_path / "not_finite" / "4").params, params_at(tmp_path, 3))
+    assert same(load_model(tmp_path / "not_finite" / "4").params, params_at(tmp_path, 3))
     assert not (tmp_path / "checkpoints" / "4").exists()
     # The machine's fault, say: the same command goes on from the step before and finishes.
     assert train.main(argv)["steps"] == 6
@@ -85,7 +85,7 @@ def test_stop_between_checkpoints_keeps_the_state_of_the_step(settings, tmp_path
         train.main(runs.flags(settings, f"--workdir={tmp_path}"))
     assert len(calls) == 4
     assert sum(row["elbo"] is None for row in runs.read_jsonl(tmp_path / "not_finite" / "3.jsonl")) == 1
-    assert same(store.load_model(tmp_path / "not_finite" / "3").params, params_at(tmp_path, 2))
+    assert same(load_model(tmp_path / "not_finite" / "3").params, params_at(tmp_path, 2))
 
 
 def test_skip(settings, tmp_path, bad_steps, caplog):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from elbo_kto_jax.checkpoints import huggingface, store
+from elbo_kto_jax.checkpoints.assets import ASSETS
+from elbo_kto_jax.checkpoints.folders import locate
+from elbo_kto_jax.checkpoints.load import load_config, load_model
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.records import read_records
 from elbo_kto_jax.data.sources import FORMS
 from elbo_kto_jax.reports.training import write_training_report
@@ -77,7 +80,7 @@ def hub(monkeypatch, tmp_path):
 def test_models_are_fetched_by_revision_and_as_safetensors_only(hub, tmp_path, caplog, name, revision):
     write_published(tmp_path / "snapshots" / "0123abc")
     caplog.set_level("INFO")
-    store.load_model(name)
+    load_model(name)
     (asked, options), *_ = hub
     assert (asked, options["revision"]) == (name.split("@")[0], revision)
     patterns = options["allow_patterns"]
@@ -100,7 +103,7 @@ def test_data_sets_are_fetched_by_revision_and_as_records_only(hub, tmp_path):
 )
 def test_names_that_are_no_hub_ids_are_not_asked_for(hub, name):
     with pytest.raises(UserError):
-        store.locate(name, "--checkpoint", weights=True)
+        locate(name, "--checkpoint", weights=True)
     with pytest.raises(UserError):
         read_records(name)
     assert hub == []
@@ -114,13 +117,13 @@ def test_archives_and_pickles_are_refused(tmp_path, suffix):
     with pytest.raises(UserError, match=r"expected a file that ends in \.jsonl or \.parquet"):
         read_records(archive)
     with pytest.raises(UserError, match="a file; expected the folder"):
-        store.load_config(archive)
+        load_config(archive)
     folder = tmp_path / "model"
     write_published(folder, shards=1)
     (folder / "model.safetensors").unlink()
     archive.rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"only PyTorch \.bin weights"):
-        store.load_model(folder)
+        load_model(folder)
 
 
 def test_code_that_comes_with_a_model_does_not_run(tiny_checkpoint, tmp_path):
@@ -134,9 +137,9 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_checkpoint, tmp_path):
         content = json.loads((folder / name).read_text())
         content["auto_map"] = {key: ["tokenization_llada.Tokenizer", None]}
         (folder / name).write_text(json.dumps(content))
-    _, assets = store.load_config(folder)
-    assert store.build_tokenizer(assets, str(folder))("a")["input_ids"]
-    store.load_model(folder)
+    _, assets = load_config(folder)
+    assert build_tokenizer(assets, str(folder))("a")["input_ids"]
+    load_model(folder)
     assert not trace.exists()
 
 
@@ -154,9 +157,9 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_checkpoint, tmp_path):
     ],
 )
 def test_a_hostile_chat_template_is_refused(tiny_checkpoint, tmp_path, template):
-    _, assets = store.load_config(tiny_checkpoint)
+    _, assets = load_config(tiny_checkpoint)
     assets = {name: content for name, content in assets.items() if name != "chat_template.jinja"}
-    tokenizer = store.build_tokenizer(assets, "there")
+    tokenizer = build_tokenizer(assets, "there")
     tokenizer.chat_template = template
     from elbo_kto_jax.data.chat import encode_prompt
 
@@ -232,4 +235,4 @@ def test_reports_escape_every_text(tmp_path):
 
 
 def test_published_patterns_are_the_only_ones():
-    assert not [name for name in huggingface._ASSETS if not name.endswith((".json", ".jinja", ".txt", ".model", ".py"))]
+    assert not [name for name in ASSETS if not name.endswith((".json", ".jinja", ".txt", ".model", ".py"))]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
@@ -154,7 +154,7 @@ def test_any_number_of_processes_goes_on_as_one_would_have(argv, whole, killed, 
         assert (row["examples"], row["tokens"]) == (other["examples"], other["tokens"])
         for name in ("loss", "grad_norm", "reference_point"):  # a margin needs both labels in a batch
             np.testing.assert_allclose(row[name], other[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} {row['step']}")
-    ours, theirs = store.load_model(workdir), store.load_model(whole)
+    ours, theirs = load_model(workdir), load_model(whole)
     assert ours.source.endswith("checkpoints/6")
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -12,11 +12,12 @@ import jax
 import pytest
 
 from elbo_kto_jax import from_hf, precompute, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model, read_digest
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.runtime import workdir
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.scoring import opened
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.training import inputs, loop
 from elbo_kto_jax.training import reference as reference_module
@@ -218,6 +219,9 @@ def test_other_weights_are_refused_however_the_run_uses_them(folder, stop_at, se
     assert "config.model.path: weights" in message or "another base" in message
 
 
+READERS = [(opened, "load_model"), (inputs, "read_digest")]  # of weights, where training calls them
+
+
 def test_a_converted_model_is_known_by_its_manifest(folder, stop_at, monkeypatch):
     """Its weights are not read again, and others in their place are refused, of whatever form."""
     for name in ("model", "other"):
@@ -229,17 +233,17 @@ def test_a_converted_model_is_known_by_its_manifest(folder, stop_at, monkeypatch
         assert "config.model.path: stored weights" in refusal(argv)
         shutil.rmtree(folder / "our model")
     shutil.move(folder / "kept", folder / "our model")
-    for name in ("load_model", "read_digest"):
-        monkeypatch.setattr(store, name, lambda *_, **__: pytest.fail("weights were read"))
+    for module, name in READERS:
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("weights were read"))
     assert train.main(argv)["steps"] == STEPS
 
 
 def test_weights_are_read_once_a_start(folder, stop_at, monkeypatch):
     reads: list[str] = []
-    for name in ("load_model", "read_digest"):
-        real = getattr(store, name)
+    for module, name in READERS:
+        real = getattr(module, name)
         monkeypatch.setattr(
-            store,
+            module,
             name,
             lambda path, *args, real=real, name=name, **more: reads.append(name) or real(path, *args, **more),
         )
@@ -254,9 +258,9 @@ def test_the_streamed_digest_is_that_of_the_loaded_parameters(folder, dtype):
     from elbo_kto_jax.checkpoints.digest import params_digest
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, store.load_model(folder / "model").params)
-    loaded = store.load_model(folder / "model", param_dtype=dtype, shardings=shardings).params
-    assert store.read_digest(folder / "model", dtype, shardings) == params_digest(loaded)
+    shardings = jax.tree.map(lambda _: here, load_model(folder / "model").params)
+    loaded = load_model(folder / "model", param_dtype=dtype, shardings=shardings).params
+    assert read_digest(folder / "model", dtype, shardings) == params_digest(loaded)
 
 
 def test_the_files_are_named_with_their_digests(folder):
@@ -379,7 +383,7 @@ def test_a_template_that_draws_is_refused(folder, template):
 
 def test_every_use_of_the_template_is_told_the_moment(folder):
     set_template(folder, CLOCK)
-    tokenizer = store.load_model(folder / "model").tokenizer()
+    tokenizer = load_model(folder / "model").tokenizer()
     moment = datetime.datetime(2024, 2, 3, 4, 5, 6)
     chat.make_repeatable(tokenizer, moment, "here")
     messages = [{"role": "user", "content": "hi"}]

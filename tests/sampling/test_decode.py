@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.checkpoints.store import build_tokenizer, load_config
+from elbo_kto_jax.checkpoints.load import load_config
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor, init_params

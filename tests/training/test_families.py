@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import cli, from_hf, generate, objectives, to_hf, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.diffusion.masks import draw_masks
 from elbo_kto_jax.models import lora
@@ -282,7 +282,7 @@ def test_a_run_s_checkpoint_needs_no_flag_for_the_mask_that_it_was_trained_with(
     settings, workdir = run
     manifest = json.loads((workdir / "checkpoints" / "3" / "assets" / "manifest.json").read_text())
     assert manifest["mask_token_id"] == settings["model.mask_token_id"]
-    assert store.load_config(workdir)[0].mask_token_id == settings["model.mask_token_id"]
+    assert load_config(workdir)[0].mask_token_id == settings["model.mask_token_id"]
     out = tmp_path / "out.jsonl"
     generate.main(runs.flags({}, f"--checkpoint={workdir}", f"--prompts={settings['data.train']}", f"--out={out}"))
     for row in runs.read_jsonl(out):
@@ -291,9 +291,9 @@ def test_a_run_s_checkpoint_needs_no_flag_for_the_mask_that_it_was_trained_with(
 
 def test_the_export_is_the_adapted_model_and_loads_again(run, tmp_path):
     settings, workdir = run
-    base, ours = store.load_model(settings["model.path"]), store.load_model(workdir)
+    base, ours = load_model(settings["model.path"]), load_model(workdir)
     to_hf.main([f"--source={workdir}", f"--out={tmp_path / 'hf'}"])
-    exported = store.load_model(tmp_path / "hf")
+    exported = load_model(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, exported.params, ours.params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(exported.params):
         before = base.params
@@ -301,7 +301,7 @@ def test_the_export_is_the_adapted_model_and_loads_again(run, tmp_path):
             before = before[key.key]
         assert np.array_equal(leaf, before) == (path[-1].key != "kernel" or path[0].key != "blocks"), path
     from_hf.main([f"--source={tmp_path / 'hf'}", f"--out={tmp_path / 'again'}"])
-    jax.tree.map(np.testing.assert_array_equal, store.load_model(tmp_path / "again").params, ours.params)
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "again").params, ours.params)
 
 
 def test_estimates_of_another_mask_token_are_not_taken_for_the_runs(run):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import precompute, score, to_hf, train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.training import loop
@@ -71,7 +71,7 @@ def metrics_of(workdir, without=("seconds",)) -> list[dict]:
 
 def assert_same_run(workdir, other):
     """Bit-identical final parameters, and the same metrics but for the time."""
-    mine, theirs = store.load_model(workdir), store.load_model(other)
+    mine, theirs = load_model(workdir), load_model(other)
     assert mine.source.endswith(f"checkpoints/{STEPS}")
     assert theirs.source.endswith(f"checkpoints/{STEPS}")
     for a, b in zip(jax.tree.leaves(mine.params), jax.tree.leaves(theirs.params), strict=True):

@@ -12,7 +12,9 @@ import pytest
 from etils import epath
 
 from elbo_kto_jax import generate, objectives, precompute, score, to_hf, train
-from elbo_kto_jax.checkpoints import conversion, names, store
+from elbo_kto_jax.checkpoints import conversion, names
+from elbo_kto_jax.checkpoints.load import load_model
+from elbo_kto_jax.checkpoints.model import Model, Source
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime import config
@@ -236,10 +238,10 @@ def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, setting
     trained = ocp.StandardCheckpointHandler().restore(
         epath.Path(folder / "params"), args=ocp.args.StandardRestore(names.unflatten(abstract))
     )
-    base = store.load_model(settings["model.path"])
+    base = load_model(settings["model.path"])
 
     summary = to_hf.main([f"--source={whole[0]}", f"--out={tmp_path / 'hf'}"])
-    exported = store.load_model(tmp_path / "hf")
+    exported = load_model(tmp_path / "hf")
     assert summary["tensors"] == len(names.published_tensors(base.config))
     expected = merged(base.params, trained, 2.0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), exported.params, expected)
@@ -251,7 +253,7 @@ def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, setting
     spread = rules.param_shardings(
         abstract_params(MaskPredictor(base.config)), rules.make_mesh(config.Mesh(2, 2, 2)), base.config
     )
-    again = store.load_model(whole[0], param_dtype=jnp.bfloat16, shardings=spread).params
+    again = load_model(whole[0], param_dtype=jnp.bfloat16, shardings=spread).params
     close = lambda x, y: np.testing.assert_allclose(np.float32(x), y, rtol=2**-8, atol=1e-6)  # noqa: E731
     jax.tree.map(close, again, exported.params)
 
@@ -302,9 +304,9 @@ def test_an_int8_base_with_an_online_reference_and_a_precomputed_one(settings, t
 @pytest.fixture
 def other_base(settings, tmp_path):
     """The run's base with other values in one norm."""
-    model = store.load_model(settings["model.path"])
+    model = load_model(settings["model.path"])
     params = {**model.params, "ln_f": {"scale": model.params["ln_f"]["scale"] + 1}}
-    source = store.Source.of(store.Model(model.config, params, model.assets, ""))
+    source = Source.of(Model(model.config, params, model.assets, ""))
     conversion.write_published(tmp_path / "other", source, 10**9)
     return tmp_path / "other"
 
@@ -321,11 +323,11 @@ def moved(whole, settings, file: str, base, workdir):
 def test_adapters_find_their_base_and_no_other(whole, settings, other_base, tmp_path):
     file, copy = "checkpoints/6/assets/manifest.json", tmp_path / "copy"
     shutil.copytree(settings["model.path"], copy)
-    model = store.load_model(moved(whole, settings, file, copy, tmp_path / "same"))
-    jax.tree.map(np.testing.assert_array_equal, model.params, store.load_model(whole[0]).params)
+    model = load_model(moved(whole, settings, file, copy, tmp_path / "same"))
+    jax.tree.map(np.testing.assert_array_equal, model.params, load_model(whole[0]).params)
     for base, named in ((other_base, "another base"), (tmp_path / "nowhere", "manifest.json")):
         workdir = moved(whole, settings, file, base, tmp_path / f"run of {base.name}")
-        message = refusal(lambda argv: store.load_model(argv[0]), [workdir])
+        message = refusal(lambda argv: load_model(argv[0]), [workdir])
         assert named in message
         assert str(base) in message
 

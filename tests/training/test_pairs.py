@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import train
-from elbo_kto_jax.checkpoints import store
+from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.training import loop
 from tests import runs
@@ -85,7 +85,7 @@ def test_the_same_command_goes_on_with_the_same_bits(settings, whole, tmp_path, 
         train.main(argv)
     monkeypatch.setattr(loop, "train_step", real)
     assert train.main(argv)["steps"] == STEPS
-    mine, theirs = (store.load_model(workdir).params for workdir in (tmp_path / "run", whole[0]))
+    mine, theirs = (load_model(workdir).params for workdir in (tmp_path / "run", whole[0]))
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
 

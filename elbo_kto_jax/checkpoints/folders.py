@@ -1,0 +1,116 @@
+"""Where a checkpoint is: which folder a user's path means, and which folders a checkpoint may be written to.
+
+A checkpoint is one Orbax step folder, the same for a converted model and for a step of training:
+
+    params/       the parameter tree, in Orbax's array format (arrays.py)
+    assets/       config.json and tokenizer files as published, byte for byte, and manifest.json, which marks the format
+                  (manifest.py)
+    opt_state/    training only: optimizer state
+    progress/     training only: JSON, where training stands
+
+It refers to nothing outside, so it can be moved; only adapters refer to their base. Orbax writes it under a temporary
+name and renames it when complete. Beside these there are published folders (huggingface.py) and names on the hub.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import orbax.checkpoint as ocp
+from etils import epath
+from etils.epath import stat_utils
+
+from elbo_kto_jax.checkpoints import hub
+from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import check_writable
+
+MANIFEST_FILE = "manifest.json"
+SIZES_FILE = "sizes.json"
+STEPS_FOLDER = "checkpoints"
+
+
+def is_checkpoint(folder: epath.Path) -> bool:
+    """Whether `folder` is a checkpoint of ours: a converted model or a step of training, perhaps damaged."""
+    return (folder / "assets" / MANIFEST_FILE).is_file() or (folder / "params" / SIZES_FILE).is_file()
+
+
+def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
+    """The folder that `path` means: a checkpoint of ours or a published folder, downloaded if need be.
+
+    Args:
+      path: see load_model.
+      flag: the flag or config key that named `path`, for errors.
+      weights: False: a download may leave out the weights.
+
+    Raises:
+      UserError: there is no such folder, or no finished step in it.
+    """
+    folder = absolute(path)
+    if ocp.utils.is_tmp_checkpoint(folder):
+        raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
+    if folder.is_dir():
+        steps = folder / STEPS_FOLDER
+        if not steps.is_dir() or any(folder.glob("*.safetensors")):
+            return folder
+        complete = [step for step in steps.iterdir() if step.name.isdecimal()]
+        if not complete:
+            raise UserError(f"{flag}={path}: a training folder without a finished step in {steps}; train it further")
+        return max(complete, key=lambda step: int(step.name))
+    if folder.exists():
+        raise UserError(f"{flag}={path}: a file; expected the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(path)):
+        raise UserError(f"{flag}={path}: no such folder; expected a Hugging Face folder, a hub id or a checkpoint")
+    return absolute(hub.download(str(path), flag, weights))
+
+
+def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Callable[[epath.Path], bool]) -> None:
+    """Refuses to write a checkpoint over anything but a checkpoint of the same kind, and over that unless asked to.
+
+    Args:
+      path: the folder to write.
+      overwrite: the user allowed to replace what is there.
+      same_kind: whether a folder is of the kind that would replace it.
+
+    Raises:
+      UserError: naming `path` and what to do.
+    """
+    folder = absolute(path)
+    check_writable(folder, "--out")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{path}: exists already; name another folder or pass --overwrite to replace it")
+    if not same_kind(folder):
+        raise UserError(f"{path}: not a checkpoint that could be replaced; name another folder or remove it")
+
+
+def files_in(directory: epath.Path) -> Iterator[epath.Path]:
+    """Every file below `directory`, in no particular order."""
+    for child in directory.iterdir():
+        if child.is_dir():
+            yield from files_in(child)
+        else:
+            yield child
+
+
+class _LocalPath(type(epath.Path())):
+    """A path on this machine for Orbax, whatever its name is; paths that are derived from it are of this kind, too.
+
+    epath itself takes /gs/NAME, /s3/NAME and /hf/NAME for buckets and, in `glob`, a folder's name for a pattern; its
+    `stat` fails for owners without a name, which containers and network file systems have.
+    """
+
+    _uri_scheme = None
+
+    def glob(self, pattern: str) -> Iterator["_LocalPath"]:
+        return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+    def stat(self) -> stat_utils.StatResult:
+        found = os.stat(self)
+        return stat_utils.StatResult(self.is_dir(), found.st_size, int(found.st_mtime), mode=found.st_mode)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """`path` in the form that Orbax wants."""
+    return _LocalPath(os.path.abspath(path))

@@ -1,0 +1,59 @@
+"""One file of safetensors: the length of a JSON object, the object, which says where each tensor lies, and the data.
+
+The library opens and checks a file; where the bytes of a tensor start, and the header of a new file, are our own.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from elbo_kto_jax.runtime.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
+
+
+def open_file(file: Path) -> safe_open:
+    """The file, whose header has been read and checked.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """The error for a file that cannot be read because of `error`."""
+    return UserError(f"{file}: damaged or incomplete safetensors file ({error}); download or copy it again")
+
+
+def data_offsets(file: Path) -> dict[str, int]:
+    """Where the bytes of each tensor start in a safetensors file that has been opened, and so checked, before.
+
+    The library tells neither this nor lets one read into memory that is there already.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def header_of(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
+    """What stands before the data of a safetensors file: the length of a JSON object, and where each tensor lies."""
+    dtypes, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.size * tensor.dtype.itemsize
+        header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    return len(text).to_bytes(8, "little") + text
