@@ -28,8 +28,8 @@ from elbo_kto_jax.reports.denoising import MASK
 from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.config import Config, Sampler
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling.decode import cut_response
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.stops import cut_response
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "chat.py"
 

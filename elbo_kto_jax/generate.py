@@ -23,8 +23,8 @@ from elbo_kto_jax.reports.denoising import Trace, write_denoising_report
 from elbo_kto_jax.runtime import processes, terminal
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
-from elbo_kto_jax.sampling.decode import cut_response
 from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.stops import cut_response
 
 _SHOWN = 20  # responses on a page
 _LONGEST_CHARACTER = 8  # tokens; four bytes at most, and neighbours that share a token

@@ -1,6 +1,6 @@
 """The programs of a run, compiled for a TPU that is not there, and what the compiler says of them.
 
-They are the very programs of training/step.py and sampling/decode.py, on shapes instead of arrays.
+They are the very programs of training/step.py and sampling/denoise.py, on shapes instead of arrays.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sampling.denoise import take_steps
+from elbo_kto_jax.sampling.rows import DecodeRows, DecodeState
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
@@ -177,10 +178,10 @@ def _sampler(run: Callable, config: Config, model: MaskPredictor, params: Any, m
     g, by_row, everywhere = config.sampler.gen_length, rules.row_sharding(mesh), rules.replicated(mesh)
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)  # noqa: E731
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    rows = decode.Rows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
-    state = decode.State(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
+    rows = DecodeRows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
+    state = DecodeState(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
     options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}
-    return run("sampler", decode.take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
+    return run("sampler", take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
 
 
 def _beside(program: Compiled, size: int) -> Compiled:

@@ -23,7 +23,7 @@ from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.objectives.protocol import Needs, Objective
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.sampling.generate import check_options
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules

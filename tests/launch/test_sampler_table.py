@@ -1,7 +1,7 @@
 """launch/sampler_table.py: what a row of the table counts, and how the table is written."""
 
 from elbo_kto_jax.data.chat import encode_prompt
-from elbo_kto_jax.sampling.decode import BUCKET
+from elbo_kto_jax.sampling.schedule import BUCKET
 from launch import quickstart, sampler_table
 from tests.runs import read_jsonl, write_jsonl
 
