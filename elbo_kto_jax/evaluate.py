@@ -36,7 +36,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.data.records import Message, Record, read_records
+from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.evaluation import judges, kept
 from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.evaluation.winrate import win_rate

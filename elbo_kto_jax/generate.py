@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from elbo_kto_jax import cli
-from elbo_kto_jax.data.records import Record, read_records
+from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.reports.denoising import Trace, write_denoising_report
 from elbo_kto_jax.runtime import processes, terminal
 from elbo_kto_jax.runtime.errors import UserError

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from elbo_kto_jax import cli, evaluate, score
 from elbo_kto_jax.data.chat import make_repeatable
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.evaluation import kept
 from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.reports.sweep import write_sweep_report

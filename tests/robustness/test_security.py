@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from elbo_kto_jax.checkpoints import huggingface, store
-from elbo_kto_jax.data.records import read_records
-from elbo_kto_jax.data.sources import FORMS
+from elbo_kto_jax.data.forms import FORMS
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.reports.training import write_training_report
 from elbo_kto_jax.reports.winrate import write_winrate_report
 from elbo_kto_jax.runtime.errors import UserError
