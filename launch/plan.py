@@ -22,6 +22,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import plan as planning
 from elbo_kto_jax.planning.chips import Topology, parse_topology
 from elbo_kto_jax.planning.programs import DoesNotFit
+from elbo_kto_jax.planning.search import search, would_fit
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
 from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.config import Config
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> dict:
     tried = []
     try:
         if options.search:
-            found, config, tried = planning.search(config, model, topology, examples, tokens, options.candidates)
+            found, config, tried = search(config, model, topology, examples, tokens, options.candidates)
             if found is None:
                 raise DoesNotFit("no candidate of the search")
         else:
@@ -158,7 +159,7 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
 def _does_not_fit(
     refusal: DoesNotFit, config: Config, model: ModelConfig, topology: Topology, examples: int, tokens: float
 ) -> str:
-    return f"{topology.name}: does not fit: {refusal}; {planning.would_fit(config, model, topology, examples, tokens)}"
+    return f"{topology.name}: does not fit: {refusal}; {would_fit(config, model, topology, examples, tokens)}"
 
 
 if __name__ == "__main__":
