@@ -84,7 +84,10 @@ class Conversation:
         watch = None
         if canvas:
             canvas.draw(MASK * self._config.sampler.gen_length)
-            watch = lambda _, tokens: canvas.draw(self._forming(tokens))  # noqa: E731
+
+            def watch(_: int, tokens: Int32[np.ndarray, " g"]) -> None:
+                canvas.draw(self._forming(tokens))
+
         answers = respond(self._checkpoint, [record], self._config, watch=watch)
         (answered,) = answers.texts
         if canvas:
