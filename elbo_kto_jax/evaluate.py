@@ -39,6 +39,7 @@ from elbo_kto_jax import cli
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.evaluation import judges, kept
+from elbo_kto_jax.evaluation.address import check_key, check_url
 from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.evaluation.winrate import win_rate
 from elbo_kto_jax.reports.winrate import write_winrate_report
@@ -314,8 +315,8 @@ def judge_endpoint(flags: argparse.Namespace, cache: Path) -> Any:
     if not key and url == OPENAI_URL:
         raise UserError("OPENAI_API_KEY: not set; set it, or OPENAI_BASE_URL to an endpoint that needs no key")
     endpoint = _import_extra("elbo_kto_jax.evaluation.endpoint", "--judge=chat", "the client of OpenAI", "judge")
-    endpoint.check_url(url, "OPENAI_BASE_URL")
-    endpoint.check_key(key, "OPENAI_API_KEY")
+    check_url(url, "OPENAI_BASE_URL")
+    check_key(key, "OPENAI_API_KEY")
     return endpoint.Endpoint(
         base_url=url,
         model=model,
