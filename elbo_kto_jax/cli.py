@@ -107,7 +107,7 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     # Orbax logs what it raises, with tracebacks, and leaves coroutines and failed tasks behind when a disk is full.
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: log.debug("ignored: %s", unraisable.exc_value)
+    sys.unraisablehook = _ignore_unraisable
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", _cache_folder())  # a program is compiled once per machine
     try:
@@ -135,6 +135,11 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     if terminal.stdout_failure():
         _leave(2, f"error: stdout: {terminal.stdout_failure()}; what was printed is lost, files are written: make room")
     sys.exit(0)
+
+
+def _ignore_unraisable(unraisable: Any) -> None:
+    """What Python would print of an error that nobody can catch (`sys.unraisablehook`) goes into the log."""
+    log.debug("ignored: %s", unraisable.exc_value)
 
 
 def _cache_folder() -> str | None:

@@ -225,7 +225,8 @@ def test_tasks_without_the_extra(tmp_path, monkeypatch):
 def test_the_chat_judge_without_the_extra(command, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "elbo_kto_jax.evaluation.endpoint", raising=False)
+    for module in ("endpoint", "session", "client"):
+        monkeypatch.delitem(sys.modules, f"elbo_kto_jax.evaluation.{module}", raising=False)
     with pytest.raises(UserError, match=r"--judge=chat: needs .*pip install 'elbo_kto_jax\[judge\]'") as refused:
         command(PROMPTS, "--judge=chat", "--judge-model=m", baseline=tmp_path / "is never looked for")
     assert len(str(refused.value).splitlines()) == 1

@@ -12,8 +12,9 @@ from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling import responses
-from elbo_kto_jax.sampling.decode import Responses, to_text
+from elbo_kto_jax.sampling.generate import Responses
 from elbo_kto_jax.sampling.respond import Answers
+from elbo_kto_jax.sampling.stops import to_text
 from tests.conftest import PROJECT_ROOT
 from tests.golden import Golden
 

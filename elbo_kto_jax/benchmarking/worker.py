@@ -28,9 +28,8 @@ from elbo_kto_jax.models.network import abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
-from elbo_kto_jax.training.data import Batch
 from elbo_kto_jax.training.setup import prepare
-from elbo_kto_jax.training.step import build_programs, train_step
+from elbo_kto_jax.training.step import Batch, build_programs, train_step
 
 _PEAK_SIZES = {"cpu": (2048, 1)}  # of a square matrix, and products at a stretch
 _LARGE = (8192, 10)  # for everything that is no CPU

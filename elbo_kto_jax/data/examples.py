@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.data.chat import Encoded, encode_batch, writes_special_tokens
 from elbo_kto_jax.data.pairs import whole_pairs
-from elbo_kto_jax.data.records import Message, Record, read_records
+from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError
 

@@ -86,7 +86,10 @@ def pack_own(
     if longest > layout.length:
         raise ValueError(f"segments: expected at most {layout.length} tokens, got {longest}")
     bins = first_fit(lengths, layout.length, layout.slots) if layout.packed else [[i] for i in range(len(lengths))]
-    own_of = lambda bins: [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(bins)]  # noqa: E731
+
+    def own_of(bins: list[list[int]]) -> list[list[Segment]]:
+        return [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(bins)]
+
     return [_micro_batch(own_of(bins[at : at + layout.rows]), layout) for at in range(0, len(bins), layout.rows)]
 
 
@@ -107,7 +110,10 @@ def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[in
 
 def _micro_batch(rows: list[list[Segment]], layout: Layout) -> Rows:
     m, s = layout.rows, layout.length
-    empty = lambda fill=0, dtype=np.int32: np.full((m, s), fill, dtype)  # noqa: E731
+
+    def empty(fill: int = 0, dtype: type = np.int32) -> np.ndarray:
+        return np.full((m, s), fill, dtype)
+
     tokens, positions, segment_ids = empty(layout.pad_token), empty(), empty()
     position, token, slot, weight = empty(), empty(), empty(), empty(0, np.float32)
     num_targets = np.zeros(m, np.int32)

@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.diagnosis.analyse import Analysis, columns, flat
+from elbo_kto_jax.diagnosis import tables
+from elbo_kto_jax.diagnosis.analyse import Analysis
 from elbo_kto_jax.diagnosis.measure import Measurement, Setting
+from elbo_kto_jax.diagnosis.recommendation import recommendation
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.objectives.protocol import ValueFunction
@@ -70,9 +72,9 @@ def diagnose(request: Request, config: Config, out: Path) -> dict:
 
 def _write(result: dict, files: dict[str, Path]) -> dict:
     """Writes the table, the JSON file and the report; the summary."""
-    rows = [flat(row) for row in result["rows"]]
+    rows = [tables.flat(row) for row in result["rows"]]
     table = io.StringIO()
-    writer = csv.DictWriter(table, columns(rows), lineterminator="\n")
+    writer = csv.DictWriter(table, tables.columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(files["table.csv"], table.getvalue())
@@ -187,9 +189,9 @@ def _result(request: Request, config: Config) -> dict:
         "repeats": request.repeats,
         "masks": values.masks,
         "batch_size": config.train.global_batch_size,
-        "recommendation": analysis.recommendation(),
-        "rows": analysis.rows(),
-        "breakdown": analysis.breakdown(),
-        "by_count": analysis.by_count(),
+        "recommendation": recommendation(analysis),
+        "rows": tables.by_setting(analysis),
+        "breakdown": tables.breakdown(analysis),
+        "by_count": tables.by_count(analysis),
         "config": config.to_dict(),
     }

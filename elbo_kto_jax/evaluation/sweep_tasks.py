@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from elbo_kto_jax.data.chat import make_repeatable
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.evaluation import benchmarks, judges, kept
 from elbo_kto_jax.evaluation.comparison import Comparison, compare
 from elbo_kto_jax.evaluation.evaluation import WIN_RATE

@@ -1,6 +1,6 @@
 """The programs of a run, compiled for a TPU that is not there, and what the compiler says of them.
 
-They are the very programs of training/step.py and sampling/decode.py, on shapes instead of arrays.
+They are the very programs of training/step.py and sampling/denoise.py, on shapes instead of arrays.
 """
 
 import dataclasses
@@ -9,11 +9,12 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -27,13 +28,14 @@ from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sampling.denoise import take_steps
+from elbo_kto_jax.sampling.rows import DecodeRows, DecodeState
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.opened import build_model
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
-from elbo_kto_jax.training.step import build_programs
+from elbo_kto_jax.training.step import Programs, build_programs
 
 log = logging.getLogger(__name__)
 PROMPT_TOKENS = 512  # of the prompts that the sampler's program is compiled for
@@ -91,38 +93,84 @@ def compile_programs(
     log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     rules.check_heads(model_config, mesh)
     model = build_model(config, model_config)
-    trained = train_state.abstract_trained(model, config.lora)
     tx = train_state.optimizer(config.optimizer, _STEPS)
-    shardings = train_state.state_shardings(tx, trained, mesh, model_config)
-    state = train_state.abstract_state(tx, trained, shardings)
+    shardings = train_state.state_shardings(tx, train_state.abstract_trained(model, config.lora), mesh, model_config)
+    shapes = _shapes(config, model, mesh, tx, shardings)
+    objective, draws = objectives.build(config.objective), config.estimator.draws
+    scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws)
+    programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
+    online = objective.needs.reference and config.reference.mode == "online"
+    compiler = _Compiler(config, model_config, mesh, shapes, online=online)
+    if waiting:
+        accumulates = config.train.one_pass_microbatches > 1
+        yield from _one_pass(compiler, scorer, programs, shapes, waiting, online=online, accumulates=accumulates)
+    else:
+        weights, estimates, rows = shapes.weights, shapes.estimates, shapes.rows
+        yield compiler.run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
+        arguments = (weights, shapes.grads, estimates, rows, shapes.cotangent)
+        yield compiler.run("grad", programs.grad, *arguments, kept=weights)[1]
+    loss, go = (_everywhere((), dtype, mesh) for dtype in (jnp.float32, jnp.bool_))
+    yield compiler.run("update", programs.update, shapes.state, shapes.grads, loss, go, kept=shapes.state)[1]
+    if sampler:
+        yield _sampler(compiler, config, model.clone(mesh=mesh), lora.parameters(shapes.weights), mesh)
+
+
+class _Shapes(NamedTuple):
+    """What the programs of a step are given, as shapes on the devices of a mesh."""
+
+    state: Any
+    weights: Any  # the parameters of the state, or its adapters and their base
+    rows: Any  # a micro-batch
+    estimates: jax.ShapeDtypeStruct
+    cotangent: jax.ShapeDtypeStruct
+    grads: Any
+
+
+def _shapes(
+    config: Config, model: MaskPredictor, mesh: Mesh, tx: optax.GradientTransformation, shardings: Any
+) -> _Shapes:
+    """The arguments of a step's programs; `shardings` are those of the state."""
+    state = train_state.abstract_state(tx, train_state.abstract_trained(model, config.lora), shardings)
     weights = state.params
     if config.lora.rank:
         base = train_state.abstract_base(model, config.lora)
-        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh, model_config))
-        scale = jax.ShapeDtypeStruct((model_config.n_layers,), jnp.float32, sharding=rules.replicated(mesh))
-        weights = lora.Adapted(base, state.params, scale)
-    draws, examples = config.estimator.draws, config.train.global_batch_size
-    objective, scorer = objectives.build(config.objective), Scorer(model, mesh, size=examples * draws)
-    programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
-    everywhere = rules.replicated(mesh)
-    empty = pack([Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)], layout_of(config, model_config, mesh))[
-        0
-    ]
-    rows = jax.tree.map(lambda x: _abstract(x, rules.row_sharding(mesh)), empty)
-    estimates = jax.ShapeDtypeStruct((examples * draws,), jnp.float32, sharding=everywhere)
-    cotangent = jax.ShapeDtypeStruct((examples,), jnp.float32, sharding=everywhere)
-    grads = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh, model.config))
+        weights = lora.Adapted(base, state.params, _everywhere((model.config.n_layers,), jnp.float32, mesh))
+    segment = Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)
+    empty = pack([segment], layout_of(config, model.config, mesh))[0]
+    examples = config.train.global_batch_size
+    return _Shapes(
+        state=state,
+        weights=weights,
+        rows=jax.tree.map(lambda x: _abstract(x, rules.row_sharding(mesh)), empty),
+        estimates=_everywhere((examples * config.estimator.draws,), jnp.float32, mesh),
+        cotangent=_everywhere((examples,), jnp.float32, mesh),
+        grads=jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params),
+    )
 
-    # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their base.
-    online = objective.needs.reference and config.reference.mode == "online"
-    held = bytes_on_chip(weights) + bytes_on_chip(state.opt_state)
-    if online and not config.lora.rank:
-        held += bytes_on_chip(state.params)
-    kernels = kernel_flops(model_config, mesh, empty.tokens.shape)
-    trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
 
-    def run(name: str, program: Callable, *arguments: Any, kept: Any = (), **options: Any):
-        log.info("compiling %s for %d devices", name, len(devices))
+class _Compiler:
+    """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
+
+    def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
+        self._num_devices = mesh.devices.size
+        # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
+        # base.
+        self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
+        if online and not config.lora.rank:
+            self._held += bytes_on_chip(shapes.state.params)
+        self._kernels = kernel_flops(model_config, mesh, shapes.rows.tokens.shape)
+        self._trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
+
+    def run(
+        self, name: str, program: Callable, *arguments: Any, kept: Any = (), **options: Any
+    ) -> tuple[jax.stages.Compiled, Compiled]:
+        """The compiled program and what the compiler says of it; of its arguments, the run keeps `kept` anyway.
+
+        Raises:
+          DoesNotFit: the compiler's refusal.
+        """
+        log.info("compiling %s for %d devices", name, self._num_devices)
         began = time.monotonic()
         try:
             compiled = program.trace(*arguments, **options).lower(lowering_platforms=("tpu",)).compile()
@@ -131,14 +179,7 @@ def compile_programs(
                 raise
             raise DoesNotFit(f"{name}: {_refusal(str(error))}") from None
         seconds = time.monotonic() - began
-        memory, cost = compiled.memory_analysis(), None
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError:
-            log.warning("%s: libtpu does not print this program: its FLOPs and collectives are not known", name)
-        else:
-            if name != "sampler":  # how often its loops run depends on the data
-                cost = hlo.program_cost(text, kernels=kernels, dynamic_trips=trips, chips=len(devices))
+        memory = compiled.memory_analysis()
         return compiled, Compiled(
             name=name,
             arguments=memory.argument_size_in_bytes,
@@ -146,41 +187,66 @@ def compile_programs(
             aliased=memory.alias_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
             host=memory.host_temp_size_in_bytes,
-            resident=held - bytes_on_chip(kept),
+            resident=self._held - bytes_on_chip(kept),
             hbm_bytes=(compiled.cost_analysis() or {}).get("bytes accessed", 0.0),
-            cost=cost,
+            cost=self._cost(name, compiled),
             compile_seconds=seconds,
         )
 
-    if waiting:
-        arguments = weights, estimates, rows
-        forward, found = run("forward", scorer.forward, *arguments, kept=weights)
-        handed_out = found.outputs - found.aliased  # what a backward pass needs
-        # Beside the last of them, or all while the reference is scored; beside the first to go back, the others.
-        yield _beside(found, (waiting - 1 + online) * handed_out)
-        _, pull_back = jax.tree.map(_abstract, scorer.forward.eval_shape(*arguments), forward.output_shardings)
-        total = grads if config.train.one_pass_microbatches > 1 else None
-        found = run("backward", programs.backward, pull_back, weights, total, rows, cotangent, kept=weights)[1]
-        yield _beside(found, (waiting - 1) * handed_out)
-    else:
-        yield run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
-        yield run("grad", programs.grad, weights, grads, estimates, rows, cotangent, kept=weights)[1]
-    loss, go = (jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.float32, jnp.bool_))
-    yield run("update", programs.update, state, grads, loss, go, kept=state)[1]
-    if sampler:
-        yield _sampler(run, config, model.clone(mesh=mesh), lora.parameters(weights), mesh)
+    def _cost(self, name: str, compiled: jax.stages.Compiled) -> hlo.Cost | None:
+        """What the program costs as its text says; None where that is not known."""
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            log.warning("%s: libtpu does not print this program: its FLOPs and collectives are not known", name)
+            return None
+        if name == "sampler":  # how often its loops run depends on the data
+            return None
+        return hlo.program_cost(text, kernels=self._kernels, dynamic_trips=self._trips, chips=self._num_devices)
 
 
-def _sampler(run: Callable, config: Config, model: MaskPredictor, params: Any, mesh: Mesh) -> Compiled:
+def _one_pass(
+    compiler: _Compiler,
+    scorer: Scorer,
+    programs: Programs,
+    shapes: _Shapes,
+    waiting: int,
+    *,
+    online: bool,
+    accumulates: bool,
+) -> Iterator[Compiled]:
+    """The forward and the backward pass of a step whose `waiting` micro-batches are kept between them."""
+    arguments = shapes.weights, shapes.estimates, shapes.rows
+    forward, found = compiler.run("forward", scorer.forward, *arguments, kept=shapes.weights)
+    handed_out = found.outputs - found.aliased  # what a backward pass needs
+    # Beside the last of them, or all while the reference is scored; beside the first to go back, the others.
+    yield _beside(found, (waiting - 1 + online) * handed_out)
+    _, pull_back = jax.tree.map(_abstract, scorer.forward.eval_shape(*arguments), forward.output_shardings)
+    total = shapes.grads if accumulates else None
+    arguments = pull_back, shapes.weights, total, shapes.rows, shapes.cotangent
+    found = compiler.run("backward", programs.backward, *arguments, kept=shapes.weights)[1]
+    yield _beside(found, (waiting - 1) * handed_out)
+
+
+def _sampler(compiler: _Compiler, config: Config, model: MaskPredictor, params: Any, mesh: Mesh) -> Compiled:
+    """The sampler's program for a whole batch of prompts."""
     shards = rules.row_shards(mesh)
     b = -(-config.sampler.batch_size // shards) * shards
-    g, by_row, everywhere = config.sampler.gen_length, rules.row_sharding(mesh), rules.replicated(mesh)
-    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)  # noqa: E731
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    rows = decode.Rows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
-    state = decode.State(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
+    g, by_row = config.sampler.gen_length, rules.row_sharding(mesh)
+
+    def row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)
+
+    count = _everywhere((), jnp.int32, mesh)
+    rows = DecodeRows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
+    state = DecodeState(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
     options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}
-    return run("sampler", decode.take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
+    return compiler.run("sampler", take_steps, model, params, rows, state, None, count, kept=params, **options)[1]
+
+
+def _everywhere(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """An array that every device of the mesh has whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.replicated(mesh))
 
 
 def _beside(program: Compiled, size: int) -> Compiled:

@@ -66,7 +66,11 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     if not is_first():
         # Bars of the others would only repeat those of process 0.
         init = tqdm.__init__
-        tqdm.__init__ = lambda self, *args, **options: init(self, *args, **{**options, "disable": True})
+
+        def init_silent(self: tqdm, *args: Any, **options: Any) -> None:
+            init(self, *args, **{**options, "disable": True})
+
+        tqdm.__init__ = init_silent
 
 
 def arguments(

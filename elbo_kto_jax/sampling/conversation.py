@@ -16,8 +16,8 @@ from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.config import Config, Sampler
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.canvas import Canvas
-from elbo_kto_jax.sampling.decode import cut_response
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.stops import cut_response
 
 log = logging.getLogger(__name__)
 

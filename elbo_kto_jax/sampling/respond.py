@@ -21,7 +21,8 @@ from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sampling.generate import Responses, check_options, generate
+from elbo_kto_jax.sampling.stops import to_text
 from elbo_kto_jax.sharding import rules
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Answers(NamedTuple):
     """
 
     prompts: list[Int32[np.ndarray, "_"]]
-    responses: decode.Responses
+    responses: Responses
     texts: list[str]
     seconds: float
 
@@ -110,12 +111,12 @@ def respond(
       config: its `sampler` and `seed`.
       infill: fill the mask tokens of the records' completions instead of writing new ones.
       cut_prompts: cut prompts that leave no room for the response from the left, with a word about it.
-      watch: see `decode.generate`; with it there is no progress bar.
+      watch: see `generate.generate`; with it there is no progress bar.
 
     Raises:
       UserError: the weights are not usable, or a prompt or a completion to fill does not fit.
     """
-    decode.check_options(config.sampler)
+    check_options(config.sampler)
     tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
     eot_id = special.end_of_turn(tokenizer)
     if config.sampler.confidence_eos_eot_inf:
@@ -132,7 +133,7 @@ def respond(
 
     start = time.perf_counter()
     with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=watch is not None) as bar:
-        responses = decode.generate(
+        responses = generate(
             checkpoint.model,
             params,
             prompts,
@@ -153,7 +154,7 @@ def respond(
             "that is NaN or infinite: numbers overflow; its weights are damaged, or config.model.dtype has no numbers "
             "as large (float16: choose bfloat16)"
         )
-    texts = [decode.to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
+    texts = [to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
     return Answers(prompts, responses, texts, seconds)
 
 

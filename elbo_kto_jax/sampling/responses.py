@@ -7,14 +7,15 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from elbo_kto_jax.data.records import Record, read_records
+from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.reports.denoising import Trace, write_denoising_report
 from elbo_kto_jax.runtime import processes, terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
-from elbo_kto_jax.sampling.decode import cut_response
 from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.stops import cut_response
 
 log = logging.getLogger(__name__)
 SHOWN = 20  # responses on a page

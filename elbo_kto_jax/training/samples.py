@@ -9,7 +9,8 @@ from elbo_kto_jax.models import lora
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
-from elbo_kto_jax.sampling.decode import generate, to_text
+from elbo_kto_jax.sampling.generate import generate
+from elbo_kto_jax.sampling.stops import to_text
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.training.setup import Setup
 

@@ -21,7 +21,7 @@ from elbo_kto_jax.models.network import MaskPredictor, Params
 from elbo_kto_jax.objectives.protocol import Objective
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling.decode import check_options
+from elbo_kto_jax.sampling.generate import check_options
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.opened import Opened, open_model
 from elbo_kto_jax.scoring.scorer import Scorer

@@ -17,7 +17,8 @@ from elbo_kto_jax.data.chat import (
     encode_prompt,
     writes_special_tokens,
 )
-from elbo_kto_jax.data.records import Record, read_records
+from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.data.special import find_eot_id, with_special_tokens
 from elbo_kto_jax.runtime.errors import UserError
 from tests.golden import Golden, golden_file

@@ -9,7 +9,7 @@ import pytest
 
 from elbo_kto_jax.data.chat import encode
 from elbo_kto_jax.data.examples import load_examples
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError
 from tests.golden import golden_file

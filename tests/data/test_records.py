@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.runtime.errors import UserError
 
 USER = {"role": "user", "content": "Which colour is the sky?"}

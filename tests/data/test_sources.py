@@ -10,8 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from elbo_kto_jax.data import sources
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data import json_rows, unfold
+from elbo_kto_jax.data.forms import form
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.runtime.errors import UserError
 
 USER = {"role": "user", "content": "Sky?"}
@@ -141,10 +142,10 @@ def test_one_name_in_two_forms_is_refused(tmp_path, first, second, same):
     contents = {".parquet": None, ".jsonl": LINES, ".jsonl.gz": gzip.compress(LINES), ".json": LIST}
     write(tmp_path / first, LINES if same else LINES * 2)
     path = tmp_path / second
-    if sources.form(path) == ".parquet":
+    if form(path) == ".parquet":
         write_parquet(path, ROWS)
     else:
-        write(path, contents[sources.form(path)])
+        write(path, contents[form(path)])
     with pytest.raises(UserError, match="have one name in two forms"):
         read_records(tmp_path)
 
@@ -279,7 +280,7 @@ def test_a_small_parquet_file_does_not_fill_the_memory(tmp_path, size, num_rows,
 
 @pytest.mark.parametrize("end", [".gz", ".zst", ".bz2"])
 def test_a_small_compressed_file_does_not_fill_the_memory(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(sources, "MOST_UNFOLDED_BYTES", 2**20)
+    monkeypatch.setattr(unfold, "MOST_UNFOLDED_BYTES", 2**20)
     pack = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress}[end]
     good = write(tmp_path / f"good.jsonl{end}", pack(LINES * 100))
     assert len(read_records(good).records) == 500
@@ -291,7 +292,7 @@ def test_a_small_compressed_file_does_not_fill_the_memory(tmp_path, monkeypatch,
 
 
 def test_an_endless_line_is_one_bad_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MOST_LINE_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", LINES + b'{"prompt": "' + b"a" * 5000 + b'"}\n' + LINES[:-1])
     found = read_records(path, skip_bad=True)
     assert [record.where for record in found.records] == [f"{path}:{i}" for i in (*range(1, 6), *range(7, 12))]

@@ -1,4 +1,4 @@
-"""diagnosis/analyse.py on made-up measurements whose answers are known.
+"""The tables and the recommendation of a diagnosis, on made-up measurements whose answers are known.
 
 The numbers are drawn with fixed seeds; a bound of 4 standard errors refuses a correct one with probability 6e-5 over
 the choice of the seed.
@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.diagnosis.analyse import Analysis, Bootstrap, columns, flat
+from elbo_kto_jax.diagnosis import tables
+from elbo_kto_jax.diagnosis.analyse import Analysis
+from elbo_kto_jax.diagnosis.bootstrap import Bootstrap
 from elbo_kto_jax.diagnosis.measure import Gradients, Setting, Values
+from elbo_kto_jax.diagnosis.recommendation import recommendation
 from elbo_kto_jax.runtime import config
 
 DRAWS = (1, 2, 4)
@@ -62,7 +65,7 @@ def analysis(*, n=40, repeats=400, objective=KTO, noise=None, seed=0, schemes=("
 
 
 def by_setting(found: Analysis) -> dict:
-    return {(row["scheme"], row["draws"]): row for row in found.rows()}
+    return {(row["scheme"], row["draws"]): row for row in tables.by_setting(found)}
 
 
 def holds(figure, value) -> bool:
@@ -120,7 +123,7 @@ def test_bias_and_variance_of_the_loss(name, mode):
         z0 = reward.mean(axis=0) if mode == "global_mean" else 0.0
         return np.mean(weight * sigmoid(np.where(desirable, -1, 1) * 0.5 * (reward - z0)), axis=0)
 
-    for setting, row in zip(found.settings, found.rows(), strict=True):
+    for setting, row in zip(found.settings, tables.by_setting(found), strict=True):
         losses = loss(found.reward[setting])
         error = losses.std() / np.sqrt(len(losses))
         exact = loss(found.many_reward[:, None])[0]
@@ -134,8 +137,8 @@ def test_bias_and_variance_of_the_loss(name, mode):
 def test_gradients():
     """Slopes of the loss scale the gradient of B_hat; without noise in r they are those of the loss without noise."""
     found = analysis(noise={"uniform": 1e-9, "balanced": 1e-9}, n=300, repeats=3)
-    slope = 0.5 * found._value(found.many_margin[:, None], 1)
-    for row in found.rows():
+    slope = 0.5 * found.value(found.many_margin[:, None], 1)
+    for row in tables.by_setting(found):
         assert row["gradient_signal"]["value"] == pytest.approx(np.mean(slope**2 * 30) / 8, rel=0.2)
         assert row["gradient_variance"]["value"] < 1e-7
     loud = analysis(n=300, repeats=3)
@@ -154,27 +157,27 @@ def test_gradients():
 
 def test_recommends_the_fewest_draws_with_less_noise_than_signal():
     """A signal of 30 and noise of 300 noise / K: balanced has 75 / K, so 4 draws; uniform would need 10."""
-    advice = analysis(n=400, repeats=3).recommendation()
+    advice = recommendation(analysis(n=400, repeats=3))
     assert (advice["scheme"], advice["draws"], advice["uniform_draws"]) == ("balanced", 4, None)
     assert "estimator.scheme=balanced" in advice["text"]
     assert "estimator.draws=4" in advice["text"]
-    same = analysis(n=400, repeats=3, noise={"uniform": 0.05, "balanced": 0.05}).recommendation()
+    same = recommendation(analysis(n=400, repeats=3, noise={"uniform": 0.05, "balanced": 0.05}))
     assert same["draws"] == 1
     assert len(same["alike"]) == 1
 
 
 def test_no_gradient_no_recommendation():
-    advice = analysis(objective=config.Objective("elbo_kto", 0.0, 1.0, 1.0, "zero", 0.0), repeats=3).recommendation()
+    advice = recommendation(analysis(objective=config.Objective("elbo_kto", 0.0, 1.0, 1.0, "zero", 0.0), repeats=3))
     assert advice["scheme"] is None
     assert "No recommendation" in advice["text"]
 
 
 def test_breakdowns():
     found = analysis(repeats=3)
-    rows = found.breakdown()
+    rows = tables.breakdown(found)
     assert [row["records"] for row in rows if row["by"] == "label"] == [20] * 12
     assert [(row["bin"], row["records"]) for row in rows if row["by"] == "length"] == [("6 tokens", 40)] * 6
-    counts = found.by_count()
+    counts = tables.by_count(found)
     assert [row["hidden"] for row in counts][::5] == ["0.00 to 0.17", "0.83 to 1.00"]
     for size, row in enumerate(counts, 1):
         assert holds(row["elbo_variance"], size**2)
@@ -189,8 +192,8 @@ def test_flat_rows():
         "g": {"a": {"value": 3, "low": 3, "high": 3}},
         "n": None,
     }
-    assert flat(row) == {"scheme": "x", "v": 1, "v_low": 0, "v_high": 2, "g.a": 3, "g.a_low": 3, "g.a_high": 3}
-    assert columns([{"a": 1, "b": 2}, {"c": 3, "a": 1}]) == ["a", "b", "c"]
+    assert tables.flat(row) == {"scheme": "x", "v": 1, "v_low": 0, "v_high": 2, "g.a": 3, "g.a_low": 3, "g.a_high": 3}
+    assert tables.columns([{"a": 1, "b": 2}, {"c": 3, "a": 1}]) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("schemes", [("uniform",), ("uniform", "bernoulli")])
@@ -199,6 +202,6 @@ def test_without_another_scheme_there_is_no_bias_to_measure(schemes):
     row = by_setting(found)["uniform", 2]
     assert np.isnan(row["elbo_bias"]["value"])
     assert np.isfinite(row["elbo_variance"]["value"])
-    assert found.recommendation()["scheme"] == "uniform"
-    assert found.breakdown()
-    assert found.by_count()
+    assert recommendation(found)["scheme"] == "uniform"
+    assert tables.breakdown(found)
+    assert tables.by_count(found)

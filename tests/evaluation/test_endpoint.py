@@ -17,8 +17,12 @@ from pathlib import Path
 import openai
 import pytest
 
-from elbo_kto_jax.evaluation import endpoint
-from elbo_kto_jax.evaluation.endpoint import Endpoint, Pace, Reply, read_reply
+from elbo_kto_jax.evaluation import client as client_module
+from elbo_kto_jax.evaluation import session
+from elbo_kto_jax.evaluation.address import check_key, check_url
+from elbo_kto_jax.evaluation.endpoint import Endpoint
+from elbo_kto_jax.evaluation.pace import Pace
+from elbo_kto_jax.evaluation.replies import Failure, Reply, read_reply, retry_after
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from tests.evaluation.chat_server import ChatServer, serve
 
@@ -30,7 +34,7 @@ def direct(monkeypatch):
     """No proxy, and pauses of milliseconds."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr(endpoint, "_backoff", lambda repeated: 0.001)
+    monkeypatch.setattr(session, "backoff", lambda repeated: 0.001)
 
 
 def client(server: ChatServer, cache: Path, **changes) -> Endpoint:
@@ -415,7 +419,7 @@ def _after(seconds: float) -> Callable[[], bool]:
 
 
 def test_a_reply_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint, "_MAX_REPLY", 1000)
+    monkeypatch.setattr(client_module, "_MAX_REPLY", 1000)
     with serve(lambda prompt, _: "x" * 2000) as server, pytest.raises(UserError, match="the reply is too long"):
         client(server, tmp_path, retries=0).ask(["a"])
 
@@ -522,7 +526,7 @@ def test_an_address_with_a_password_is_shown_without():
 )
 def test_a_password_that_is_no_part_of_an_address_is_not_shown(url):
     with pytest.raises(UserError, match="OPENAI_BASE_URL: ") as refused:
-        endpoint.check_url(url, "OPENAI_BASE_URL")
+        check_url(url, "OPENAI_BASE_URL")
     assert "secret" not in str(refused.value)
 
 
@@ -531,13 +535,13 @@ def test_a_password_that_is_no_part_of_an_address_is_not_shown(url):
 )
 def test_addresses_that_are_none(url):
     with pytest.raises(UserError, match="OPENAI_BASE_URL: expected an address"):
-        endpoint.check_url(url, "OPENAI_BASE_URL")
+        check_url(url, "OPENAI_BASE_URL")
 
 
 @pytest.mark.parametrize("key", ["a\nb", "a b", "schlüssel"])
 def test_keys_that_no_header_can_carry(key):
     with pytest.raises(UserError, match="OPENAI_API_KEY: ") as refused:
-        endpoint.check_key(key, "OPENAI_API_KEY")
+        check_key(key, "OPENAI_API_KEY")
     assert key not in str(refused.value)
 
 
@@ -605,7 +609,7 @@ def test_read_reply(body, reply):
     ],
 )
 def test_what_is_no_completion_is_a_failure(body):
-    with pytest.raises(endpoint.Failure):
+    with pytest.raises(Failure):
         read_reply(body)
 
 
@@ -614,10 +618,10 @@ def test_what_is_no_completion_is_a_failure(body):
     [("3", 3.0), ("0.5", 0.5), ("soon", None), ("-1", None), ("nan", None), ("1e9", None), ("3600", 3600.0)],
 )
 def test_retry_after(value, seconds):
-    assert endpoint.retry_after({"retry-after": value}) == seconds
+    assert retry_after({"retry-after": value}) == seconds
 
 
 def test_retry_after_as_a_date():
     later = formatdate(time.time() + 1800, usegmt=True)
-    assert 1700 < endpoint.retry_after({"retry-after": later}) <= 1800
-    assert endpoint.retry_after({}) is None
+    assert 1700 < retry_after({"retry-after": later}) <= 1800
+    assert retry_after({}) is None

@@ -4,7 +4,7 @@ import pytest
 
 from elbo_kto_jax.evaluation.judges.chat import chat, check_template
 from elbo_kto_jax.evaluation.judges.verifiable import verifiable
-from elbo_kto_jax.evaluation.replies import read_verdict
+from elbo_kto_jax.evaluation.verdicts import read_verdict
 from elbo_kto_jax.runtime.errors import UserError
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from elbo_kto_jax.data import capitals
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from launch import compare_objectives, comparison
 
 

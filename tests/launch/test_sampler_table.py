@@ -3,7 +3,7 @@
 from elbo_kto_jax.checkpoints import tiny
 from elbo_kto_jax.data import capitals
 from elbo_kto_jax.data.chat import encode_prompt
-from elbo_kto_jax.sampling.decode import BUCKET
+from elbo_kto_jax.sampling.schedule import BUCKET
 from launch import sampler_table
 from tests.runs import read_jsonl, write_jsonl
 

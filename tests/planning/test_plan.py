@@ -9,7 +9,7 @@ import pytest
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
-from elbo_kto_jax.planning import hlo, plan
+from elbo_kto_jax.planning import estimate, hlo, plan, search, workload
 from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
@@ -38,26 +38,26 @@ def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
     [("llada", "8b", 8.02e9), ("illada", "8b", 7.62e9), ("dream", "7b", 7.62e9), ("a2d_qwen3", "0.6b", 0.596e9)],
 )
 def test_a_published_model_has_as_many_weights_as_its_authors_say(architecture, size, weights):
-    assert plan.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
+    assert estimate.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
 
 
 def test_model_flops_are_those_of_the_design():
     """128 rows of 4096 tokens on 64 chips, scored and learnt from: 545 TFLOP per chip."""
-    assert 4 * 2 * plan.row_flops(LLADA_8B, 4096) == pytest.approx(545e12, rel=1e-3)
+    assert 4 * 2 * estimate.row_flops(LLADA_8B, 4096) == pytest.approx(545e12, rel=1e-3)
 
 
 def test_workload_counts_rows_and_steps(config):
-    work = plan.workload(config, shards=8, examples=100, mean_tokens=500)
+    work = workload.workload(config, shards=8, examples=100, mean_tokens=500)
     assert work.steps == 4  # ceil(100 / 32), one epoch
     assert work.tokens == 32 * 8 * 500
     assert work.rows == 33  # ceil(128000 / (4096 * 0.95))
     assert (work.rows_at_once, work.micro_batches, work.one_pass) == (8, 5, False)
     assert work.row_fill(4096) == pytest.approx(128000 / (40 * 4096))
-    assert plan.workload(config, shards=64, examples=100, mean_tokens=500).one_pass
+    assert workload.workload(config, shards=64, examples=100, mean_tokens=500).one_pass
 
 
 def test_one_pass_takes_as_many_micro_batches_as_the_config_says(config):
-    found = [plan.workload(one_pass(config, most), shards=8, examples=100, mean_tokens=500) for most in (1, 4, 5)]
+    found = [workload.workload(one_pass(config, most), shards=8, examples=100, mean_tokens=500) for most in (1, 4, 5)]
     assert [(work.one_pass, work.waiting) for work in found] == [(False, 0), (False, 0), (True, 5)]
 
 
@@ -68,7 +68,7 @@ def one_pass(config: Config, most: int) -> Config:
 
 def test_padded_rows_hold_one_segment_each(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False))
-    assert plan.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
+    assert workload.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_model_passes(config, mode, one_pass, passes):
 def test_adapters_are_counted(config):
     options = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8))
     abstract = train_state.abstract_trained(MaskPredictor(LLADA_8B), options.lora)
-    assert plan.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
+    assert estimate.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
     mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     by_dtype = {
-        name: plan.estimated_bytes(
+        name: estimate.estimated_bytes(
             dataclasses.replace(options, lora=dataclasses.replace(options.lora, base_quantization=name)),
             LLADA_8B,
             mesh,
@@ -121,8 +121,8 @@ def test_adapters_are_counted(config):
         )
         for name in ("none", "int8")
     }
-    assert by_dtype["none"] - by_dtype["int8"] == plan.parameters(LLADA_8B)
-    assert by_dtype["none"] < plan.estimated_bytes(config, LLADA_8B, mesh, waiting=0) / 3
+    assert by_dtype["none"] - by_dtype["int8"] == estimate.parameters(LLADA_8B)
+    assert by_dtype["none"] < estimate.estimated_bytes(config, LLADA_8B, mesh, waiting=0) / 3
 
 
 def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
@@ -130,18 +130,18 @@ def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
     mesh = {"data": 1, "fsdp": 64, "tensor": 1}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     single, several, two_passes = (
-        plan.estimated_bytes(one_pass(config, most), LLADA_8B, mesh, waiting)
+        estimate.estimated_bytes(one_pass(config, most), LLADA_8B, mesh, waiting)
         for most, waiting in ((1, 1), (3, 3), (1, 0))
     )
-    accumulator = 4 * plan.parameters(LLADA_8B) / 64
+    accumulator = 4 * estimate.parameters(LLADA_8B) / 64
     assert two_passes - single == pytest.approx(accumulator)
     kept = 4096 * LLADA_8B.d_model * LLADA_8B.n_layers * 2  # bfloat16
     assert several - single == pytest.approx(accumulator + 2 * kept)
 
 
 def two_pass_result(config, sizes=(1, 1, 1)):
-    work = plan.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 125 rows: two micro-batches of 64
-    flops = plan.row_flops(LLADA_8B, 4096)
+    work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 125 rows: two micro-batches of 64
+    flops = estimate.row_flops(LLADA_8B, 4096)
     compiled = [
         program("score", flops, size=sizes[0]),
         program("grad", 4 * flops, size=sizes[1]),
@@ -152,7 +152,7 @@ def two_pass_result(config, sizes=(1, 1, 1)):
 
 def test_the_bound_of_a_step(config):
     found = two_pass_result(config)
-    seconds = plan.row_flops(LLADA_8B, 4096) / 197e12
+    seconds = estimate.row_flops(LLADA_8B, 4096) / 197e12
     assert found["step"]["seconds"] == pytest.approx(2 * 5 * seconds)
     assert found["mfu_bound"] == pytest.approx(4 / 5)
     assert found["tokens_per_second_bound"] == pytest.approx(32 * 8 * 1900 / (10 * seconds))
@@ -163,8 +163,8 @@ def test_the_bound_of_a_step(config):
 
 def test_the_bound_of_a_step_in_one_pass(config):
     config = one_pass(config, 2)
-    work = plan.workload(config, shards=64, examples=6400, mean_tokens=1900)
-    flops = plan.row_flops(LLADA_8B, 4096)
+    work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)
+    flops = estimate.row_flops(LLADA_8B, 4096)
     compiled = [program("forward", flops), program("backward", 3 * flops), program("update")]
     found = plan.result(config, LLADA_8B, TOPOLOGY, work, compiled, 6400, 1900)
     assert (found["step"]["one_pass"], found["step"]["micro_batches"]) == (True, 2)
@@ -187,22 +187,22 @@ def test_recomputation():
     head = 2 * d * LLADA_8B.embedding_size * s / 2
     kept = 2 * n * s * d * f
     attention = 4 * n * s * s * d
-    assert plan.recomputed(LLADA_8B, "full", s) == pytest.approx((forward - head - kept) / forward)
-    assert plan.recomputed(LLADA_8B, "attention", s) == pytest.approx((forward - head - kept - attention) / forward)
-    assert plan.recomputed(LLADA_8B, "dots", s) == 0
+    assert estimate.recomputed(LLADA_8B, "full", s) == pytest.approx((forward - head - kept) / forward)
+    assert estimate.recomputed(LLADA_8B, "attention", s) == pytest.approx((forward - head - kept - attention) / forward)
+    assert estimate.recomputed(LLADA_8B, "dots", s) == 0
 
 
 def test_a_search_starts_with_float32_and_the_fastest(config):
     topology = parse_topology("v6e:2x4")
-    found = list(plan.candidates(config, LLADA_8B, topology, 14000, 700))
+    found = list(search.candidates(config, LLADA_8B, topology, 14000, 700))
     stored = [option.model.param_dtype for option in found]
     assert stored == sorted(stored, key=["float32", "bfloat16"].index)
     assert found[0].model.param_dtype == "float32"
 
     def seconds(option):
-        mesh = plan.mesh_sizes(option, 8)
-        work = plan.workload(option, mesh["data"] * mesh["fsdp"], 14000, 700)
-        return plan.estimated_step(option, LLADA_8B, topology, work, mesh)
+        mesh = workload.mesh_sizes(option, 8)
+        work = workload.workload(option, mesh["data"] * mesh["fsdp"], 14000, 700)
+        return estimate.estimated_step(option, LLADA_8B, topology, work, mesh)
 
     first = [seconds(option) for option in found if option.model.param_dtype == "float32"]
     assert first == sorted(first)
@@ -220,10 +220,10 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
         names = ("forward", "backward") if waiting else ("score", "grad")
         return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
 
-    monkeypatch.setattr(plan, "topology_devices", lambda topology: [None] * topology.devices)
-    monkeypatch.setattr(plan, "compile_programs", compile_programs)
+    monkeypatch.setattr(search, "topology_devices", lambda topology: [None] * topology.devices)
+    monkeypatch.setattr(search, "compile_programs", compile_programs)
     topology = parse_topology("v6e:2x4")
-    found, chosen, tried = plan.search(config, LLADA_8B, topology, 14000, 700, most=3)
+    found, chosen, tried = search.search(config, LLADA_8B, topology, 14000, 700, most=3)
     rates = [attempt.get("tokens_per_second_bound", 0.0) for attempt in tried]
     assert [attempt["fits"] for attempt in tried] == [False, True, True, True]
     assert tried[0]["why"].startswith("grad")
@@ -232,9 +232,9 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
 
 
 def test_the_flags_of_a_candidate_lead_to_it(config):
-    option = plan.with_settings(config, (2, 4, 1), 8192, "dots", "bfloat16")
-    assert plan.changes(config, config) == []
-    assert plan.changes(config, option) == [
+    option = search.with_settings(config, (2, 4, 1), 8192, "dots", "bfloat16")
+    assert search.changes(config, config) == []
+    assert search.changes(config, option) == [
         "--config.mesh.data=2",
         "--config.mesh.fsdp=4",
         "--config.train.microbatch_tokens=8192",
@@ -244,14 +244,14 @@ def test_the_flags_of_a_candidate_lead_to_it(config):
 
 
 def test_what_would_fit_is_named(config):
-    words = plan.would_fit(config, LLADA_8B, parse_topology("v5e:2x2"), 14000, 700)
+    words = search.would_fit(config, LLADA_8B, parse_topology("v5e:2x2"), 14000, 700)
     assert "--topology=v5e:4x4" in words
 
 
 def test_a_mesh_that_does_not_use_the_slice_is_refused(config):
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=3))
     with pytest.raises(UserError, match=r"config\.mesh.*64 devices"):
-        plan.mesh_sizes(config, 64)
+        workload.mesh_sizes(config, 64)
 
 
 def test_report(config, tmp_path):

@@ -24,7 +24,7 @@ from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import encode_prompt
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
-from elbo_kto_jax.data.records import read_records
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.models.registry import read_config
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError

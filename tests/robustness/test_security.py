@@ -13,8 +13,8 @@ from elbo_kto_jax.checkpoints.assets import ASSETS
 from elbo_kto_jax.checkpoints.folders import locate
 from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
-from elbo_kto_jax.data.records import read_records
-from elbo_kto_jax.data.sources import FORMS
+from elbo_kto_jax.data.forms import FORMS
+from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.reports.training import write_training_report
 from elbo_kto_jax.reports.winrate import write_winrate_report
 from elbo_kto_jax.runtime.errors import UserError

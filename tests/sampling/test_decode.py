@@ -1,4 +1,4 @@
-"""sampling/decode.py against the golden responses, and against the published algorithm written out as plain loops."""
+"""sampling/ against the golden responses, and against the published algorithm written out as plain loops."""
 
 import dataclasses
 import functools
@@ -16,7 +16,11 @@ from elbo_kto_jax.models.network import MaskPredictor, init_params
 from elbo_kto_jax.runtime import config as configs
 from elbo_kto_jax.runtime.config import Sampler
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sampling import choice, schedule
+from elbo_kto_jax.sampling.denoise import refresh, take_steps
+from elbo_kto_jax.sampling.generate import generate
+from elbo_kto_jax.sampling.rows import DecodeRows, DecodeState
+from elbo_kto_jax.sampling.stops import cut_response, to_text
 from elbo_kto_jax.sharding import rules
 
 DEFAULT = Sampler(
@@ -85,7 +89,7 @@ def tiny_prompts():
 def run(tiny, prompts, sampler, names=None, seed=0, **more):
     model, params = tiny
     names = [f"prompt {i}" for i in range(len(prompts))] if names is None else names
-    return decode.generate(model, params, prompts, sampler, seed=seed, prompt_ids=names, eot_id=TINY_EOT, **more)
+    return generate(model, params, prompts, sampler, seed=seed, prompt_ids=names, eot_id=TINY_EOT, **more)
 
 
 # Golden responses.
@@ -103,8 +107,8 @@ def test_golden_responses(golden, tokenizer, monkeypatch, alone):
         config = {names.get(key, key): value for key, value in config.items()}
         sampler = options(**config, batch_size=1 if alone else 2 * count)
         # Rows wide enough for all prompts, so that they share a batch (and a configuration one program).
-        monkeypatch.setattr(decode, "BUCKET", max(len(prompt) for prompt in prompts) + sampler.gen_length)
-        responses = decode.generate(
+        monkeypatch.setattr(schedule, "BUCKET", max(len(prompt) for prompt in prompts) + sampler.gen_length)
+        responses = generate(
             MaskPredictor(golden.config),
             golden.policy,
             prompts + strangers,
@@ -304,7 +308,7 @@ def test_early_stop_leaves_the_answer_as_it_is(tiny, tiny_prompts, cache):
     stopped = run(tiny, prompts, sampler)
     stops, early = [TINY.eos_token_id, TINY_EOT], 0
     for a, b, written_at in zip(whole.tokens, stopped.tokens, stopped.written_at, strict=True):
-        np.testing.assert_array_equal(decode.cut_response(b, stops), decode.cut_response(a, stops))
+        np.testing.assert_array_equal(cut_response(b, stops), cut_response(a, stops))
         skipped = (written_at < 0) & (TINY.mask_token_id not in b)  # a mask token is left where nothing was stopped
         assert (b[skipped] == TINY.eos_token_id).all()
         assert (a[~skipped] == b[~skipped]).all()
@@ -332,7 +336,7 @@ def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
     expected = sum(max(steps[at : at + rows]) for at in range(0, len(steps), rows))
     responses = run(tiny, tiny_prompts, sampler)
     assert responses.forward_passes == expected
-    assert responses.forward_tokens == expected * rows * decode.BUCKET
+    assert responses.forward_tokens == expected * rows * schedule.BUCKET
     batches = -(-len(tiny_prompts) // rows)
     assert run(tiny, tiny_prompts, DEFAULT).forward_passes == batches * DEFAULT.steps
     guided = options(**CASES["guided"])
@@ -342,11 +346,11 @@ def test_forward_passes_count_the_steps_that_batches_need(tiny, tiny_prompts):
 def test_forward_tokens_of_reuse_are_those_of_the_windows(tiny, tiny_prompts):
     """12 tokens in 3 blocks of 4 steps: the first of each block runs the row, three run the window."""
     sampler = options(gen_length=12, steps=12, logits_eos_inf=True)
-    windows = {"none": 3 * [decode.BUCKET], "prefix": [12, 8, 4], "dual": [4, 4, 4]}
+    windows = {"none": 3 * [schedule.BUCKET], "prefix": [12, 8, 4], "dual": [4, 4, 4]}
     for cache, widths in windows.items():
         responses = run(tiny, tiny_prompts[:4], dataclasses.replace(sampler, cache=cache))
         assert responses.forward_passes == 12
-        assert responses.forward_tokens == 4 * (3 * decode.BUCKET + 3 * sum(widths)), cache
+        assert responses.forward_tokens == 4 * (3 * schedule.BUCKET + 3 * sum(widths)), cache
 
 
 def test_a_watcher_sees_every_step(tiny, tiny_prompts):
@@ -383,7 +387,7 @@ def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monk
     together = run(tiny, tiny_prompts, sampler, names)
     alone = run(tiny, tiny_prompts[2:3], sampler, names[2:3])
     order = [4, 2, 0, 3, 1]
-    monkeypatch.setattr(decode, "BUCKET", 40)  # other padding as well
+    monkeypatch.setattr(schedule, "BUCKET", 40)  # other padding as well
     shuffled = run(
         tiny,
         [tiny_prompts[i] for i in order],
@@ -433,7 +437,7 @@ def test_tokens_are_drawn_from_the_tempered_softmax(temperature):
     draws = 4000
     keys = jax.random.split(jax.random.key(3), (1, draws))
     scores = jnp.broadcast_to(logits, (1, draws, 5))
-    guess = decode._predict([scores], keys, 0, options(temperature=temperature), None)
+    guess = choice._predict([scores], keys, 0, options(temperature=temperature), None)
     expected = np.asarray(jax.nn.softmax(logits / temperature)) * draws
     counts = np.bincount(np.asarray(guess.token)[0], minlength=5)
     assert counts[4] == 0
@@ -448,8 +452,8 @@ def test_confidences_near_one_stay_apart():
     scores = jnp.array([[0.0, other, -30.0] for other in others])[None]
     first = jnp.zeros((1, len(others)), jnp.int32)
     expected = -np.log1p(np.exp(others.astype(np.float64)) + np.exp(-30.0))
-    np.testing.assert_allclose(decode._log_probability(scores, first)[0], expected, rtol=1e-5)
-    assert decode._log_probability(scores, first + 1)[0, 3] == -np.inf
+    np.testing.assert_allclose(choice._log_probability(scores, first)[0], expected, rtol=1e-5)
+    assert choice._log_probability(scores, first + 1)[0, 3] == -np.inf
 
 
 # Cost.
@@ -457,7 +461,7 @@ def test_confidences_near_one_stay_apart():
 
 def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
     def programs() -> tuple[int, int]:
-        return decode._refresh._cache_size(), decode.take_steps._cache_size()
+        return refresh._cache_size(), take_steps._cache_size()
 
     sampler = options(gen_length=4, block_length=2, cache="dual")
     first, later = programs()
@@ -465,7 +469,7 @@ def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
     assert programs() == (first + 1, later + 1)
     run(tiny, [np.arange(size, dtype=np.int32) % 9 for size in range(1, 9)], sampler, seed=5)
     assert programs() == (first + 1, later + 1)
-    run(tiny, [np.zeros(decode.BUCKET, np.int32)] * 4, sampler)
+    run(tiny, [np.zeros(schedule.BUCKET, np.int32)] * 4, sampler)
     assert programs() == (first + 2, later + 2)
     run(tiny, tiny_prompts, dataclasses.replace(sampler, cache="none"))
     assert programs() == (first + 2, later + 3)
@@ -476,18 +480,18 @@ def test_one_set_of_programs_per_bucket(tiny, tiny_prompts):
 
 def test_long_rows_have_four_widths_per_octave():
     for tokens, width in {1: 64, 64: 64, 65: 128, 449: 512, 512: 512, 513: 640, 1024: 1024, 1025: 1280}.items():
-        assert decode._width(tokens) == width
-    assert len({decode._width(tokens) for tokens in range(1, 4097)}) == 20
+        assert schedule._width(tokens) == width
+    assert len({schedule._width(tokens) for tokens in range(1, 4097)}) == 20
 
 
 def test_logits_exist_for_one_block_at_a_time(tiny):
     model, params = tiny
     sampler = options(gen_length=64, steps=64, block_length=8)
     ints = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
-    rows = decode.Rows(ints(3, 64), ints(3), jnp.zeros((3, 2), jnp.uint32), ints(3), ints(3), ints(3))
-    state = decode.State(ints(3, 64), ints(3, 64), jnp.zeros((3, 64)), ints(3), ints())
+    rows = DecodeRows(ints(3, 64), ints(3), jnp.zeros((3, 2), jnp.uint32), ints(3), ints(3), ints(3))
+    state = DecodeState(ints(3, 64), ints(3, 64), jnp.zeros((3, 64)), ints(3), ints())
     static = {"options": sampler, "eot_id": None, "mesh": None}
-    traced = decode.take_steps.trace(model, params, rows, state, None, ints(), **static, window=None)
+    traced = take_steps.trace(model, params, rows, state, None, ints(), **static, window=None)
     text = str(traced.jaxpr)
     vocabulary = TINY.embedding_size
     assert f"f32[3,8,{vocabulary}]" in text
@@ -519,7 +523,7 @@ def test_refuses_blocks_that_do_not_fit(tiny, tiny_prompts):
 def test_refuses_late_end_of_turn_without_its_id(tiny, tiny_prompts):
     model, params = tiny
     with pytest.raises(ValueError, match="eot_id"):
-        decode.generate(model, params, tiny_prompts[:1], options(confidence_eos_eot_inf=True), seed=0, prompt_ids=["a"])
+        generate(model, params, tiny_prompts[:1], options(confidence_eos_eot_inf=True), seed=0, prompt_ids=["a"])
 
 
 def test_text_ends_before_the_first_stop_token(tokenizer):
@@ -527,6 +531,6 @@ def test_text_ends_before_the_first_stop_token(tokenizer):
     eos, eot = tokenizer.eos_token_id, find_eot_id(tokenizer, "policy")
     for stop in (eos, eot):
         response = np.array([*words, stop, *words, eos], np.int32)
-        assert decode.to_text(response, tokenizer, [eos, eot]) == " the end"
-    assert decode.to_text(np.array(words, np.int32), tokenizer, [eos, eot]) == " the end"
-    assert decode.to_text(np.array([eot], np.int32), tokenizer, [eos, eot]) == ""
+        assert to_text(response, tokenizer, [eos, eot]) == " the end"
+    assert to_text(np.array(words, np.int32), tokenizer, [eos, eot]) == " the end"
+    assert to_text(np.array([eot], np.int32), tokenizer, [eos, eot]) == ""

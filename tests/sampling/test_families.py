@@ -1,4 +1,4 @@
-"""sampling/decode.py for the architectures beside LLaDA, against the published algorithm as plain loops.
+"""sampling/ for the architectures beside LLaDA, against the published algorithm as plain loops.
 
 Dream's logits are shifted by one: with key/value reuse the first token of a window comes from the column before it.
 """
@@ -13,7 +13,8 @@ import pytest
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.runtime import config as configs
 from elbo_kto_jax.runtime.config import Sampler
-from elbo_kto_jax.sampling import decode
+from elbo_kto_jax.sampling import schedule
+from elbo_kto_jax.sampling.generate import generate
 from elbo_kto_jax.sharding import rules
 from tests import families, tiny
 from tests.families import FAMILIES, Plain
@@ -60,7 +61,7 @@ def _model_and_params(family):
 
 def run(model_and_params, sampler, prompts=PROMPTS, **more):
     names = [f"prompt {i}" for i in range(len(prompts))]
-    return decode.generate(*model_and_params, prompts, sampler, seed=0, prompt_ids=names, **more)
+    return generate(*model_and_params, prompts, sampler, seed=0, prompt_ids=names, **more)
 
 
 def published(model_and_params, prompt, sampler, template=None):
@@ -160,8 +161,8 @@ def test_masked_spans_are_filled_and_nothing_else(dream, cache):
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_no_prompt_and_no_room_beside_the_response(dream, monkeypatch, cache):
     """The response's first token has no column before it, not even one of padding."""
-    monkeypatch.setattr(decode, "BUCKET", 8)
-    assert decode._width(8) == 8
+    monkeypatch.setattr(schedule, "BUCKET", 8)
+    assert schedule._width(8) == 8
     template = np.full(8, dream[0].config.mask_token_id, np.int32)
     template[5] = 7
     assert_published(dream, dataclasses.replace(DEFAULT, cache=cache), [NO_PROMPT], [template])
@@ -170,7 +171,7 @@ def test_no_prompt_and_no_room_beside_the_response(dream, monkeypatch, cache):
 def test_a_prompt_gets_the_same_whatever_runs_beside_it(dream, monkeypatch):
     sampler = dataclasses.replace(DEFAULT, temperature=0.7, remasking="random", cache="dual")
     together = run(dream, sampler)
-    monkeypatch.setattr(decode, "BUCKET", 40)  # other padding as well
+    monkeypatch.setattr(schedule, "BUCKET", 40)  # other padding as well
     alone = run(dream, dataclasses.replace(sampler, batch_size=1), PROMPTS[:2])
     for traced in ("tokens", "written_at"):
         np.testing.assert_array_equal(getattr(alone, traced), getattr(together, traced)[:2])
@@ -180,7 +181,7 @@ def test_forward_tokens_count_the_column_before_a_window(dream):
     """8 tokens in 2 blocks of 4 steps: the first of each block runs the row, three run the window and one column."""
     responses = run(dream, dataclasses.replace(DEFAULT, cache="dual"))
     assert responses.forward_passes == 8
-    assert responses.forward_tokens == len(PROMPTS) * (2 * decode.BUCKET + 6 * 5)
+    assert responses.forward_tokens == len(PROMPTS) * (2 * schedule.BUCKET + 6 * 5)
 
 
 @pytest.mark.parametrize("family", ["dream", "a2d_qwen3"])

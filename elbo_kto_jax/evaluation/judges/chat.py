@@ -12,7 +12,7 @@ from elbo_kto_jax.evaluation.judges import Judge
 from elbo_kto_jax.evaluation.kept import digest
 from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
-from elbo_kto_jax.evaluation.replies import read_verdict
+from elbo_kto_jax.evaluation.verdicts import read_verdict
 from elbo_kto_jax.evaluation.winrate import Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError

@@ -1,0 +1,125 @@
+"""The rows of a JSON file: one object a line, or a list of objects. A line has at most MOST_LINE_BYTES."""
+
+import collections
+import functools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elbo_kto_jax.data.bad_records import BadRecordError, Decode, shorten
+from elbo_kto_jax.data.unfold import open_bounded
+from elbo_kto_jax.runtime.errors import UserError
+
+MOST_LINE_BYTES = 2**27
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def line_rows(file: Path) -> Iterator[tuple[int, Decode]]:
+    with open_bounded(file) as lines:
+        number = 0
+        while line := lines.readline(MOST_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MOST_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(MOST_LINE_BYTES)
+                yield number, _refuse_line
+            elif line.strip():
+                yield number, functools.partial(_decode_line, line)
+
+
+def _refuse_line() -> Any:
+    raise BadRecordError(f"a line of more than {MOST_LINE_BYTES} bytes")
+
+
+def _decode_line(line: bytes) -> Any:
+    decoder = _Json()
+    try:
+        value = decoder.decode(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"not UTF-8 text (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise BadRecordError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+        raise BadRecordError(f"not valid JSON: {error}") from None
+    return _unambiguous(value, decoder.twice)
+
+
+class _Json(json.JSONDecoder):
+    """A decoder that notices where an object has a name twice: nobody knows which value is meant.
+
+    Attributes:
+      twice: such a name, or "".
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice = ""
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self.twice = next(name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1)
+        return found
+
+
+def _unambiguous(value: Any, twice: str) -> Any:
+    """`value`, unless `twice` names what it has twice."""
+    if twice:
+        raise BadRecordError(f"field `{shorten(twice)}`: stands twice in one object")
+    return value
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Decode]]:
+    """The rows of a list of objects, or of lines."""
+    with open_bounded(file) as content:
+        head = content.read(2**16)
+    if layout(head) == "lines":
+        yield from line_rows(file)
+        return
+    if layout(head) != "list":
+        raise UserError(f"{file}: expected a list of records, or one record a line")
+    with open_bounded(file) as content:
+        try:
+            yield from enumerate(_list_rows(content.read().decode("utf-8-sig")), start=1)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text (byte {error.start + 1})") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{file}: not valid JSON: {error}") from None
+
+
+def layout(head: bytes) -> str:
+    """Whether the beginning of a .json file is that of a "list" of objects, of "lines" of records, or ""."""
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.match(rb"\[\s*(\{|\]|$)", head):
+        return "list"
+    if not head.startswith(b"{"):
+        return ""
+    first, end, _ = head.partition(b"\n")
+    if not end and len(head) > 2**15:  # a long record
+        return "lines" if re.search(rb'"(prompt|chosen)"\s*:', head) else ""
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return ""
+    return "lines" if "prompt" in value or "chosen" in value else ""
+
+
+def _list_rows(text: str) -> Iterator[Decode]:
+    decoder = _Json()
+    at = _BLANK.match(text).end() + 1
+    at = _BLANK.match(text, at).end()
+    while text[at : at + 1] != "]":
+        value, at = decoder.raw_decode(text, at)
+        yield functools.partial(_unambiguous, value, decoder.twice)
+        decoder.twice = ""
+        at = _BLANK.match(text, at).end()
+        if text[at : at + 1] == ",":
+            at = _BLANK.match(text, at + 1).end()
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("expected , or ]", text, at)
+    if text[at + 1 :].strip():
+        raise json.JSONDecodeError("expected the end of the file", text, at + 1)

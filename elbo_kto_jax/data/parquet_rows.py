@@ -1,0 +1,121 @@
+"""The rows of a Parquet file, as JSON would have them.
+
+Columns that hold times are read as integers, for no field is one.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elbo_kto_jax.data.bad_records import BadRecordError, Decode, shorten
+from elbo_kto_jax.data.records import FIELDS
+from elbo_kto_jax.data.unfold import most_unfolded, unfolds_to_too_much
+from elbo_kto_jax.runtime.errors import UserError
+
+_ROWS = 1024  # of Parquet, read at once
+
+
+class NotRead:
+    """Stands for the value of a column that is not read; there may be one."""
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[int, Decode]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            leaves = [table.schema.column(i).path for i in range(len(table.schema.names))]
+        # As dictionaries, texts that repeat take their memory once until it is known how much they are.
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=leaves) as table:
+            names = table.schema_arrow.names
+            twice = [name for name in FIELDS if names.count(name) > 1]
+            if twice:
+                raise UserError(f"{file}: column `{twice[0]}` stands there twice; remove one")
+            read = [name for name in FIELDS if name in names]
+            not_read = {name: NotRead() for name in names if name not in FIELDS}
+            left = most_unfolded(file)
+            if _claimed_bytes(table.metadata, read) > left:
+                raise unfolds_to_too_much(file)
+            number = 0
+            # Arrow joins no dictionaries of nested columns, and each row group has its own.
+            groups = (table.iter_batches(_ROWS, [group], read) for group in range(table.num_row_groups))
+            for batch in itertools.chain.from_iterable(groups):
+                columns = [_without_times(column) for column in batch.columns]
+                left -= sum(map(_num_bytes, columns))
+                if left < 0:
+                    raise unfolds_to_too_much(file)
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, functools.partial(_decode_row, batch.schema.names, columns, row, not_read)
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: not a readable Parquet file: {reason[:200]}") from None
+
+
+def _claimed_bytes(metadata: Any, read: list[str]) -> int:
+    """What the columns `read` take in memory as the file says, texts that repeat counted once."""
+    total = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema.partition(".")[0] in read:
+                total += column.total_uncompressed_size + 4 * column.num_values
+    return total
+
+
+def _num_bytes(array: Any) -> int:
+    """The memory that the values of an Arrow array take one by one."""
+    import pyarrow.compute
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(array.type):
+        lengths = pyarrow.compute.binary_length(array.dictionary)
+        return pyarrow.compute.sum(lengths.take(array.indices)).as_py() or 0
+    if kinds.is_struct(array.type):
+        return sum(map(_num_bytes, array.flatten()))
+    if kinds.is_list(array.type) or kinds.is_large_list(array.type):
+        return _num_bytes(array.flatten())
+    return array.nbytes
+
+
+def _without_times(array: Any) -> Any:
+    """An Arrow array with integers in the place of times, which Python's own types need not be able to hold."""
+    import pyarrow
+
+    plain = _without_time(array.type)
+    try:
+        return array if plain == array.type else array.cast(plain)
+    except pyarrow.ArrowException:
+        return array  # `_decode_row` says what is wrong
+
+
+def _without_time(kind: Any) -> Any:
+    import pyarrow
+    import pyarrow.types as kinds
+
+    if kinds.is_date32(kind) or kinds.is_time32(kind):
+        return pyarrow.int32()
+    if kinds.is_temporal(kind):
+        return pyarrow.int64()
+    if kinds.is_struct(kind):
+        return pyarrow.struct([field.with_type(_without_time(field.type)) for field in kind])
+    if kinds.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_without_time(kind.value_type)))
+    if kinds.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_without_time(kind.value_type)))
+    return kind
+
+
+def _decode_row(names: list[str], columns: list[Any], row: int, not_read: dict[str, NotRead]) -> dict[str, Any]:
+    found: dict[str, Any] = {**not_read}
+    for name, column in zip(names, columns, strict=True):
+        try:
+            found[name] = column[row].as_py()
+        except UnicodeDecodeError:
+            raise BadRecordError(f"field `{name}`: not UTF-8 text") from None
+        except (ValueError, OverflowError, TypeError, ArithmeticError, ImportError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadRecordError(f"field `{name}`: a value that cannot be read ({shorten(reason)})") from None
+    return found

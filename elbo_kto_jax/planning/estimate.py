@@ -1,0 +1,110 @@
+"""Estimates, made before anything is compiled: they order the candidates of a search, and no more."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.flops import forward_flops, layer_matrices
+from elbo_kto_jax.planning import hlo
+from elbo_kto_jax.planning.chips import Topology
+from elbo_kto_jax.planning.workload import Workload
+from elbo_kto_jax.runtime.config import Config
+
+
+def row_flops(model: ModelConfig, length: int) -> float:
+    """FLOPs of a forward pass over one whole row of which half is scored."""
+    return forward_flops(model, np.array([length]), np.array([length / 2]))
+
+
+def parameters(model: ModelConfig) -> int:
+    """Numbers in all parameters."""
+    return sum(row.size for row in registry.parameters(model).values())
+
+
+def adapters(model: ModelConfig, rank: int) -> int:
+    """Weights in the adapters of all matrices of the blocks."""
+    shapes = [row.shape for row in registry.parameters(model).values() if row.is_matrix]
+    return sum(layers * rank * (rows + columns) for layers, rows, columns in shapes)
+
+
+def recomputed(model: ModelConfig, remat: str, length: int) -> float:
+    """The part of a forward pass that the backward pass computes again."""
+    layer = 2 * layer_matrices(model) + 4 * model.n_heads * model.head_dim * length  # FLOPs per token
+    again = {
+        "full": layer - 2 * model.d_model * model.mlp_hidden_size,  # all but ff_out, which nothing needs
+        "attention": 2 * layer_matrices(model) - 2 * model.d_model * model.mlp_hidden_size,
+        "dots": 0.0,
+        "none": 0.0,
+    }[remat]
+    return again * model.n_layers * length / row_flops(model, length)
+
+
+def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str, int]) -> hlo.Cost:
+    """FLOPs and collectives of a program if the compiler does as expected and overlaps them all."""
+    length, per_chip = config.data.max_length, max(1, config.train.microbatch_tokens // config.data.max_length)
+    forward = per_chip * row_flops(model, length) / mesh["tensor"]
+    again = recomputed(model, config.model.remat, length)
+    back = 2 - bool(config.lora.rank) + again
+    passes = {"score": 1, "forward": 1, "grad": 1 + back, "backward": back, "update": 0}[name]
+    whole = parameters(model) * jnp.dtype(config.model.dtype).itemsize / mesh["tensor"]
+    sent = whole * (mesh["fsdp"] - 1) / mesh["fsdp"]
+    gathers = {"score": 1, "forward": 1, "grad": 2, "backward": 1, "update": 0}[name]
+    found = []
+    if mesh["fsdp"] > 1 and gathers:
+        found.append(hlo.Collective("all-gather", sent, mesh["fsdp"], True, gathers))
+    if name in ("grad", "backward") and not config.lora.rank:  # adapters' gradients are small
+        if mesh["fsdp"] > 1:
+            found.append(hlo.Collective("reduce-scatter", sent, mesh["fsdp"], True, 1))
+        if mesh["data"] > 1:
+            shared = 2 * parameters(model) * 4 / mesh["tensor"] / mesh["fsdp"]
+            found.append(hlo.Collective("all-reduce", shared, mesh["data"], False, 1))
+    if mesh["tensor"] > 1 and gathers:
+        states = 2 * per_chip * length * model.d_model * jnp.dtype(config.model.dtype).itemsize
+        times = 2 * model.n_layers * (gathers + (name in ("grad", "backward")))
+        found.append(hlo.Collective("all-reduce", states, mesh["tensor"], False, times))
+    return hlo.Cost(passes * forward, tuple(found))
+
+
+def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], waiting: int) -> float:
+    """Bytes per chip of the gradient's program and of what lies beside it; for `waiting` see `Workload`."""
+    item, stored = jnp.dtype(config.model.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
+    shards = mesh["fsdp"] * mesh["tensor"]
+    trained = parameters(model) / shards
+    base = 0.0
+    if config.lora.rank:
+        base = trained * (1 if config.lora.base_quantization == "int8" else item)
+        trained *= adapters(model, config.lora.rank) / parameters(model)
+    accumulator = 0 if waiting and config.train.one_pass_microbatches == 1 else 4
+    state = trained * (3 * stored + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
+    tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length
+    d, f = model.d_model, model.mlp_hidden_size / mesh["tensor"]
+    attention = model.n_heads * model.head_dim / mesh["tensor"]
+    kept = {
+        "full": d,
+        "attention": d + attention,
+        "dots": 2 * d + 4 * attention + d + 2 * f,
+        "none": 6 * d + 6 * attention + 5 * f,
+    }[config.model.remat] * item
+    head = model.d_model * model.embedding_size / mesh["tensor"] * (2 * item + 4)
+    layer = 2 * 2 * layer_matrices(model) / mesh["tensor"] * item + tokens * (8 * d + 4 * f) * item
+    return base + state + max(1, waiting) * tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
+
+
+def estimated_step(
+    config: Config, model: ModelConfig, topology: Topology, work: Workload, mesh: dict[str, int]
+) -> float:
+    """Seconds of a step by estimate; collectives of the update and HBM are left out."""
+
+    def seconds(name: str) -> float:
+        cost = estimated_cost(name, config, model, mesh)
+        waits = {
+            overlapped: sum(
+                c.bytes * c.times / topology.bandwidth(c.group) for c in cost.collectives if c.overlapped == overlapped
+            )
+            for overlapped in (True, False)
+        }
+        return max(cost.flops / topology.chip.flops, waits[True]) + waits[False]
+
+    names = ("forward", "backward") if work.one_pass else ("score", "grad")
+    return work.micro_batches * sum(map(seconds, names))
