@@ -15,7 +15,7 @@ A prompt that ends with an assistant message is left open there, as by TRL: the 
 empty one there is the same as none.
 
 Only as much of a text is tokenised as max_length tokens can need. Chat templates run in a process of their own
-(`text.foreign`).
+(`data.foreign`).
 
 Special tokens written out in a message or a completion ("<|eot_id|>") are ordinary text in the second way, so that no
 user can end a turn or mask a token; only what the template writes becomes a control token. A plain-string prompt went

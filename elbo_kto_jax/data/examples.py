@@ -3,10 +3,10 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt32
@@ -102,7 +102,7 @@ def load_examples(
       path: see `read_records`.
       tokenizer: a fast tokenizer.
       max_length: tokens kept of each row.
-      exact_window: see `text.chat`.
+      exact_window: see `data.chat`.
       append_eot: continue every completion with the end-of-turn token.
       desirable_fraction: share of the desirable rows to keep, 0 to 1.
       undesirable_fraction: share of the undesirable rows to keep, 0 to 1.
@@ -119,50 +119,74 @@ def load_examples(
     """
     needs = ("prompt", "completion", "label") if needs_label else ("prompt", "completion")
     source = read_records(path, needs=needs, skip_bad=skip_bad, flag=flag)
-    settings = {
-        "max_length": max_length,
-        "exact_window": exact_window,
-        "append_eot": append_eot,
-        "eot_id": find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
-    }
-    encoded = _encode(tokenizer, source.records, settings, progress)
-    rows, notes = list(zip(source.records, encoded, strict=True)), []
-    if needs_pairs:
-        rows, notes = whole_pairs(rows, flag, path)
+    encoded = _encode(tokenizer, source.records, max_length, exact_window, append_eot, progress)
+    rows = list(zip(source.records, encoded, strict=True))
+    rows, notes = whole_pairs(rows, flag, path) if needs_pairs else (rows, [])
     rows = [row for row in rows if row[1].completion_length > 0]
     is_desirable = np.array([record.label is not False for record, _ in rows], np.bool_)
-    kept = np.zeros(len(rows), np.bool_)
-    for label, fraction in ((True, desirable_fraction), (False, undesirable_fraction)):
-        positions = np.flatnonzero(is_desirable == label)
-        kept[positions[_subset(len(positions), fraction, seed, label and not needs_pairs)]] = True
+    kept = _kept(is_desirable, (desirable_fraction, undesirable_fraction), seed, needs_pairs)
+    _check_any(kept, f"{flag}: no example is left of the {len(source.records)} records in {path}", max_length)
+    rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+    notes += _special(tokenizer, source.records, exact_window)
+    notes += _warnings(rows, is_desirable[kept]) if needs_label else []
+    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
+    first = [record.prompt for record, _ in rows[:prompts]]
+    return dataclasses.replace(_pack(rows, is_desirable[kept], report, first), files=tuple(source.files))
+
+
+def _check_any(kept: Bool[np.ndarray, " n"], message: str, max_length: int) -> None:
+    """Raises UserError where no row is kept; `message` says of what."""
     if not kept.any():
         raise UserError(
-            f"{flag}: no example is left of the {len(source.records)} records in {path}: {len(rows)} have a completion "
-            f"token within --config.data.max_length {max_length}, and the fractions of the two labels keep 0 of these"
+            f"{message}: {len(kept)} have a completion token within --config.data.max_length {max_length}, and the "
+            "fractions of the two labels keep 0 of these"
         )
-    rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    num_special = sum(writes_special_tokens(tokenizer, source.records))
+
+
+def _kept(
+    is_desirable: Bool[np.ndarray, " n"], fractions: tuple[float, float], seed: int, needs_pairs: bool
+) -> Bool[np.ndarray, " n"]:
+    """Which rows the fractions of the desirable and of the undesirable ones keep."""
+    kept = np.zeros(len(is_desirable), np.bool_)
+    for label, fraction in zip((True, False), fractions, strict=True):
+        positions = np.flatnonzero(is_desirable == label)
+        kept[positions[_subset(len(positions), fraction, seed, label and not needs_pairs)]] = True
+    return kept
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, records: list[Record], exact_window: bool) -> list[str]:
+    """A note where records write special tokens out."""
+    num_special = sum(writes_special_tokens(tokenizer, records))
     if num_special:
         reading = "text" if exact_window else "those tokens, as by the authors (config.data.packing=True: as text)"
-        notes.append(f"{num_special} records write special tokens out in their texts, which are read as {reading}")
-    if needs_label:
-        notes += _warnings(rows, is_desirable[kept])
-    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
-    return dataclasses.replace(packed, files=tuple(source.files))
+        return [f"{num_special} records write special tokens out in their texts, which are read as {reading}"]
+    return []
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, records: list[Record], settings: dict[str, Any], progress: bool
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    max_length: int,
+    exact_window: bool,
+    append_eot: bool,
+    progress: bool,
 ) -> list[Encoded]:
     """The tokens of all records: one batch goes through the chat template while the one before is tokenised."""
+    encode = functools.partial(
+        encode_batch,
+        tokenizer,
+        max_length=max_length,
+        exact_window=exact_window,
+        append_eot=append_eot,
+        eot_id=find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
+    )
     encoded: list[Encoded] = []
     with (
         tqdm(total=len(records), desc="tokenise", unit="record", disable=not progress, file=sys.stderr) as bar,
         concurrent.futures.ThreadPoolExecutor(2) as pool,
     ):
         batches = [records[start : start + _BATCH] for start in range(0, len(records), _BATCH)]
-        futures = [pool.submit(encode_batch, tokenizer, batch, **settings) for batch in batches]
+        futures = [pool.submit(encode, batch) for batch in batches]
         try:
             for future in futures:
                 encoded += future.result()

@@ -2,7 +2,7 @@
 
 A chat template is a program in a language with loops and powers; a tokenizer's Rust code panics on some files, and its
 rules may make a short text long. Templates run in a process of their own, and tokenizers are tried there before they
-are used here; `text.sandbox` is that process and states what time and memory it may take. How much the rules of a
+are used here; `runtime.sandbox` is that process and states what time and memory it may take. How much the rules of a
 tokenizer may lengthen a text is computed from its file: at most MOST_GROWTH times.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.data import sandbox
+from elbo_kto_jax.runtime import sandbox
 
 Message = dict[str, str]
 
@@ -155,7 +155,7 @@ def _longest_replacement(charsmap: str) -> float:
 
 
 class _Process:
-    """The process of `text.sandbox`, started at the first request and again where it was ended."""
+    """The process of `runtime.sandbox`, started at the first request and again where it was ended."""
 
     def __init__(self) -> None:
         self._running: subprocess.Popen | None = None

@@ -147,6 +147,13 @@ def respond(
             watch=watch,
         )
     seconds = time.perf_counter() - start
+    _check_finite(checkpoint, records, responses)
+    texts = [to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
+    return Answers(prompts, responses, texts, seconds)
+
+
+def _check_finite(checkpoint: Checkpoint, records: Sequence[Record], responses: Responses) -> None:
+    """Raises UserError where a probability of an answer is NaN or infinite."""
     bad = np.flatnonzero(~np.isfinite(responses.confidence).all(axis=1))
     if len(bad):  # though the weights are finite, or they would not have been loaded
         raise UserError(
@@ -154,8 +161,6 @@ def respond(
             "that is NaN or infinite: numbers overflow; its weights are damaged, or config.model.dtype has no numbers "
             "as large (float16: choose bfloat16)"
         )
-    texts = [to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
-    return Answers(prompts, responses, texts, seconds)
 
 
 def _cut(prompts: Sequence[Int32[np.ndarray, "_"]], longest: int) -> list[Int32[np.ndarray, "_"]]:

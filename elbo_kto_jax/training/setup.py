@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoints.adapters import load_base
 from elbo_kto_jax.checkpoints.manifest import Adaptation, unsaid_mask
 from elbo_kto_jax.data.examples import load_examples
+from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.models import lora
@@ -141,41 +143,13 @@ def prepare(
     check_options(config.sampler)
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)
-    group = 2 if objective.needs.pairs else 1
     _check_pairs(config, objective)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(opened.tokenizer, "config.sampler.confidence_eos_eot_inf")
     rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
     layout = layout_of(config, model.config, mesh)
 
-    def read(path: str, flag: str, desirable_fraction: float, undesirable_fraction: float) -> TrainingData:
-        examples = load_examples(
-            path,
-            opened.tokenizer,
-            max_length=config.data.max_length,
-            exact_window=config.data.packing,
-            append_eot=config.data.append_eot,
-            desirable_fraction=desirable_fraction,
-            undesirable_fraction=undesirable_fraction,
-            seed=config.seed,
-            needs_label=objective.needs.labels,
-            needs_pairs=objective.needs.pairs,
-            skip_bad=skip_bad,
-            progress=True,
-            flag=flag,
-            prompts=config.train.samples,
-        )
-        log.info("%s: %s", path, examples.report)
-        return TrainingData(
-            examples,
-            layout,
-            estimator=config.estimator,
-            batch_size=config.train.global_batch_size,
-            seed=config.seed,
-            own=rules.own_rows(mesh, layout.rows),
-            group=group,
-        )
-
+    read = functools.partial(_read, config, opened, objective, layout, skip_bad)
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
     setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data)
@@ -186,6 +160,51 @@ def prepare(
             f"expected at most {_MOST_STEPS} steps"
         )
     return setup
+
+
+def _read(
+    config: Config,
+    opened: Opened,
+    objective: Objective,
+    layout: Layout,
+    skip_bad: bool,
+    path: str,
+    flag: str,
+    desirable_fraction: float,
+    undesirable_fraction: float,
+) -> TrainingData:
+    """The data at `path`, which `flag` named, for an objective."""
+    examples = load_examples(
+        path,
+        opened.tokenizer,
+        max_length=config.data.max_length,
+        exact_window=config.data.packing,
+        append_eot=config.data.append_eot,
+        desirable_fraction=desirable_fraction,
+        undesirable_fraction=undesirable_fraction,
+        seed=config.seed,
+        needs_label=objective.needs.labels,
+        needs_pairs=objective.needs.pairs,
+        skip_bad=skip_bad,
+        progress=True,
+        flag=flag,
+        prompts=config.train.samples,
+    )
+    log.info("%s: %s", path, examples.report)
+    return TrainingData(
+        examples,
+        layout,
+        estimator=config.estimator,
+        batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        own=rules.own_rows(opened.mesh, layout.rows),
+        group=_group(objective),
+    )
+
+
+def _group(objective: Objective) -> int:
+    """How many neighbours in the data belong together."""
+    return 2 if objective.needs.pairs else 1
 
 
 def _check_pairs(config: Config, objective: Objective) -> None:

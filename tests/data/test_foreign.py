@@ -15,7 +15,8 @@ import pytest
 
 from elbo_kto_jax.checkpoints.assets import read_assets
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
-from elbo_kto_jax.data import chat, foreign, sandbox
+from elbo_kto_jax.data import chat, foreign
+from elbo_kto_jax.runtime import sandbox
 from elbo_kto_jax.runtime.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -90,7 +91,7 @@ HUNGRY = {
 
 @pytest.fixture
 def small_bounds():
-    """The program of `text.sandbox` with half a second of processor time and half a gigabyte."""
+    """The program of `runtime.sandbox` with half a second of processor time and half a gigabyte."""
     source = Path(sandbox.__file__).read_text(encoding="utf-8")
     source = re.sub(r"MOST_SECONDS = [\d.]+", "MOST_SECONDS = 0.5", source)
     source = re.sub(r"MOST_MEMORY_BYTES = .*", "MOST_MEMORY_BYTES = 2**29", source)

@@ -1,6 +1,6 @@
 """A process for what comes with a checkpoint and is not data: its chat template is a program, its tokenizer may crash.
 
-`text.foreign` starts this file as a program and talks to it in lines of JSON. Requests are read from stdin, answers
+`data.foreign` starts this file as a program and talks to it in lines of JSON. Requests are read from stdin, answers
 written to stdout; nothing else of the package is imported here.
 
     {"template", "variables", "conversations": [{"messages", "open"}, ...], "moment"}
