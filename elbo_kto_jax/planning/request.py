@@ -11,6 +11,7 @@ from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import plan as planning
+from elbo_kto_jax.planning import search as searching
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.programs import DoesNotFit
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
@@ -82,7 +83,7 @@ def _found(request: Request, config: Config, model: ModelConfig, examples: int, 
     """
     tried: list = []
     if request.candidates:
-        found, config, tried = planning.search(config, model, request.topology, examples, tokens, request.candidates)
+        found, config, tried = searching.search(config, model, request.topology, examples, tokens, request.candidates)
         if found is None:
             raise DoesNotFit("no candidate of the search")
     else:
@@ -148,4 +149,4 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
 def _does_not_fit(
     refusal: DoesNotFit, config: Config, model: ModelConfig, topology: Topology, examples: int, tokens: float
 ) -> str:
-    return f"{topology.name}: does not fit: {refusal}; {planning.would_fit(config, model, topology, examples, tokens)}"
+    return f"{topology.name}: does not fit: {refusal}; {searching.would_fit(config, model, topology, examples, tokens)}"
