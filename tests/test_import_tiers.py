@@ -22,7 +22,7 @@ TIERS = {
     "models.table": 0,
     "data": 2,
     "data.packing": 1,
-    "sharding": 2,
+    "sharding": 1,
     "checkpoints": 3,
     "sampling": 3,
     "scoring": 3,

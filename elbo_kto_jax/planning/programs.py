@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from elbo_kto_jax import objectives
 from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.diffusion.elbo import CHUNK
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo
@@ -91,7 +91,7 @@ def compile_programs(
     """
     mesh = rules.make_mesh(config.mesh, devices)
     log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
-    rules.check_heads(model_config, mesh)
+    axes.check_heads(model_config, mesh)
     model = build_model(config, model_config)
     tx = train_state.optimizer(config.optimizer, _STEPS)
     shardings = train_state.state_shardings(tx, train_state.abstract_trained(model, config.lora), mesh, model_config)
@@ -134,7 +134,7 @@ def _shapes(
     weights = state.params
     if config.lora.rank:
         base = train_state.abstract_base(model, config.lora)
-        base = jax.tree.map(_abstract, base, rules.param_shardings(base, mesh, model.config))
+        base = jax.tree.map(_abstract, base, axes.param_shardings(base, mesh, model.config))
         weights = lora.Adapted(base, state.params, _everywhere((model.config.n_layers,), jnp.float32, mesh))
     segment = Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)
     empty = pack([segment], layout_of(config, model.config, mesh))[0]

@@ -18,6 +18,7 @@ from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data import chat, special
 from elbo_kto_jax.data.records import Record
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
@@ -67,7 +68,7 @@ class Checkpoint:
         Raises:
           UserError: they are missing, damaged or cannot be split as the mesh asks.
         """
-        shardings = rules.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
+        shardings = axes.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
         dtype = self.model.param_dtype
         return load_model(self.source, param_dtype=dtype, shardings=shardings, flag=self.flag).params
 
@@ -82,7 +83,7 @@ def open_checkpoint(source: str, config: Config, *, flag: str) -> Checkpoint:
     tokenizer = build_tokenizer(assets, source)
     model_config = special.with_special_tokens(model_config, tokenizer, config.model.mask_token_id, source)
     mesh = rules.make_mesh(config.mesh)
-    rules.check_heads(model_config, mesh)
+    axes.check_heads(model_config, mesh)
     dtype = jnp.dtype(config.model.dtype)
     return Checkpoint(source, flag, MaskPredictor(model_config, dtype=dtype, param_dtype=dtype), tokenizer, mesh)
 

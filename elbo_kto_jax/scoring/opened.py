@@ -13,6 +13,7 @@ from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.data.special import with_special_tokens
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
@@ -43,7 +44,7 @@ class Opened:
         Raises:
           UserError: they are missing, damaged, or of another model; `flag` named them.
         """
-        shardings = rules.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
+        shardings = axes.param_shardings(abstract_params(self.model), self.mesh, self.model.config)
         log.info("loading %s", path)
         return load_model(path, param_dtype=self.model.param_dtype, shardings=shardings, flag=flag).params
 
@@ -63,7 +64,7 @@ def open_model(config: Config, flag: str = "--config.model.path", moment: dateti
     if moment is not None:
         make_repeatable(tokenizer, moment, where)
     mesh = rules.make_mesh(config.mesh)
-    rules.check_heads(model_config, mesh)
+    axes.check_heads(model_config, mesh)
     if config.data.max_length > model_config.max_sequence_length:
         log.warning(
             "config.data.max_length %d is more than the %d positions that the model was trained with",

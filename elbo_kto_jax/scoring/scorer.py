@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32
 
 from elbo_kto_jax.data.packing import Rows
 from elbo_kto_jax.diffusion import elbo
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
 from elbo_kto_jax.sharding import gather, rules
 
@@ -42,7 +42,8 @@ class Scorer:
 
     def __init__(self, model: MaskPredictor, mesh: Mesh, *, size: int, one_pass_microbatches: int = 0):
         self.mesh, self.size, self.one_pass_microbatches = mesh, size, one_pass_microbatches
-        self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype, model=model.config)
+        self._axes_of = functools.partial(axes.axes_of, model=model.config)
+        self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype, axes_of=self._axes_of)
         self._model = model.clone(mesh=mesh, gather=functools.partial(self._whole, prefix="blocks/"))
         self.everywhere = rules.replicated(mesh)
         self.score = jax.jit(self._score, donate_argnums=1, out_shardings=self.everywhere)
@@ -101,7 +102,7 @@ class Scorer:
         params = lora.parameters(weights)
         head = self._head if keeps_head else jax.checkpoint(self._head)
         part = functools.partial(self._estimates_of_part, head)
-        return gather.over_rows(part, self.mesh, params, self._model.config)(params, rows)
+        return gather.over_rows(part, self.mesh, params, self._axes_of)(params, rows)
 
     def _estimates_of_part(self, head: Callable, params: Params, rows: Rows) -> Float32[Array, "part g"]:
         model = self._model

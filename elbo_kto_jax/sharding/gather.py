@@ -13,19 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.sharding import rules
 
+AxesOf = Callable[[str], tuple[str, ...]]  # path of a parameter -> its logical axes (models/axes.py)
 
-def over_rows(function: Callable, mesh: Mesh, params: Any, model: ModelConfig) -> Callable:
+
+def over_rows(function: Callable, mesh: Mesh, params: Any, axes_of: AxesOf) -> Callable:
     """function(params, rows) as a shard_map in which every device sees its rows and its parts of the parameters.
 
     The tensor axis is left to the compiler; where it is 1, attention's kernels want it in the shard_map as well.
     """
     manual = {name for name in mesh.axis_names if name != "tensor" or mesh.shape[name] == 1}
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: rules.spec(rules.axes_of(_name(path), model), mesh, manual), params
-    )
+    specs = jax.tree_util.tree_map_with_path(lambda path, _: rules.spec(axes_of(_name(path)), mesh, manual), params)
     rows = rules.spec(["rows"], mesh)
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=(specs, rows), out_specs=rows, axis_names=manual, check_vma=False
@@ -40,14 +39,14 @@ def _widened(leaf: Any) -> Any:
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
 
 
-def whole(params: Any, mesh: Mesh, dtype: Any, model: ModelConfig, prefix: str = "") -> Any:
+def whole(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf, prefix: str = "") -> Any:
     """The tree below `prefix`, such as "blocks/", gathered in `dtype`; one layer or all.
 
     Each device has its part of it along fsdp.
     """
 
     def gathered(path, leaf):
-        axes = rules.axes_of(prefix + _name(path), model)[-leaf.ndim :]
+        axes = axes_of(prefix + _name(path))[-leaf.ndim :]
         names = [(i, name) for i, axis in enumerate(axes) if axis == "model" for name in rules.mesh_axes(axis, mesh)]
         names = [(i, name) for i, name in reversed(names) if mesh.shape[name] > 1]
         # int8 matrices travel as they are, and the scales of their channels are not to be rounded.

@@ -18,7 +18,7 @@ from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.diffusion import masks
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, Params
 from elbo_kto_jax.objectives.protocol import Objective
 from elbo_kto_jax.runtime.config import Config
@@ -63,7 +63,7 @@ class Setup:
 
     def shardings(self, params: Params) -> Params:
         """Where each parameter of a tree of the model's, or of its adapters', lies."""
-        return rules.param_shardings(params, self.mesh, self.model.config)
+        return axes.param_shardings(params, self.mesh, self.model.config)
 
     def load_params(self, path: str, flag: str) -> Params:
         """The parameters of the model at `path`, sharded over the mesh in the config's `param_dtype`."""
@@ -146,7 +146,7 @@ def prepare(
     _check_pairs(config, objective)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(opened.tokenizer, "config.sampler.confidence_eos_eot_inf")
-    rules.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
+    axes.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
     layout = layout_of(config, model.config, mesh)
 
     read = functools.partial(_read, config, opened, objective, layout, skip_bad)

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor, Params, abstract_params
 from elbo_kto_jax.runtime import config
@@ -70,7 +70,7 @@ def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTran
 
 def state_shardings(tx: optax.GradientTransformation, abstract: Params, mesh: Mesh, model: ModelConfig) -> TrainState:
     """Shardings of the whole state: Adam's moments lie where their parameters do, counters everywhere."""
-    params = rules.param_shardings(abstract, mesh, model)
+    params = axes.param_shardings(abstract, mesh, model)
     opt_state = optax.tree_map_params(
         tx,
         lambda _, sharding: sharding,

@@ -18,8 +18,8 @@ from elbo_kto_jax.checkpoints.load import load_config, load_model, open_source
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.save import chunk_shape, save_model
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints, TrainingState
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sharding import rules
 from tests.published import DTYPES, assert_same_trees, same_bits, write_published, write_version_1
 
 
@@ -84,8 +84,8 @@ def test_arrays_are_stored_layer_by_layer(tmp_path, model, cpu_devices):
     assert array.chunk_layout.read_chunk.shape == (1, 512, 512)
     big = {("blocks", "ff_proj", "kernel"): (1, 64, 4096), ("blocks", "ff_out", "kernel"): (1, 4096, 64)}
     for path, chunk in big.items():
-        axes = rules.axes_of("/".join(path), model.config)
-        assert chunk_shape(axes, (32, 4096, 12288) if chunk[1] == 64 else (32, 12288, 4096)) == chunk
+        names = axes.axes_of("/".join(path), model.config)
+        assert chunk_shape(names, (32, 4096, 12288) if chunk[1] == 64 else (32, 12288, 4096)) == chunk
 
 
 def test_a_save_that_fails_leaves_nothing_that_loads(tmp_path, model, monkeypatch):

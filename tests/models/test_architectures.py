@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.checkpoints import names
-from elbo_kto_jax.models import registry
+from elbo_kto_jax.models import axes, registry
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.models.lora import abstract_adapters
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
@@ -155,8 +155,8 @@ def test_every_parameter_and_what_lora_adds_is_laid_out_over_a_mesh(family, cpu_
     mesh = rules.make_mesh(Mesh(2, 2, 2), cpu_devices)
     tree = abstract_params(tiny.model())
     adapters = abstract_adapters(tree, 3, jnp.float32)
-    shardings = rules.param_shardings(tree, mesh, tiny.MODEL)
-    rules.param_shardings(adapters, mesh, tiny.MODEL)
+    shardings = axes.param_shardings(tree, mesh, tiny.MODEL)
+    axes.param_shardings(adapters, mesh, tiny.MODEL)
     spec = lambda *path: tuple(names.get(shardings, path).spec)  # noqa: E731
     assert spec("wte", "embedding") == ("tensor", "fsdp")
     assert spec("blocks", "q_proj", "kernel") == (None, "fsdp", "tensor")

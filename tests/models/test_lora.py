@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.sharding import rules
@@ -89,7 +89,7 @@ def test_adapters_belong_to_the_matrices_of_the_blocks_and_start_at_nothing():
 def test_new_adapters_do_not_depend_on_the_devices():
     abstract = lora.abstract_adapters(abstract_params(tiny.model()), RANK, jnp.float32)
     mesh = rules.make_mesh(config.Mesh(2, 2, 2), jax.devices()[:8])
-    spread = lora.init_adapters(abstract, rules.param_shardings(abstract, mesh, tiny.MODEL), 0)
+    spread = lora.init_adapters(abstract, axes.param_shardings(abstract, mesh, tiny.MODEL), 0)
     jax.tree.map(np.testing.assert_array_equal, spread, adapters(0, random_b=False))
 
 

@@ -11,6 +11,7 @@ import pytest
 from elbo_kto_jax.checkpoints.load import load_config
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.special import find_eot_id
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor, init_params
 from elbo_kto_jax.runtime import config as configs
@@ -403,7 +404,7 @@ def test_a_prompt_gets_the_same_whatever_runs_beside_it(tiny, tiny_prompts, monk
 def test_a_prompt_gets_the_same_on_any_number_of_devices(tiny, tiny_prompts, cpu_devices, sizes, cache):
     model, params = tiny
     mesh = rules.make_mesh(configs.Mesh(*sizes), cpu_devices)
-    sharded = jax.device_put(params, rules.param_shardings(params, mesh, model.config))
+    sharded = jax.device_put(params, axes.param_shardings(params, mesh, model.config))
     sampler = options(temperature=1.0, remasking="random", cache=cache)
     one, many = run(tiny, tiny_prompts, sampler), run((model, sharded), tiny_prompts, sampler, mesh=mesh)
     np.testing.assert_array_equal(many.tokens, one.tokens)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.runtime import config as configs
 from elbo_kto_jax.runtime.config import Sampler
@@ -189,7 +190,7 @@ def test_on_eight_devices_as_on_one(family, cpu_devices):
     """With a tied head, or one of its own, whose vocabulary is split, and biases and norms of split heads."""
     model, params = model_and_params = _model_and_params(family)
     mesh = rules.make_mesh(configs.Mesh(2, 2, 2), cpu_devices)
-    sharded = jax.device_put(params, rules.param_shardings(params, mesh, model.config))
+    sharded = jax.device_put(params, axes.param_shardings(params, mesh, model.config))
     sampler = dataclasses.replace(DEFAULT, temperature=1.0, cache="dual")
     one, many = run(model_and_params, sampler), run((model, sharded), sampler, mesh=mesh)
     np.testing.assert_array_equal(many.tokens, one.tokens)

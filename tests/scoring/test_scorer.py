@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.sharding import rules
@@ -20,7 +20,7 @@ def make(sizes=MESHES[0], *, dtype="float32", remat="none", **options):
     """A scorer for the draws of six examples, and the parameters on its mesh."""
     mesh = rules.make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
     params = tiny.params(0)
-    placed = jax.device_put(params, rules.param_shardings(params, mesh, tiny.MODEL))
+    placed = jax.device_put(params, axes.param_shardings(params, mesh, tiny.MODEL))
     return Scorer(tiny.model(dtype, remat), mesh, size=12, **options), placed
 
 
@@ -53,7 +53,7 @@ def test_indices_that_no_row_has_stay_zero():
 def adapted(params):
     shapes = lora.abstract_adapters(params, 3, jnp.float32)
     tree = lora.init_adapters(
-        shapes, rules.param_shardings(shapes, rules.make_mesh(MESHES[0], jax.devices()[:1]), tiny.MODEL), 0
+        shapes, axes.param_shardings(shapes, rules.make_mesh(MESHES[0], jax.devices()[:1]), tiny.MODEL), 0
     )
     return lora.Base(params, 1.0).policy(tree)
 

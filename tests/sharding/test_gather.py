@@ -1,5 +1,6 @@
 """sharding/gather.py: what each device gathers and sums, over one and over two fsdp axes."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.sharding import gather, rules
 from tests import tiny
+
+AXES_OF = functools.partial(axes.axes_of, model=tiny.MODEL)
 
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2},
@@ -38,7 +42,7 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
     def of_part(params, rows):
         tokens, weight = rows
         embedded = gather.embed(params["wte"]["embedding"], tokens, mesh, jnp.float32)
-        head = gather.whole({"head": params["head"]}, mesh, jnp.float32, tiny.MODEL)["head"]["kernel"]
+        head = gather.whole({"head": params["head"]}, mesh, jnp.float32, AXES_OF)["head"]["kernel"]
         return jnp.sum(weight * jnp.tanh(embedded @ head), axis=(1, 2))
 
     def plain(params, rows):
@@ -50,12 +54,12 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
         return jax.jit(jax.value_and_grad(total))(params)
 
     shardings = {
-        group: {name: jax.NamedSharding(mesh, rules.spec(rules.axes_of(f"{group}/{name}", tiny.MODEL), mesh))}
+        group: {name: jax.NamedSharding(mesh, rules.spec(axes.axes_of(f"{group}/{name}", tiny.MODEL), mesh))}
         for group, name in (("wte", "embedding"), ("head", "kernel"))
     }
     expected = value_and_gradient(plain)
     params = jax.device_put(params, shardings)
-    found = value_and_gradient(gather.over_rows(of_part, mesh, params, tiny.MODEL))
+    found = value_and_gradient(gather.over_rows(of_part, mesh, params, AXES_OF))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from elbo_kto_jax.models import axes
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
@@ -32,7 +33,7 @@ def abstract():
 
 
 def test_every_parameter_has_exactly_one_line_and_every_line_a_parameter(abstract):
-    parameters, *_ = rules.parameter_axes(tiny.MODEL)
+    parameters, *_ = axes.parameter_axes(tiny.MODEL)
     assert parameters.keys() == leaves_by_name(abstract).keys()
 
 
@@ -41,10 +42,10 @@ def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
     mesh, found = mesh_of(2, 2, 2), {}
     for tree in (train_state.abstract_base(model, options), train_state.abstract_trained(model, options)):
         names = leaves_by_name(tree)
-        found |= leaves_by_name(rules.param_shardings(tree, mesh, tiny.MODEL))
+        found |= leaves_by_name(axes.param_shardings(tree, mesh, tiny.MODEL))
         for name in names:
-            assert sum(name in table for table in rules.parameter_axes(tiny.MODEL)) == 1, name
-    for name, sharding in leaves_by_name(rules.param_shardings(abstract, mesh, tiny.MODEL)).items():
+            assert sum(name in table for table in axes.parameter_axes(tiny.MODEL)) == 1, name
+    for name, sharding in leaves_by_name(axes.param_shardings(abstract, mesh, tiny.MODEL)).items():
         if name.startswith("blocks/") and name.endswith("/kernel"):
             layers, rows, columns = sharding.spec
             assert found[name] == sharding
@@ -58,12 +59,12 @@ def test_an_adapter_without_its_other_half_is_an_error(abstract, missing):
     tree = train_state.abstract_trained(MaskPredictor(tiny.MODEL), config.Lora(4, 1.0, "none"))
     del tree["blocks"]["attn_out"][missing]
     with pytest.raises(ValueError, match=f"attn_out/{missing}"):
-        rules.param_shardings(tree, mesh_of(2, 2, 2), tiny.MODEL)
+        axes.param_shardings(tree, mesh_of(2, 2, 2), tiny.MODEL)
 
 
 def test_matrices_are_split_over_fsdp_and_tensor_and_scales_are_whole(abstract):
     shardings, shapes = (
-        leaves_by_name(rules.param_shardings(abstract, mesh_of(2, 2, 2), tiny.MODEL)),
+        leaves_by_name(axes.param_shardings(abstract, mesh_of(2, 2, 2), tiny.MODEL)),
         leaves_by_name(abstract),
     )
     for name, leaf in shapes.items():
@@ -88,7 +89,7 @@ def test_moments_of_adam_lie_where_their_parameters_do(abstract):
 
 def test_a_parameter_without_a_line_is_an_error(abstract):
     with pytest.raises(ValueError, match="blocks/q_proj/bias"):
-        rules.param_shardings(
+        axes.param_shardings(
             {**abstract, "blocks": {**abstract["blocks"], "q_proj": {"bias": jnp.zeros((2, 16))}}},
             mesh_of(8, 1, 1),
             tiny.MODEL,
@@ -97,14 +98,14 @@ def test_a_parameter_without_a_line_is_an_error(abstract):
 
 def test_a_line_without_a_parameter_is_an_error(abstract):
     with pytest.raises(ValueError, match="ln_f"):
-        rules.param_shardings(
+        axes.param_shardings(
             {name: leaf for name, leaf in abstract.items() if name != "ln_f"}, mesh_of(8, 1, 1), tiny.MODEL
         )
 
 
 def test_a_line_of_another_rank_is_an_error(abstract):
     with pytest.raises(ValueError, match="head/kernel"):
-        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros((2, 16, 48))}}, mesh_of(8, 1, 1), tiny.MODEL)
+        axes.param_shardings({**abstract, "head": {"kernel": jnp.zeros((2, 16, 48))}}, mesh_of(8, 1, 1), tiny.MODEL)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_line_of_another_rank_is_an_error(abstract):
 )
 def test_a_dimension_that_does_not_divide_is_an_error(abstract, shape, mesh, named):
     with pytest.raises(UserError) as refused:
-        rules.param_shardings({**abstract, "head": {"kernel": jnp.zeros(shape)}}, mesh_of(*mesh), tiny.MODEL)
+        axes.param_shardings({**abstract, "head": {"kernel": jnp.zeros(shape)}}, mesh_of(*mesh), tiny.MODEL)
     message = str(refused.value)
     assert f"config.mesh.{named[0]}" in message
     assert all(word in message for word in (named[1], "head/kernel"))
@@ -121,8 +122,8 @@ def test_a_dimension_that_does_not_divide_is_an_error(abstract, shape, mesh, nam
 
 def test_a_head_is_never_split(abstract):
     with pytest.raises(UserError, match="n_kv_heads 2"):
-        rules.check_heads(tiny.MODEL, mesh_of(2, 1, 4))
-    rules.check_heads(tiny.MODEL, mesh_of(4, 1, 2))
+        axes.check_heads(tiny.MODEL, mesh_of(2, 1, 4))
+    axes.check_heads(tiny.MODEL, mesh_of(4, 1, 2))
 
 
 @pytest.mark.parametrize(

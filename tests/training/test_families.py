@@ -11,7 +11,7 @@ from elbo_kto_jax import cli, from_hf, generate, objectives, to_hf, train
 from elbo_kto_jax.checkpoints.load import load_config, load_model
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.diffusion.masks import draw_masks
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import abstract_params
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
@@ -41,7 +41,7 @@ def mesh_of(sizes: config.Mesh):
 
 
 def placed(tree, mesh):
-    return jax.device_put(tree, rules.param_shardings(tree, mesh, tiny.MODEL))
+    return jax.device_put(tree, axes.param_shardings(tree, mesh, tiny.MODEL))
 
 
 def scorer(sizes=ONE, dtype="float32", most=0) -> Scorer:
@@ -163,7 +163,7 @@ def gradient(weights, sizes=ONE, most=0):
     """(estimates, d sum_b c_b B_b / d weights) for fixed c_b, as `train_step` works it out."""
     score, (drawn, _) = scorer(sizes, most=most), batch(8)
     trained, _ = lora.split_trained(weights)
-    shardings = rules.param_shardings(trained, score.mesh, tiny.MODEL)
+    shardings = axes.param_shardings(trained, score.mesh, tiny.MODEL)
     keep = train_state.TrainState(shardings, shardings)
     programs = step.build_programs(score, objectives.build(tiny.KTO), draws=DRAWS, shardings=keep)
     cotangent = score.place_everywhere(COTANGENT)

@@ -15,7 +15,7 @@ from elbo_kto_jax import generate, objectives, precompute, score, to_hf, train
 from elbo_kto_jax.checkpoints import conversion, names
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.checkpoints.model import Model, Source
-from elbo_kto_jax.models import lora
+from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
@@ -50,7 +50,7 @@ def setup(
     shardings = train_state.state_shardings(tx, tree, mesh, tiny.MODEL)
     scorer = Scorer(model, mesh, size=NUM * 2, one_pass_microbatches=one_pass_microbatches)
     programs = step.build_programs(scorer, objectives.build(tiny.KTO), draws=2, tx=tx, shardings=shardings)
-    base = lora.Base(jax.device_put(params, rules.param_shardings(params, mesh, tiny.MODEL)), SCALE)
+    base = lora.Base(jax.device_put(params, axes.param_shardings(params, mesh, tiny.MODEL)), SCALE)
     state = train_state.init_state(tx, jax.tree.map(jnp.array, jax.device_put(tree, shardings.params)), shardings)
     return programs, state, base
 
@@ -250,7 +250,7 @@ def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, setting
         assert unchanged == (not lora.is_matrix(path)), path
 
     # The same in another dtype, over devices.
-    spread = rules.param_shardings(
+    spread = axes.param_shardings(
         abstract_params(MaskPredictor(base.config)), rules.make_mesh(config.Mesh(2, 2, 2)), base.config
     )
     again = load_model(whole[0], param_dtype=jnp.bfloat16, shardings=spread).params
