@@ -24,6 +24,7 @@ from elbo_kto_jax.models import lora, registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.flags import command_line
 
 
 def load_base(
@@ -46,7 +47,7 @@ def load_base(
     if is_checkpoint(folder) and read_manifest(folder).lora is not None:
         raise UserError(
             f"{flag}={path}: holds adapters, and a whole model is needed; merge them into their base first:\n"
-            f"python -m conversion.to_hf {shlex.quote(f'--source={path}')} --out=FOLDER"
+            f"{command_line('conversion.to_hf')} {shlex.quote(f'--source={path}')} --out=FOLDER"
         )
     source = open_whole(folder)
     digest, params = Digest(source.leaves), {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from elbo_kto_jax.reports.training import write_training_report
 from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime.flags import command_line
 from elbo_kto_jax.runtime.workdir import read_metrics
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.setup import Setup
@@ -44,5 +45,5 @@ def finish(
     if not interrupted:
         log.info("report: %s", summary["report"])
         words = [f"--source={summary['checkpoint']}", f"--out={workdir / 'huggingface'}"]
-        log.info("next: python -m conversion.to_hf %s", shlex.join(words))
+        log.info("next: %s %s", command_line("conversion.to_hf"), shlex.join(words))
     return summary

@@ -2,7 +2,10 @@
 
 import json
 import shlex
+import shutil
 import signal
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -264,12 +267,13 @@ def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
     precompute.main(argv)
     (line,) = [message for message in caplog.messages if message.startswith("next: ")]
     *start, module = shlex.split(line)[:4]
-    assert (start, module) == (["next:", "python", "-m"], "elbo_kto_jax.train")
+    assert (start[0], start[2:], module) == ("next:", ["-m"], "elbo_kto_jax.train")
+    assert Path(shutil.which(start[1])).samefile(sys.executable)  # which has this project
     assert shlex.split(line)[4:] == argv[:-1]  # --overwrite would delete what was computed
     caplog.clear()
     train.main(shlex.split(line)[4:])
     (line,) = [message for message in caplog.messages if message.startswith("next: ")]
-    assert shlex.split(line)[:4] == ["next:", "python", "-m", "conversion.to_hf"]
+    assert shlex.split(line)[2:4] == ["-m", "conversion.to_hf"]
     to_hf.main(shlex.split(line)[4:])
     assert (workdir / "huggingface" / "config.json").is_file()
 
