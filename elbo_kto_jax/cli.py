@@ -76,7 +76,7 @@ def main() -> NoReturn:
         )
         sys.exit(0 if words else 2)
     if words[0] == "--version":
-        print(f"elbo_kto_jax {__version__}")
+        terminal.say(f"elbo_kto_jax {__version__}")
         sys.exit(0)
     command = words[0].replace("-", "_")
     if command not in COMMANDS:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from elbo_kto_jax.reports.charts import Bar, bar_chart
 from elbo_kto_jax.reports.page import Figure, Table, flattened, write_page
+from elbo_kto_jax.runtime import terminal
 
 _WORK = {"train": "training step", "reference": "reference pass"}
 _VARIANTS = {"one_pass": "ours, one pass", "two_passes": "ours, two passes"}
@@ -15,16 +16,10 @@ _NOTE = (
 
 def as_text(result: dict) -> str:
     """The tables for a terminal."""
-    tables = [[_header(result), *_rows(result)], [_memory_header(result), *_memory_rows(result)]]
+    tables = [(_header(result), _rows(result)), (_memory_header(result), _memory_rows(result))]
     if result["differences"]:
-        tables.append([_DIFFERENCES, *_difference_rows(result)])
-    lines = []
-    for table in tables:
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        for row in table:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines.append("")
-    return "\n".join(lines)
+        tables.append((_DIFFERENCES, _difference_rows(result)))
+    return "".join(f"{terminal.table(*table)}\n\n" for table in tables)
 
 
 def write_report(path: Path, result: dict) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from elbo_kto_jax.reports.charts import Bar, Chart, bar_chart
 from elbo_kto_jax.reports.formatting import DASH, format_number
 from elbo_kto_jax.reports.page import KeyNumber, Table, flattened, write_page
+from elbo_kto_jax.runtime import terminal
 
 _GIB = 2**30
 _SECONDS = {
@@ -84,11 +85,7 @@ def as_text(plan: Mapping) -> str:
         (_TRAFFIC, traffic_rows(plan)),
         *([(_TRIED, tried_rows(plan))] if plan["tried"] else []),
     ):
-        table = [header, *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-        for row in table:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines.append("")
+        lines += [terminal.table(header, rows), ""]
     lines += [
         f"A step: {step['rows']} rows of text in {step['micro_batches']} micro-batches of {step['rows_at_once']} rows "
         f"({step['row_fill']:.0%} of them text), {step['model_flops_per_chip'] / 1e12:.0f} TFLOP of the model per "

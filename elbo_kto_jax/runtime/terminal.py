@@ -13,8 +13,14 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 LONGEST_LINE = 1000  # characters of a message for people
+_WIDEST = 10_000  # characters of a table's line
 _LINES = 2  # of a message; more come from line breaks within values
 
 # C0 and C1 control characters but tab and line feed, what changes the direction of writing, line separators that
@@ -60,6 +66,19 @@ def say_json(text: str) -> None:
     except UnicodeEncodeError:
         text = json.dumps(json.loads(text))
     print(_NOT_TEXT.sub(lambda match: f"\\u{ord(match[0]):04x}", text), flush=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The rows below their header as lines of text, in columns; however wide."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
+        grid.add_column(Text(name))
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=_WIDEST, color_system=None)
+    with console.capture() as captured:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 class Formatter(logging.Formatter):
