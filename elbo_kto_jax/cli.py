@@ -71,9 +71,8 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         lines = [f"  {name:<11} {what}" for name, what in COMMANDS.items()]
-        print(
-            "usage: elbo-kto COMMAND [--help] ...\n", *lines, "", "elbo-kto COMMAND --help lists its flags.", sep="\n"
-        )
+        lines = ["usage: elbo-kto COMMAND [--help] ...", "", *lines, "", "elbo-kto COMMAND --help lists its flags."]
+        terminal.say("\n".join(lines))
         sys.exit(0 if words else 2)
     if words[0] == "--version":
         terminal.say(f"elbo_kto_jax {__version__}")
