@@ -11,16 +11,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tests.share import QUICK_COMPILATION
+
 NUM_CPU_DEVICES = 8
-# Compiling takes most of the time of tests whose programs then run for milliseconds: without LLVM's passes and XLA's
-# fusion emitters a gradient of a tiny model compiles in a sixth of the time. The tests of whole commands
-# (test_quickstart.py, robustness/commands.py) leave these flags out, as users do.
-FLAGS = (
-    f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+# test_quickstart.py leaves the flags of the compiler out, as users do, and so do all tests with ROBUSTNESS=whole that
+# run whole commands.
+FLAGS = (f"--xla_force_host_platform_device_count={NUM_CPU_DEVICES}", *QUICK_COMPILATION)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *(f for f in os.environ.get("XLA_FLAGS", "").split() if f not in FLAGS)])
 

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.share import QUICK_COMPILATION, WHOLE
+
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 # Runs the module argv[1] as `python -m` would. Parts of the reference cache are saved after every step, so that a kill
@@ -29,6 +31,7 @@ def environment(**more: str) -> dict[str, str]:
     """One CPU device, compiled programs in a cache of the machine's temporary folder, no network."""
     return {
         **{key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "ROBUSTNESS")},
+        **({} if WHOLE else {"XLA_FLAGS": " ".join(QUICK_COMPILATION)}),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",

@@ -7,13 +7,12 @@ import pytest
 from elbo_kto_jax.checkpoints.load import load_model
 from tests.robustness import soak
 from tests.robustness.kill_driver import JOBS, Driver
-from tests.share import share
+from tests.share import cases, share
 
 
 @pytest.mark.parametrize(
     ("name", "kills", "signals"),
-    [("train", share(2, 25), ()), ("overwrite", share(1, 10), ()), ("from_hf", share(1, 7), (signal.SIGTERM,))],
-    ids=["train", "overwrite", "from_hf"],
+    cases([("train", share(1, 25), ()), ("from_hf", share(1, 7), (signal.SIGTERM,))], [("overwrite", 10, ())]),
 )
 def test_killed_commands_end_as_others_do(tmp_path, name, kills, signals):
     count = Driver(tmp_path, seed=0).attack(name, kills, signals)
