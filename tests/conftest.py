@@ -64,10 +64,14 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the tests of the longest files to the front."""
+    """Moves the tests of the longest files to the front, and marks those that are not in slow.txt as fast."""
     tests = Path(__file__).resolve().parent
     place = {tests / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    slow = {line.strip() for line in (tests / "slow.txt").read_text().splitlines() if not line.startswith("#")}
+    for item in items:
+        if f"{item.path.relative_to(tests)}::{item.originalname}" not in slow:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="module", autouse=True)
