@@ -51,7 +51,7 @@ def guess_tokens(
             logits = [_head_logits(params, _take(states, at - start, chunk)) for states in hidden]
             position = at[:, None] + jnp.arange(chunk)
             position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
-            new = _predict(logits, position_keys, model.config.eos_token_id, options, eot_id)
+            new = _predict(logits, position_keys, model.config.eos_id, options, eot_id)
             put = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=0))
             return jax.tree.map(
                 lambda old, part: put(old, jnp.where(new_here, part, _take(old, at, chunk)), at), guess, new

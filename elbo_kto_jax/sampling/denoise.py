@@ -9,6 +9,7 @@ reuse: in the first step of later blocks). A mask token in a prompt is left alon
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,10 @@ def take_steps(
         return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
 
     def take_step(state: DecodeState):
-        if not in_block:
-            whole = whole_rows(rows, state.response, options, model.config.mask_token_id)
-            hidden, start = [model.apply({"params": params}, *row)[:, p:] for row in whole], jnp.zeros_like(rows.block)
+        if window is None or cache is None:
+            whole = whole_rows(rows, state.response, options, model.config.mask_id)
+            states: list[Any] = [model.apply({"params": params}, *row) for row in whole]
+            hidden, start = [of_row[:, p:] for of_row in states], jnp.zeros_like(rows.block)
         else:
             hidden, start = reuse.run_windows(model, params, rows, state.response, cache, window, options)
         return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
@@ -96,9 +98,9 @@ def _candidates(
     reached = (column >= (first if in_block else 0)) & (column < first + options.block_length)
     goes_on = _quota(rows.num_masked, state.step, options) > 0
     if options.early_stop:
-        stop_ids = stop_tokens(model.config.eos_token_id, eot_id)
-        goes_on &= ~has_ended(state.response, model.config.mask_token_id, stop_ids)
-    return (state.response == model.config.mask_token_id) & reached & goes_on[:, None]
+        stop_ids = stop_tokens(model.config.eos_id, eot_id)
+        goes_on &= ~has_ended(state.response, model.config.mask_id, stop_ids)
+    return (state.response == model.config.mask_id) & reached & goes_on[:, None]
 
 
 def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler) -> Int[Array, " b"]:

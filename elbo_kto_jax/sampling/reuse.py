@@ -7,6 +7,8 @@ that is an approximation, unless a round has a single step. A prefix window is a
 rounded up to a power of two of blocks: log2(num_blocks) programs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -42,7 +44,7 @@ def run_and_keep(
 ) -> tuple[list[Float[Array, "b g d"]], Cache]:
     """Runs the whole rows: the hidden states of the response, and the keys and values, of each pass of a step."""
     hidden, cache = [], []
-    for tokens, positions, segment_ids in whole_rows(rows, response, options, model.config.mask_token_id):
+    for tokens, positions, segment_ids in whole_rows(rows, response, options, model.config.mask_id):
         states, kept = model.apply({"params": params}, tokens, positions, segment_ids, mutable=[CACHE])
         hidden.append(states[:, rows.prompt.shape[1] :])
         cache.append(kept[CACHE])
@@ -71,9 +73,10 @@ def run_windows(
     start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
     before = lead(model)
     hidden = []
-    for prompt, kept in zip(prompts_of(rows, options, model.config.mask_token_id), cache, strict=True):
+    for prompt, kept in zip(prompts_of(rows, options, model.config.mask_id), cache, strict=True):
         inputs = window_inputs(rows, prompt, response, start - before, first, before + window)
-        hidden.append(model.apply({"params": params, CACHE: kept}, *inputs)[:, before:])
+        states: Any = model.apply({"params": params, CACHE: kept}, *inputs)
+        hidden.append(states[:, before:])
     return hidden, start
 
 

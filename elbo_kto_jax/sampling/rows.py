@@ -5,33 +5,35 @@ Padding is a segment of its own that no prompt sees, and positions count from th
 gets depends neither on the padding nor on the other rows.
 """
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, UInt32
 
 from elbo_kto_jax.runtime.config import Sampler
 
+Kind = TypeVar("Kind")  # of the arrays: numpy on the host, jax on the devices; or what only has their shapes
 
-class DecodeRows(NamedTuple):
+
+class DecodeRows(NamedTuple, Generic[Kind]):
     """The b rows of a batch; a row without a prompt has a response of no tokens."""
 
-    prompt: Int[Array, "b p"]  # padded on the left
-    prompt_length: Int[Array, " b"]
-    key_words: UInt32[Array, "b 2"]
-    response_length: Int[Array, " b"]
-    block: Int[Array, " b"]  # that each row fills in this round
-    num_masked: Int[Array, " b"]  # positions of that block, at the round's start
+    prompt: Int[Kind, "b p"]  # padded on the left
+    prompt_length: Int[Kind, " b"]
+    key_words: UInt32[Kind, "b 2"]
+    response_length: Int[Kind, " b"]
+    block: Int[Kind, " b"]  # that each row fills in this round
+    num_masked: Int[Kind, " b"]  # positions of that block, at the round's start
 
 
-class DecodeState(NamedTuple):
+class DecodeState(NamedTuple, Generic[Kind]):
     """Where the denoising of b responses stands."""
 
-    response: Int[Array, "b g"]
-    written_at: Int[Array, "b g"]
-    confidence: Float32[Array, "b g"]
-    steps: Int[Array, " b"]  # steps that each row has taken
-    step: Int[Array, ""]  # of this round
+    response: Int[Kind, "b g"]
+    written_at: Int[Kind, "b g"]
+    confidence: Float32[Kind, "b g"]
+    steps: Int[Kind, " b"]  # steps that each row has taken
+    step: Int[Kind, ""]  # of this round
 
 
 def whole_rows(
