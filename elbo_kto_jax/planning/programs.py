@@ -117,7 +117,7 @@ def compile_programs(
 
 
 def with_some_tokens(model: ModelConfig) -> ModelConfig:
-    """`model` with every special token: nobody may say them where there is no tokenizer, and no cost depends on them."""
+    """`model` with every special token: without a tokenizer nobody may say them, and no cost depends on them."""
     said = (model.mask_token_id, model.eos_token_id, model.pad_token_id)
     mask_id, eos_id, pad_id = (0 if token is None else token for token in said)
     return dataclasses.replace(model, mask_token_id=mask_id, eos_token_id=eos_id, pad_token_id=pad_id)
@@ -245,10 +245,10 @@ def _sampler(compiler: _Compiler, config: Config, model: MaskPredictor, params: 
     b = -(-config.sampler.batch_size // shards) * shards
     g, by_row = config.sampler.gen_length, rules.row_sharding(mesh)
 
-    def row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def row(*shape: int, dtype: Any = jnp.int32) -> Any:  # in the place of an array
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)
 
-    count = _everywhere((), jnp.int32, mesh)
+    count: Any = _everywhere((), jnp.int32, mesh)
     rows = DecodeRows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
     state = DecodeState(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
     options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}

@@ -9,13 +9,14 @@ reuse: in the first step of later blocks). A mask token in a prompt is left alon
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from elbo_kto_jax.models.network import MaskPredictor, Params
+from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.config import Sampler
 from elbo_kto_jax.sampling import reuse
 from elbo_kto_jax.sampling.choice import choose, guess_tokens
@@ -63,6 +64,7 @@ def take_steps(
         return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
 
     def take_step(state: DecodeState):
+        start: AnyArray
         if window is None or cache is None:
             whole = whole_rows(rows, state.response, options, model.config.mask_id)
             states: list[Any] = [model.apply({"params": params}, *row) for row in whole]
@@ -103,7 +105,7 @@ def _candidates(
     return (state.response == model.config.mask_id) & reached & goes_on[:, None]
 
 
-def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler) -> Int[Array, " b"]:
+def _quota(num_masked: Int[AnyArray, " b"], step: Int[AnyArray, ""], options: Sampler) -> Int[AnyArray, " b"]:
     """How many positions each row writes in this step of a block that had `num_masked` masked ones.
 
     They are spread evenly over the steps, the first `remainder` steps take one more. With a threshold a step writes at
@@ -121,7 +123,7 @@ def _take_step(
     rows: DecodeRows,
     state: DecodeState,
     hidden: list[Float[Array, "b w d"]],
-    start: Int[Array, " b"],
+    start: Int[AnyArray, " b"],
     options: Sampler,
     eot_id: int | None,
     *,
@@ -129,7 +131,7 @@ def _take_step(
 ) -> DecodeState:
     """The state after the step whose hidden states are those of the response's columns from `start` on."""
     candidate = _candidates(rows, state, options, model, eot_id, in_block=in_block)
-    keys = jax.random.wrap_key_data(rows.key_words, impl="threefry2x32")
+    keys = jax.random.wrap_key_data(cast(Array, rows.key_words), impl="threefry2x32")
     step_keys = jax.vmap(jax.random.fold_in)(keys, state.steps)
     end = (rows.block + 1) * options.block_length
     guess = guess_tokens(model, params, hidden, start, end, candidate, step_keys, options, eot_id)

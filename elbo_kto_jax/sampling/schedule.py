@@ -82,10 +82,8 @@ class DecodeBatch:
         def zeros(*shape: int) -> np.ndarray:
             return np.zeros((size, *shape), np.int32)
 
-        self._rows: DecodeRows[np.ndarray] = DecodeRows(
-            zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros()
-        )
-        self._state: DecodeState[np.ndarray] = DecodeState(
+        self._rows = DecodeRows(zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros())
+        self._state = DecodeState(
             np.full((size, g), self._eos_id, np.int32),
             zeros(g),
             np.zeros((size, g), np.float32),
@@ -135,7 +133,7 @@ class DecodeBatch:
         finished = {}
         for row, member in list(self.members.items()):
             done = int(self._rows.block[row]) + 1
-            tokens, written_at, confidence = (leaf[row].copy() for leaf in self._state[:3])
+            tokens, written_at, confidence = (np.array(leaf[row]) for leaf in self._state[:3])
             next_block = self._next_block(row, done)
             stops = self._options.early_stop and bool(has_ended(tokens, self._mask_id, self._stop_ids))
             if stops:
