@@ -8,7 +8,7 @@ gets depends neither on the padding nor on the other rows.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, UInt32
+from jaxtyping import Bool, Float32, Int, UInt32
 
 from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.config import Sampler
