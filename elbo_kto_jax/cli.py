@@ -49,20 +49,19 @@ COMMANDS = {
 class Flags(flags.Flags):
     """Flags of a command. With a config, the names in it are checked, and the processes of the job are joined."""
 
-    def parse(self, argv: list[str]) -> tuple[Namespace, Config | None]:
-        """The flags and, where `add_config` was called, the resolved config.
+    def parse(self, argv: list[str]) -> tuple[Namespace, Config]:
+        """The flags and the resolved config of a command that called `add_config`.
 
         Raises:
           UserError: an unknown flag or config key, or a value that does not fit.
         """
         options, config = super().parse(argv)
-        if config is not None:
-            objectives.build(config.objective)  # names that are not known are refused before anything is loaded
-            masks.check_scheme(config.estimator.scheme)
-            processes.start(options.coordinator, options.num_processes, options.process_id)
-            rules.split_cpu(config.mesh)
-            if not processes.is_first():
-                log.setLevel(logging.WARNING)
+        objectives.build(config.objective)  # names that are not known are refused before anything is loaded
+        masks.check_scheme(config.estimator.scheme)
+        processes.start(options.coordinator, options.num_processes, options.process_id)
+        rules.split_cpu(config.mesh)
+        if not processes.is_first():
+            log.setLevel(logging.WARNING)
         return options, config
 
 
@@ -107,7 +106,7 @@ def run(main: Callable[[list[str]], dict[str, Any]]) -> NoReturn:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_unraisable
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", _cache_folder())  # a program is compiled once per machine
     try:
         summary = main(sys.argv[1:])
@@ -143,9 +142,8 @@ def _ignore_unraisable(unraisable: Any) -> None:
 
 def _cache_folder() -> str | None:
     """Where compiled programs are kept: below XDG_CACHE_HOME or ~/.cache; None where there is no such place."""
-    base, home = os.environ.get("XDG_CACHE_HOME", ""), paths.home_folder()
-    if not os.path.isabs(base):
-        base = home and os.path.join(home, ".cache")
+    stated, home = os.environ.get("XDG_CACHE_HOME", ""), paths.home_folder()
+    base = stated if os.path.isabs(stated) else home and os.path.join(home, ".cache")
     folder = base and os.path.join(base, "elbo_kto_jax", "compiled")
     with contextlib.suppress(OSError):
         if folder:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of every parameter (default: as stored)")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at --out")
-    flags, _ = parser.parse(argv)
+    flags = parser.parse_flags(argv)
     jax.config.update("jax_platforms", "cpu")
     return from_published(flags.source, flags.out, dtype=flags.dtype, overwrite=flags.overwrite)
 

@@ -15,7 +15,7 @@ serves all cells with equal settings. A checkpoint is loaded once for all of its
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.evaluate import add_judge_flags, add_task_flags
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     add_task_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags, config = parser.parse(argv)
+    config = cast(SweepConfig, config)  # the kind that was asked for
     return sweep(config, Path(flags.workdir), allow_code=flags.confirm_run_unsafe_code, overwrite=flags.overwrite)
 
 

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> dict:
         "--shard-size", type=shard_size, default="5GB", help="bytes per file: a number and KB, MB or GB (default: 5GB)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
-    flags, _ = parser.parse(argv)
+    flags = parser.parse_flags(argv)
     jax.config.update("jax_platforms", "cpu")
     return to_published(
         flags.source, Path(flags.out), dtype=flags.dtype, shard_size=flags.shard_size, overwrite=flags.overwrite

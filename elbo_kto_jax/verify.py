@@ -22,7 +22,7 @@ def main(argv: list[str]) -> dict:
     parser = cli.Flags("conversion.verify", "Compares a checkpoint of ours with a published one, bit by bit.")
     parser.add_argument("--source", required=True, help="folder of safetensors, or a Hugging Face hub id")
     parser.add_argument("--checkpoint", required=True, help="converted checkpoint, training step or workdir")
-    flags, _ = parser.parse(argv)
+    flags = parser.parse_flags(argv)
     jax.config.update("jax_platforms", "cpu")
     summary = compare(flags.source, flags.checkpoint)
     if summary["different"]:

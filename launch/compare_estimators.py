@@ -22,7 +22,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "--schemes", type=str, default="uniform,balanced", help="estimator.scheme (default: %(default)s)"
     )
     flags.add_argument("--draws", type=str, default="1,2,4,8", help="estimator.draws (default: %(default)s)")
-    options, _ = flags.parse(argv)
+    options = flags.parse_flags(argv)
     workdir, schemes = Path(options.workdir), options.schemes.split(",")
     seeds, draws = comparison.numbers(options.seeds, "--seeds"), comparison.numbers(options.draws, "--draws")
     settings = {f"{scheme}-{k}": (scheme, k) for scheme in schemes for k in draws}

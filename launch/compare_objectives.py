@@ -32,7 +32,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     flags.add_argument("--seeds", type=str, default="0,1,2,3,4", help="of data, model and masks (default: %(default)s)")
     flags.add_argument("--rates", type=str, default="1e-4", help="optimizer.learning_rate (default: %(default)s)")
     flags.add_argument("--betas", type=str, default="1.0", help="objective.beta of kto and dpo (default: %(default)s)")
-    options, _ = flags.parse(argv)
+    options = flags.parse_flags(argv)
     workdir, seeds = Path(options.workdir), comparison.numbers(options.seeds, "--seeds")
     settings = {
         f"{name}-rate-{rate}" + ("" if name == "sft" else f"-beta-{beta}"): (name, rate, beta)

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--shard-size", type=shard_size, default="5GB", help="bytes per file (default: 5GB)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
-    flags, _ = parser.parse(argv)
+    flags = parser.parse_flags(argv)
     out = Path(flags.out)
     check_destination(out, flags.overwrite, huggingface.is_published)
     dimensions = random_folder.dimensions(flags.size, flags.architecture)

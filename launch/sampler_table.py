@@ -74,7 +74,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--quickstart", required=True, metavar="DIR", help="working folder of a finished quickstart")
     parser.add_argument("--workdir", default="runs/sampler_table", help="working folder (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=HELD_OUT, help="prompts per model (default: %(default)s)")
-    flags, _ = parser.parse(argv)
+    flags = parser.parse_flags(argv)
     workdir, small = Path(flags.workdir), Path(flags.quickstart)
     subjects = [
         Subject(f"{LENGTH} letters", train_bigger(workdir), str(workdir / "data" / "prompts.jsonl"), LENGTH + 1, 16),

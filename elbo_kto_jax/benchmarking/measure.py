@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,8 +111,9 @@ class Worker:
     def __init__(self, *command: str, setting: dict):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed in __exit__; a pipe would fill up
+        self.command = [sys.executable, *command]
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -128,7 +130,7 @@ class Worker:
         """
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            line = self.process.stdout.readline() if self.process.stdout else ""
         except BrokenPipeError:
             line = ""
         if not line:
@@ -137,7 +139,7 @@ class Worker:
             lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
             errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
             reason = errors[-1][:300] if errors else f"exit status {status}"
-            raise UserError(f"the benchmark's worker {self.process.args[-1]} stopped: {reason}")
+            raise UserError(f"the benchmark's worker {self.command[-1]} stopped: {reason}")
         return json.loads(line)
 
     def __enter__(self):
@@ -152,7 +154,8 @@ class Worker:
 
 def write_examples(file: Path, data: TrainingData, records: int) -> None:
     """What the peer is given: tokens, windows, labels and the very masks that we draw."""
-    examples, arrays = data.examples, {"count": np.array(records)}
+    examples = data.examples
+    arrays: dict[str, Any] = {"count": np.array(records)}
     for i in range(records):
         masks = data.masks(i)
         arrays |= {

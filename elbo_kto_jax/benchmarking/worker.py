@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def main() -> None:
 
         return run
 
-    answer = {"jax": jax.__version__}
+    answer: dict[str, Any] = {"jax": jax.__version__}
     while True:
         print(json.dumps(answer), flush=True)
         line = sys.stdin.readline()
@@ -95,7 +96,10 @@ def peak_bytes() -> int:
         return statistics["peak_bytes_in_use"]
     status = Path("/proc/self/status")
     if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        if found is None:
+            raise ValueError(f"{status}: expected a line VmHWM")
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 

@@ -50,7 +50,8 @@ def load_base(
             f"{command_line('conversion.to_hf')} {shlex.quote(f'--source={path}')} --out=FOLDER"
         )
     source = open_whole(folder)
-    digest, params = Digest(source.leaves), {}
+    digest = Digest(source.leaves)
+    params: dict[TreePath, Any] = {}
     for leaf_path, leaf in read_leaves(source, digest, lambda leaf_path: names.get(shardings, leaf_path)):
         where = [f"{folder}: tensor {name}" for name in registry.parameters(source.config)[leaf_path].tensors]
         check_finite(leaf, where)
@@ -82,6 +83,8 @@ def load_merged(
 ) -> dict:
     """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
     adaptation, stored = manifest.lora, manifest.trees["params"]
+    if adaptation is None:
+        raise ValueError(f"{folder}: expected a checkpoint of adapters, got a whole model")
     try:
         base = locate(adaptation.base_path, "base", weights=True)
         if is_checkpoint(base) and read_manifest(base).lora is not None:

@@ -150,6 +150,6 @@ def difference_between(source: huggingface.HuggingFaceFolder, checkpoint: Source
     for piece in checkpoint.published_pieces(ours, buffers):
         stop = start + len(piece)
         expected = source.read(name, (slice(start, stop), *map(slice, theirs.shape[1:])))
-        count += np.count_nonzero(expected.view(bits) != piece.view(bits))
+        count += int(np.count_nonzero(expected.view(bits) != piece.view(bits)))
         start = stop
     return f"{count} of {math.prod(theirs.shape)} values differ" if count else ""

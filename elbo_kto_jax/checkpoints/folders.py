@@ -16,6 +16,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -94,7 +95,10 @@ def files_in(directory: epath.Path) -> Iterator[epath.Path]:
             yield child
 
 
-class _LocalPath(type(epath.Path())):
+_Path: Any = type(epath.Path())  # of paths on this machine
+
+
+class _LocalPath(_Path):
     """A path on this machine for Orbax, whatever its name is; paths that are derived from it are of this kind, too.
 
     epath itself takes /gs/NAME, /s3/NAME and /hf/NAME for buckets and, in `glob`, a folder's name for a pattern; its

@@ -31,11 +31,11 @@ def download(hub_id: str, flag: str, weights: bool) -> Path:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes between its versions
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        folder = name.rpartition("/")[2]
+        local = name.rpartition("/")[2]
         pin = f" --revision {revision}" if revision else ""
         raise UserError(
             f"{flag}={hub_id}: no such folder here, and not available from the Hugging Face hub ({reason})\n"
-            f"Where there is a network: `hf download {name}{pin} --local-dir {folder}`; then set {flag}={folder}"
+            f"Where there is a network: `hf download {name}{pin} --local-dir {local}`; then set {flag}={local}"
         ) from error
     log.info("%s: revision %s", name, folder.name)  # the commit, by which the cache names the folder
     return folder

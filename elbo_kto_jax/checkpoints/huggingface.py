@@ -59,7 +59,7 @@ class HuggingFaceFolder:
             rows = buffers.empty(view.shape, dtype)
             with file.open("rb") as opened:
                 opened.seek(self.offsets[name] + (index[0].start or 0) * rows[:1].nbytes)
-                if opened.readinto(rows.view(np.uint8)) != rows.nbytes:
+                if opened.readinto(rows.view(np.uint8).data) != rows.nbytes:
                     raise ValueError(f"it ends within tensor {name}")
             return rows
         except (ValueError, OSError) as error:
@@ -99,7 +99,8 @@ def open_folder(folder: Path) -> HuggingFaceFolder:
     """
     config = parse_config(read_assets(folder), str(folder / CONFIG_FILE))
     expected, duplicates = names.published_tensors(config), names.published_duplicates(config)
-    files, shapes, dtypes, offsets = {}, {}, {}, {}
+    files, shapes, dtypes = {}, {}, {}
+    offsets: dict[str, int] = {}
     for shard, listed in _shards(folder).items():
         with open_file(shard) as file:
             found = set(file.keys())

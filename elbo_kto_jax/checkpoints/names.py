@@ -5,7 +5,7 @@ one kind are stacked along a new first axis (models/table.py).
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -46,8 +46,8 @@ def published_tensors(config: ModelConfig) -> dict[str, PublishedTensor]:
             published_shape = shape[::-1] if leaf.transposed else shape
             table[name] = PublishedTensor(published_shape, path, layer if leaf.stacked else None, leaf.transposed)
     first, *last = (name for name, tensor in table.items() if tensor.layer is None)
-    blocks = sorted((name for name in table if table[name].layer is not None), key=lambda name: table[name].layer)
-    return {name: table[name] for name in (first, *blocks, *last)}
+    layers = {name: tensor.layer for name, tensor in table.items() if tensor.layer is not None}
+    return {name: table[name] for name in (first, *sorted(layers, key=lambda name: layers[name]), *last)}
 
 
 def published_duplicates(config: ModelConfig) -> dict[str, str]:
@@ -56,7 +56,7 @@ def published_duplicates(config: ModelConfig) -> dict[str, str]:
     return {row.duplicate: row.tensors[0] for row in rows if row.duplicate is not None}
 
 
-def unflatten(leaves: dict[TreePath, object]) -> dict:
+def unflatten(leaves: Mapping[TreePath, object]) -> dict:
     """The nested dictionary whose leaves lie at the given paths."""
     tree: dict = {}
     for path, leaf in leaves.items():

@@ -113,9 +113,10 @@ def published_config(
     if "d_model" in dimensions and "head_dim" not in dimensions:
         dimensions["head_dim"] = dimensions["d_model"] // dimensions["n_heads"]
     rows = max(dimensions.get("embedding_size", 0), len(tokenizer))
+    fields: dict[str, Any] = {**dimensions, "embedding_size": rows}
     config = dataclasses.replace(
         published,
-        **{**dimensions, "embedding_size": rows},
+        **fields,
         vocab_size=len(tokenizer),
         mask_token_id=mask_id,
         eos_token_id=eos_id,

@@ -6,6 +6,7 @@ The library opens and checks a file; where the bytes of a tensor start, and the 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
@@ -50,7 +51,8 @@ def data_offsets(file: Path) -> dict[str, int]:
 
 def header_of(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
     """What stands before the data of a safetensors file: the length of a JSON object, and where each tensor lies."""
-    dtypes, header, end = {dtype: name for name, dtype in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
+    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     for name, tensor in tensors.items():
         start, end = end, end + tensor.size * tensor.dtype.itemsize
         header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}

@@ -110,14 +110,16 @@ class _Streamed:
         """Writes every piece; one is read, one is added to the digest and two are written at a time."""
         leaf = registry.parameters(self.source.config)[self.path]
         indices = (index for layer in range(len(leaf.tensors)) for index in names.pieces(leaf, layer))
-        buffers, writing = self.source.buffers(3, published=False), None
+        buffers = self.source.buffers(3, published=False)
+        writing: tensorstore.WriteFutures | None = None
         for index, piece in ahead((index, self.source.read(self.path, index, buffers)) for index in indices):
             before, writing = writing, array[index].write(piece, can_reference_source_data_indefinitely=True)
             self.digest.add(self.path, tuple(axis.start for axis in index), piece)
             if before is not None:
                 before.result()
             self.bar.update(piece.nbytes)
-        writing.result()
+        if writing is not None:
+            writing.result()
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -38,7 +39,8 @@ def write_untrained(folder: Path, seed: int, architecture: str = "llada", **dime
     """Writes a tiny model with random weights and its tokenizer as a Hugging Face folder; `dimensions` are fields of
     its ModelConfig that differ from the quickstart's."""
     tokenizer = tiny_tokenizer()
-    config = published_config(tokenizer, architecture, **(_DIMENSIONS | dimensions))
+    fields: dict[str, Any] = _DIMENSIONS | dimensions
+    config = published_config(tokenizer, architecture, **fields)
     assets = {CONFIG_FILE: json.dumps(config, indent=1).encode()}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)

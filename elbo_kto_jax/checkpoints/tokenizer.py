@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # type: ignore[attr-defined]  # found at run time
 
 from elbo_kto_jax.checkpoints.assets import CONFIG_FILE
 from elbo_kto_jax.data import foreign

@@ -84,7 +84,9 @@ def read_leaves(
 
     def read(path: TreePath) -> jax.Array:
         shape = source.leaves[path].shape
-        leaf = jax.make_array_from_callback(shape, sharding_of(path), lambda index: source.read(path, index, None))
+        leaf = jax.make_array_from_callback(
+            shape, sharding_of(path), lambda index: source.read(path, index or (), None)
+        )
         digest.add(path, (0,) * leaf.ndim, leaf)
         return leaf
 

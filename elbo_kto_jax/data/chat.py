@@ -32,6 +32,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -175,6 +176,8 @@ def _turns(record: Record) -> tuple[list[Message] | str, str]:
     prompt, completion = record.prompt, record.completion
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}]
+    if completion is None:
+        raise ValueError(f"{record.where}: expected a record with a completion")
     return prompt, completion if isinstance(completion, str) else completion[0]["content"]
 
 
@@ -192,9 +195,9 @@ def _render(
             f"{where[places[0]]}: the tokenizer of this model has no chat template for messages; use the tokenizer of "
             "an instruct model, or plain strings for prompt and completion"
         )
-    conversations = [_without_empty_answer(prompts[i]) for i in places]
+    conversations = [_without_empty_answer(prompt) for prompt in prompts if not isinstance(prompt, str)]
     are_open = [conversation[-1]["role"] == "assistant" for conversation in conversations]
-    texts = list(prompts)
+    texts = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
     try:
         rendered = foreign.render(tokenizer, conversations, are_open) if places else []
     except foreign.ForeignError as error:
@@ -279,7 +282,7 @@ class _Guard:
             if max_length is not None and len(tokens) > max_length + _BEYOND:
                 break
             if self._special.fullmatch(part):
-                tokens.append(tokenizer.convert_tokens_to_ids(part))
+                tokens.append(cast(int, tokenizer.convert_tokens_to_ids(part)))  # of one token, one id
             elif part:
                 plain = re.sub(f"{self._mark}(\\d+){self._mark}", lambda match: self._written[int(match[1])], part)
                 tokens += tokenise(tokenizer, [plain], max_length, as_text=True)[0]
@@ -303,14 +306,15 @@ def tokenise(
     Raises:
       UserError: the tokenizer fails.
     """
-    most = sys.maxsize if max_length is None else _CHARACTERS * (max_length + _BEYOND)
+    enough = sys.maxsize if max_length is None else max_length + _BEYOND
+    most = sys.maxsize if max_length is None else _CHARACTERS * enough
     found: dict[str, list[int]] = {}
     left = list(dict.fromkeys(texts))
     while left:
         encoded = _encode(tokenizer, [text[:most] for text in left], as_text)
         found.update(zip(left, encoded, strict=True))
         # What a normalizer deletes has no tokens.
-        left = [text for text in left if len(text) > most and len(found[text]) <= max_length + _BEYOND]
+        left = [text for text in left if len(text) > most and len(found[text]) <= enough]
         most *= 4
     return [found[text] for text in texts]
 

@@ -67,7 +67,7 @@ class Examples:
             self.id_words,
         ):
             digest.update(f"{array.dtype} {array.shape};".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         digest.update("\n".join(self.ids).encode())
         return digest.hexdigest()
 

@@ -121,7 +121,7 @@ def _growth(rule: Any) -> float:
     """How many times as long a normalizer, pre-tokenizer or decoder may make a text, at most."""
     if not isinstance(rule, dict):
         return 1.0
-    kind = rule.get("type")
+    kind: Any = rule.get("type")
     if kind == "Sequence":
         (inner,) = (rule[name] for name in ("normalizers", "pretokenizers", "decoders") if name in rule)
         return math.prod(map(_growth, inner))
@@ -166,23 +166,25 @@ class _Process:
         """The answers; the last one is an error where the process ended before it had given all."""
         line = json.dumps(request, default=str).encode() + b"\n"
         with self._lock:
-            if self._running is None or self._running.poll() is not None:
-                self._running = self._start()
+            running = self._running
+            if running is None or running.poll() is not None:
+                running = self._running = self._start()
+            if running.stdin is None or running.stdout is None:
+                raise RuntimeError("the process of the sandbox was started without pipes")
             answers: list[dict[str, str]] = []
             try:
-                self._running.stdin.write(line)
-                self._running.stdin.flush()
+                running.stdin.write(line)
+                running.stdin.flush()
                 while len(answers) < num_answers:
-                    answers.append(json.loads(self._running.stdout.readline()))
+                    answers.append(json.loads(running.stdout.readline()))
             except (OSError, ValueError):  # it is gone, or going
-                answers.append({"error": self._why_it_ended()})
+                answers.append({"error": self._why_it_ended(running)})
             except BaseException:  # Ctrl-C: answers of this request must not be taken for those of the next
                 self.close()
                 raise
         return answers
 
-    def _why_it_ended(self) -> str:
-        running = self._running
+    def _why_it_ended(self, running: subprocess.Popen) -> str:
         self.close()
         status = running.returncode
         if status == -sandbox.ENDED_BY:

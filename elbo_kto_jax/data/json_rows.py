@@ -108,17 +108,22 @@ def layout(head: bytes) -> str:
     return "lines" if "prompt" in value or "chosen" in value else ""
 
 
+def _after_blank(text: str, start: int) -> int:
+    """Where the blank from `start` on ends."""
+    found = _BLANK.match(text, start)  # the empty one, where there is none
+    return found.end() if found else start
+
+
 def _list_rows(text: str) -> Iterator[Decode]:
     decoder = _Json()
-    at = _BLANK.match(text).end() + 1
-    at = _BLANK.match(text, at).end()
+    at = _after_blank(text, _after_blank(text, 0) + 1)
     while text[at : at + 1] != "]":
         value, at = decoder.raw_decode(text, at)
         yield functools.partial(_unambiguous, value, decoder.twice)
         decoder.twice = ""
-        at = _BLANK.match(text, at).end()
+        at = _after_blank(text, at)
         if text[at : at + 1] == ",":
-            at = _BLANK.match(text, at + 1).end()
+            at = _after_blank(text, at + 1)
         elif text[at : at + 1] != "]":
             raise json.JSONDecodeError("expected , or ]", text, at)
     if text[at + 1 :].strip():

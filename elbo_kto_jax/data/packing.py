@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from elbo_kto_jax.runtime.arrays import AnyArray
+
 
 class Segment(NamedTuple):
     """One draw of one example."""
@@ -23,21 +25,21 @@ class Segment(NamedTuple):
     start: int  # where the completion starts
     mask: Bool[np.ndarray, " l"]  # over the completion's tokens; True = hidden and scored
     weight: float  # of the sum of log-probabilities, docs/method.md 1
-    index: int  # where this draw's estimate goes in the flat array of results
+    index: int  # type: ignore[assignment]  # not tuple's; where this draw's estimate goes in the flat array
 
 
 class Rows(NamedTuple):
     """A micro-batch of m rows of s tokens; leaves are numpy on the host and sharded along m on devices."""
 
-    tokens: Int32[np.ndarray, "m s"]  # hidden tokens already replaced by the mask token
-    positions: Int32[np.ndarray, "m s"]  # restart at each segment
-    segment_ids: Int32[np.ndarray, "m s"]  # 1, 2, ... ; 0 is padding that no segment sees
-    target_position: Int32[np.ndarray, "m s"]  # where the hidden tokens are, first `num_targets` entries of a row
-    target_token: Int32[np.ndarray, "m s"]  # what stood there
-    target_slot: Int32[np.ndarray, "m s"]  # which of the row's segments it belongs to
-    target_weight: Float32[np.ndarray, "m s"]
-    num_targets: Int32[np.ndarray, " m"]
-    slot_index: Int32[np.ndarray, "m g"]  # Segment.index of each slot, NO_SEGMENT where there is none
+    tokens: Int32[AnyArray, "m s"]  # hidden tokens already replaced by the mask token
+    positions: Int32[AnyArray, "m s"]  # restart at each segment
+    segment_ids: Int32[AnyArray, "m s"]  # 1, 2, ... ; 0 is padding that no segment sees
+    target_position: Int32[AnyArray, "m s"]  # where the hidden tokens are, first `num_targets` entries of a row
+    target_token: Int32[AnyArray, "m s"]  # what stood there
+    target_slot: Int32[AnyArray, "m s"]  # which of the row's segments it belongs to
+    target_weight: Float32[AnyArray, "m s"]
+    num_targets: Int32[AnyArray, " m"]
+    slot_index: Int32[AnyArray, "m g"]  # Segment.index of each slot, NO_SEGMENT where there is none
 
 
 NO_SEGMENT = np.iinfo(np.int32).max  # an index that is out of range everywhere, so that writes to it are dropped

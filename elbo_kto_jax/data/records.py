@@ -30,7 +30,7 @@ from elbo_kto_jax.data.bad_records import BadRecordError, show
 
 FIELDS = ("id", "prompt", "completion", "label", "chosen", "rejected", "tools")  # of a row that are read
 MESSAGES_OF = ("prompt", "completion", "chosen", "rejected")  # fields that may have messages
-EMPTY = (None, "", [], {})  # values that say nothing
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that say nothing
 _ROLES = ("system", "user", "assistant")
 _LABEL_OF_STEM = {"chosen": True, "rejected": False}
 # Without these a message is another one. Empty ones say nothing.

@@ -60,12 +60,13 @@ def diagnose(request: Request, config: Config, out: Path) -> dict:
     for name in ("records", "repeats"):
         if getattr(request, name) < 2:
             raise UserError(f"--{name}: expected at least 2, a variance needs as many; got {getattr(request, name)}")
-    if not isinstance(objectives.build(config.objective), ValueFunction):
+    objective = objectives.build(config.objective)
+    if not isinstance(objective, ValueFunction):
         raise UserError(f"config.objective.name: {config.objective.name!r} has no rewards to diagnose")
     began = time.monotonic()
     if len({setting.scheme for setting in request.settings} - {"bernoulli"}) < 2:
         log.warning("biases of the estimate are not measured: they need two of --schemes besides bernoulli")
-    result = _result(request, config)
+    result = _result(request, config, objective)
     result["seconds"] = time.monotonic() - began
     return _write(result, {name: out / name for name in FILES})
 
@@ -128,16 +129,16 @@ def _step_flops(
     return 3 * setting.draws * np.array(each)
 
 
-def _records(request: Request, config: Config, setup: Setup) -> Int64[np.ndarray, " n"]:
-    """The examples to measure.
+def _records(request: Request, config: Config, setup: Setup, unit: int) -> Int64[np.ndarray, " n"]:
+    """The examples to measure, in units of `unit` neighbours.
 
     Raises:
       UserError: there are too few, or more masks than fit into memory.
     """
-    count, least = len(setup.data.examples), 2 * len(setup.objective.contrast)
+    count, least = len(setup.data.examples), 2 * unit
     if count < least:
         raise UserError(f"--config.data.train={config.data.train}: expected at least {least} examples, got {count}")
-    records = _chosen(count, request.records, len(setup.objective.contrast), config.seed)
+    records = _chosen(count, request.records, unit, config.seed)
     masks = len(records) * request.repeats * sum(setting.draws for setting in request.settings)
     if masks > _MOST_MASKS:
         raise UserError(
@@ -154,7 +155,7 @@ def _records(request: Request, config: Config, setup: Setup) -> Int64[np.ndarray
     return records
 
 
-def _result(request: Request, config: Config) -> dict:
+def _result(request: Request, config: Config, objective: ValueFunction) -> dict:
     """Everything that diagnosis.json holds, but for the time that it took."""
     reference_path = config.reference.path or config.model.path
     reference_flag = "--config.reference.path" if config.reference.path else "--config.model.path"
@@ -167,15 +168,15 @@ def _result(request: Request, config: Config) -> dict:
     )
     setup = prepare(config, skip_bad=request.skip_bad, flags=("--checkpoint", "--config.data.train"))
     examples = setup.data.examples
-    records = _records(request, config, setup)
+    records = _records(request, config, setup, len(objective.contrast))
     policy = setup.load_params(request.checkpoint, "--checkpoint")
     reference = setup.load_params(reference_path, reference_flag)
-    measurement = Measurement(setup, records, request.settings, setup.objective.contrast)
+    measurement = Measurement(setup, records, request.settings, objective.contrast)
     values = measurement.values(policy, reference, request.repeats)
     analysis = Analysis(
         values,
         measurement.gradients(policy),
-        objective=setup.objective,
+        objective=objective,
         length=examples.completion_length[records].astype(np.int64),
         is_desirable=examples.is_desirable[records],
         flops={setting: _step_flops(setup, records, setting, values.hidden[setting]) for setting in request.settings},

@@ -147,7 +147,8 @@ class Measurement:
         record = np.array([n for n, _ in masks])[fixed]
         canonical = self.setup.data.examples.completion_length[self.records][record] / counts[fixed]
         return Values(
-            *means,
+            policy=means[0],
+            reference=means[1],
             record=record,
             count=counts[fixed],
             policy_draw=canonical * sums[0][fixed],
@@ -190,15 +191,22 @@ class Measurement:
                             square = found[j][setting][n].sum() * (len(mask) / count / weight) ** 2
                             single.append((n, count, square))
                     bar.update()
-        columns = (
-            [np.array(column) for column in zip(*single, strict=True)]
-            if single
-            else [np.empty(0, int)] * 2 + [np.empty(0)]
+        first, second, product = found
+        records, counts, squares = zip(*single, strict=True) if single else ((), (), ())
+        return Gradients(
+            groups=groups,
+            first=first,
+            second=second,
+            product=product,
+            seconds=seconds,
+            single_record=np.array(records, int),
+            single_count=np.array(counts, int),
+            single_square=np.array(squares, float),
         )
-        return Gradients(groups, *found, seconds, *columns)
 
     def _gradient(self, policy: Params, setting: Setting, unit: int, repetition: int) -> Params:
-        segments, share = [], np.zeros(self.size, np.float32)
+        segments: list[Segment] = []
+        share = np.zeros(self.size, np.float32)
         for i, factor in enumerate(self.contrast):
             n = unit * len(self.contrast) + i
             for mask, weight in zip(*self.masks(setting, n, repetition), strict=True):
@@ -206,10 +214,10 @@ class Measurement:
                 segments.append(self._segment(n, mask, float(weight), len(segments)))
         # As few rows at once as the devices allow, since K draws of one example are few.
         layout = self.setup.data.layout._replace(rows=rules.row_shards(self.setup.mesh))
-        share = self.scorer.place_everywhere(share)
+        cotangent = self.scorer.place_everywhere(share)
         grads, estimates = zeros_like_params(policy), self.scorer.no_estimates()
         for rows in self.scorer.place(pack(segments, layout)):
-            grads, estimates = self.scorer.pace(self._grad(policy, grads, estimates, rows, share))
+            grads, estimates = self.scorer.pace(self._grad(policy, grads, estimates, rows, cotangent))
         return grads
 
     def _segment(self, n: int, mask: np.ndarray, weight: float, index: int) -> Segment:

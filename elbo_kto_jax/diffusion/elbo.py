@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
+from elbo_kto_jax.runtime.arrays import AnyArray
+
 CHUNK = 256  # targets of a row whose logits exist at once; its logits take 4 * CHUNK * vocabulary bytes a row
 _SUM = 64  # log-probabilities that are added up before these sums are
 
@@ -16,11 +18,11 @@ _SUM = 64  # log-probabilities that are added up before these sums are
 def elbo_draws(
     hidden: Float[Array, "m s d"],
     head: Float[Array, "d v"],
-    target_position: Int[Array, "m p"],
-    target_token: Int[Array, "m p"],
-    target_slot: Int[Array, "m p"],
-    target_weight: Float32[Array, "m p"],
-    num_targets: Int[Array, " m"],
+    target_position: Int[AnyArray, "m p"],
+    target_token: Int[AnyArray, "m p"],
+    target_slot: Int[AnyArray, "m p"],
+    target_weight: Float32[AnyArray, "m p"],
+    num_targets: Int[AnyArray, " m"],
     slots: int,
 ) -> Float32[Array, "m g"]:
     """One ELBO estimate in nats per slot (one draw of one example): weight * sum over its targets of log p.
@@ -40,7 +42,7 @@ def elbo_draws(
     return jnp.sum(sums, axis=1)
 
 
-def _groups(x: Shaped[Array, "m p"]) -> Shaped[Array, "m groups _"]:
+def _groups(x: Shaped[AnyArray, "m p"]) -> Shaped[Array, "m groups _"]:
     """Each row in groups of _SUM, the last one filled up with zeros."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _SUM))).reshape(x.shape[0], -1, _SUM)
 
@@ -48,9 +50,9 @@ def _groups(x: Shaped[Array, "m p"]) -> Shaped[Array, "m groups _"]:
 def target_log_probs(
     hidden: Float[Array, "m s d"],
     head: Float[Array, "d v"],
-    target_position: Int[Array, "m p"],
-    target_token: Int[Array, "m p"],
-    num_targets: Int[Array, " m"],
+    target_position: Int[AnyArray, "m p"],
+    target_token: Int[AnyArray, "m p"],
+    num_targets: Int[AnyArray, " m"],
 ) -> Float32[Array, "m p"]:
     """log softmax(hidden[position] @ head)[token] in nats, float32; 0 from `num_targets` on."""
     width = target_position.shape[1]

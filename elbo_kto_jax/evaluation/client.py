@@ -61,7 +61,7 @@ async def request_completion(
       Failure: the response is another one, or there is none.
       UserError: no request can be made.
     """
-    temperature = {} if connection.temperature is None else {"temperature": connection.temperature}
+    temperature: dict[str, Any] = {} if connection.temperature is None else {"temperature": connection.temperature}
     text = re.sub("[\ud800-\udfff]", "\ufffd", prompt)  # halves of characters, which UTF-8 cannot carry
     try:
         response = await client.chat.completions.with_raw_response.create(

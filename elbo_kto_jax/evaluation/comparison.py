@@ -34,15 +34,15 @@ class Comparison:
 
 def answered(prompts: Prompts, models: Sequence[kept.Pinned], config: Config, out: Path) -> Comparison:
     """What both models answer; of each, what was written down before is not made again."""
-    names = tuple(model.source for model in models)
-    log.info("%d prompts to %s and to %s, under identical decoding", len(prompts.records), *names)
+    name_a, name_b = (model.source for model in models)
+    log.info("%d prompts to %s and to %s, under identical decoding", len(prompts.records), name_a, name_b)
     texts = [
         kept.answers(
             out / "answers", model, prompts.records, prompts.digest, config, functools.partial(model.load, config)
         )
         for model in models
     ]
-    return Comparison(names, prompts, *texts)
+    return Comparison((name_a, name_b), prompts, *texts)
 
 
 def compare(comparison: Comparison, judge: judges.Judge, out: Path) -> dict[str, Any]:

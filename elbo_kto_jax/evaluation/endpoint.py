@@ -65,7 +65,7 @@ class Endpoint(Connection):
                     "judge %s: no reply to %d of %d questions: %s; they have no verdict, and are asked again next time",
                     *(self.model, count, len(missing), reason),
                 )
-        return [replies[prompt] for prompt in prompts]
+        return [replies[prompt] or "" for prompt in prompts]
 
     def _ask_all(self, prompts: Sequence[str], cache: ReplyCache) -> dict[str, Reply]:
         """What became of each prompt; replies go into the cache as they come."""

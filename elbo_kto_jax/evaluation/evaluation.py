@@ -83,8 +83,10 @@ class _Evaluation:
         return {**result, "comparisons_file": str(file), "report": str(report)}
 
     def _tasks(self) -> dict[str, Any]:
+        if not self._benchmarks:
+            return {}
         metrics = {}
-        checkpoint = self._models[0].load(self._config) if self._benchmarks else None
+        checkpoint = self._models[0].load(self._config)
         for benchmark in self._benchmarks:
             file, name = benchmarks.task_file(self._out, benchmark.name), _part_name(benchmark)
             if name not in self._progress.done:
@@ -92,7 +94,7 @@ class _Evaluation:
                 self._progress.finish(name)
             metrics[benchmark.name] = benchmarks.import_harness("tasks").read_metrics(file, benchmark.name)
         results = {name: str(benchmarks.task_file(self._out, name)) for name in metrics}
-        return {"tasks": metrics, "results": results} if metrics else {}
+        return {"tasks": metrics, "results": results}
 
     def _parts(self, prompts: Prompts | None) -> dict[str, kept.Part]:
         """The results that are asked for, by name, with all that they depend on."""
@@ -101,7 +103,7 @@ class _Evaluation:
         parts = {}
         if prompts:
             judge = judges.describe(self._config.judge)
-            settings = {"baseline": self._models[1].content, "prompts": prompts.digest, "judge": judge}
+            settings: dict[str, Any] = {"baseline": self._models[1].content, "prompts": prompts.digest, "judge": judge}
             parts[WIN_RATE] = kept.Part(self._planned, {**base, **settings})
         for benchmark in self._benchmarks:
             settings = {**benchmarks.settings_of(benchmark), "limit": self._config.benchmarks.limit}

@@ -131,15 +131,16 @@ def answers(
                 found[i] = text
             if processes.is_first():
                 atomic_write(path, f"{to_json({'settings': settings, 'answers': found})}\n")
-    return found
+    return [text for text in found if text is not None]  # all of them
 
 
 def _known(path: Path, settings: Mapping[str, Any], count: int) -> list[str | None]:
     """The answers that were written down, None for those that were not; the same ones in every process."""
     stored = read_json(path) or {}
     found = stored.get("answers")
-    is_sound = isinstance(found, list) and len(found) == count and stored.get("settings") == as_json(settings)
-    texts = [text if isinstance(text, str) else None for text in found] if is_sound else [None] * count
+    if not isinstance(found, list) or len(found) != count or stored.get("settings") != as_json(settings):
+        found = [None] * count
+    texts = [text if isinstance(text, str) else None for text in found]
     known = processes.of_first(np.array([text is not None for text in texts]))
     if any(is_known and text is None for is_known, text in zip(known, texts, strict=True)):
         raise UserError(f"{path}: process 0 has answers there that another does not see; share the folder between them")
@@ -207,10 +208,11 @@ class Progress:
     def _begin(self, out: Path, overwrite: bool) -> None:
         check_writable(out, "--out")
         stored = read_json(self._file) or {}
-        before = stored.get("settings") if isinstance(stored.get("settings"), dict) else {}
+        settings = stored.get("settings")
+        before: dict[str, Any] = settings if isinstance(settings, dict) else {}
         asked, done = _names(stored)
         wanted = as_json({name: part.settings for name, part in self._parts.items()})
-        self._others = {name: settings for name, settings in before.items() if name not in wanted}
+        self._others = {name: value for name, value in before.items() if name not in wanted}
         if asked == wanted.keys() and done < asked and _is_same(before, wanted, done):
             self.done = done
         else:

@@ -49,7 +49,7 @@ class Session:
 
     def stop(self) -> None:
         """Ends the run, from another thread."""
-        if self._loop is not None and not self._loop.is_closed():
+        if self._loop is not None and self._task is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._task.cancel)
 
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[str], bar: tqdm) -> None:

@@ -58,7 +58,8 @@ def _fill(grid: "Grid") -> dict[str, Any]:
         if not processes.several():  # where there are several, all must ask at the same point
             grid.shared.stop_requested = stop_requested
         for cell in grid.evaluated(left):
-            done[cell.name] = grid.result(cell)
+            if result := grid.result(cell):  # written just now
+                done[cell.name] = result
             bar.update()
             write_tables(grid.workdir, grid.config, grid.cells, done)
             if stop_requested() and len(done) < len(grid.cells):

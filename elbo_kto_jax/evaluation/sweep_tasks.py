@@ -87,8 +87,11 @@ class SweepTask(Protocol):
       baselines: checkpoints that it needs beside the one of the cell.
     """
 
-    name: str
-    baselines: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def baselines(self) -> tuple[str, ...]: ...
 
     def settings_of_grid(self) -> list[Setting]:
         """The settings of its cells, for each checkpoint."""
@@ -189,7 +192,7 @@ class Elbo:
     def settings_of_grid(self) -> list[Setting]:
         if self.name == EXACT_ELBO:
             return [Setting()]
-        return [Setting(draws=draws) for draws in self._config.sweep.draws or [None]]
+        return _settings_of_draws(self._config)
 
     def depends_on(self) -> dict[str, Any]:
         return {"data": self._digest}
@@ -227,7 +230,7 @@ class Harness:
     def settings_of_grid(self) -> list[Setting]:
         sweep = self._config.sweep
         sampled = [Setting(sampler=overrides) for overrides in sweep.sampler] if self._benchmark.generates else []
-        drawn = [Setting(draws=draws) for draws in sweep.draws or [None]] if self._benchmark.compares else []
+        drawn = _settings_of_draws(self._config) if self._benchmark.compares else []
         return sampled + drawn
 
     def depends_on(self) -> dict[str, Any]:
@@ -251,6 +254,11 @@ class Harness:
             for name, value in found.items()
             if "_stderr," not in name
         ]
+
+
+def _settings_of_draws(config: SweepConfig) -> list[Setting]:
+    """A setting for each number of draws; where there is none, that of the task."""
+    return [Setting(draws=draws) for draws in config.sweep.draws] or [Setting()]
 
 
 def metric(name: str, value: float, error: float | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ _OPEN = rf"<\s*{_THINK}\b[^<>]*>|\[THINK\]|◁think▷|<\|channel\|>analysis(?:<
 _CLOSE = rf"<\s*/\s*{_THINK}\s*>|\[/THINK\]|◁/think▷|<\|channel\|>final(?:<\|message\|>)?"
 _REASONING = re.compile(f"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
 # The brackets may be escaped or the letter emphasised: Markdown and LaTeX.
+_VERDICTS: dict[str, Verdict] = {"A": "A", "B": "B", "TIE": "tie"}
 _STATED = re.compile(r"\\?\[\\?\[[\s*_`]*(A|B|tie)[\s*_`]*\\?\]\\?\]", re.IGNORECASE)
 
 
@@ -19,7 +20,8 @@ def without_reasoning(reply: str) -> str:
     Reasoning stands between two marks, after one that nothing closes (the reply was cut off), or before one that
     nothing opened (some templates write the opening mark into the prompt).
     """
-    said, start, opened = [], 0, None
+    said: list[str] = []
+    start, opened = 0, None
     for mark in _REASONING.finditer(reply):
         if mark["open"]:
             opened = mark.start() if opened is None else opened
@@ -35,4 +37,4 @@ def read_verdict(reply: str) -> Verdict:
     if len(stated) != 1:
         return "unparsable"
     (verdict,) = stated
-    return {"A": "A", "B": "B", "TIE": "tie"}[verdict]
+    return _VERDICTS[verdict]

@@ -53,11 +53,11 @@ def attention(
     form = form_for(platform, query.dtype, query.shape[-1])
     if segment_ids is None:
         segment_ids = jnp.ones(query.shape[:2], jnp.int32)
-    segments = (segment_ids,)
+    segments: tuple[Array, ...] = (segment_ids,)
     if key_segment_ids is not None:
         form, segments = plain_attention, (segment_ids, key_segment_ids)
-    free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes) if mesh is not None else ()
-    if free:  # of the axes of the mesh; within a shard_map the rest are at hand already
+    free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes) if mesh is not None else set()
+    if mesh is not None and free:  # of the axes of the mesh; within a shard_map the rest are at hand already
         by_head = rules.spec(("rows", None, "heads", None), mesh, free)
         inner = mesh if len(free) == len(mesh.axis_names) else None  # None: the mesh around
         form = jax.shard_map(

@@ -1,7 +1,9 @@
 """Attention in kernels that come with jax: Pallas for TPUs, cuDNN for GPUs (attention.py says which is used where)."""
 
+import contextlib
 import functools
 import inspect
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elbo_kto_jax.models.attention_plain import SAVED
 
-try:  # jax's public function has no argument for packed segments
+cudnn: Any = None
+with contextlib.suppress(ImportError):  # jax's public function has no argument for packed segments
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
-except ImportError:
-    cudnn = None
 
 _LANES = 128  # positions: the tiles of the kernels for TPUs are multiples
 _HOPPER = 9.0  # the compute capability from which cuDNN takes packed segments
@@ -58,7 +59,7 @@ def cudnn_attention(
     key: Float[Array, "b s kv e"],
     value: Float[Array, "b s kv e"],
     segment_ids: Int[Array, "b s"],
-    implementation: str = "cudnn",
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "b s h e"]:
     """The same in a kernel for GPUs, which wants an even number of positions; half of Triton's time in the gradient."""
     s = query.shape[1]

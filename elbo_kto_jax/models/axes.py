@@ -31,7 +31,7 @@ def parameter_axes(model: ModelConfig) -> tuple[dict[str, tuple[str, ...]], ...]
     """
     rows = registry.parameters(model).values()
     matrices = [("/".join(row.path), row.axes) for row in rows if row.is_matrix]
-    adapters = {}
+    adapters: dict[str, tuple[str, ...]] = {}
     for name, (layers, into, out) in matrices:
         adapters[name.replace("kernel", "lora_a")] = (layers, into, "rank")
         adapters[name.replace("kernel", "lora_b")] = (layers, "rank", out)
@@ -62,7 +62,7 @@ def param_shardings(abstract_params: Any, mesh: Mesh, model: ModelConfig) -> Any
       UserError: a dimension is not divisible by its mesh axis.
       ValueError: a parameter has no row in a table, or a row no parameter though others of its table have.
     """
-    used = set()
+    used: set[str] = set()
 
     def sharding(path, leaf):
         name = "/".join(key.key for key in path)

@@ -46,6 +46,32 @@ class ModelConfig:
     pad_token_id: int | None
     mask_is_chosen: bool = False
 
+    @property
+    def mask_id(self) -> int:
+        """The mask token of a model whose special tokens are known."""
+        return self._known("mask_token_id")
+
+    @property
+    def eos_id(self) -> int:
+        """The end of text of such a model."""
+        return self._known("eos_token_id")
+
+    @property
+    def pad_id(self) -> int:
+        """The padding of such a model."""
+        return self._known("pad_token_id")
+
+    def _known(self, name: str) -> int:
+        """A token that data/special.py finds.
+
+        Raises:
+          ValueError: it has not been asked.
+        """
+        token = getattr(self, name)
+        if token is None:
+            raise ValueError(f"{name}: not known; complete the config by `with_special_tokens`")
+        return token
+
 
 # Bounds of what may be asked for: several times what the largest published models of any kind have.
 _LARGEST = {
@@ -82,7 +108,7 @@ _BOOKKEEPING = {
 }
 # _attn_implementation, _commit_hash, _name_or_path ... are private to transformers; unsloth_version, unsloth_fixed.
 _BOOKKEEPING_PREFIXES = ("_", "unsloth_")
-OFF = (None, False, 0, "", [], {})  # values of an unknown key that switch nothing on
+OFF: tuple[Any, ...] = (None, False, 0, "", [], {})  # values of an unknown key that switch nothing on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,14 +109,14 @@ class Block(nn.Module):
     def linear(self, name: str) -> Linear:
         """The linear map that the rows call `name`, with a bias if they have one."""
         rows = registry.parameters(self.config)
-        kernel, bias = (rows.get(("blocks", name, leaf)) for leaf in ("kernel", "bias"))
+        kernel, bias = rows["blocks", name, "kernel"], rows.get(("blocks", name, "bias"))
         return Linear(
             features=kernel.shape[-1],
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             precision=matmul_precision(self.dtype),
             kernel_init=INITIALIZERS[kernel.init],
-            bias_init=bias and INITIALIZERS[bias.init],
+            bias_init=None if bias is None else INITIALIZERS[bias.init],
             name=name,
         )
 

@@ -25,6 +25,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8
 
+from elbo_kto_jax.runtime.arrays import AnyArray
+
 Params = Any  # a tree of arrays or of jax.ShapeDtypeStruct
 LARGEST = 127  # of an int8 value; -128 is not used, so that signs are symmetric
 
@@ -34,7 +36,7 @@ class Adapted(NamedTuple):
 
     base: Params
     adapters: Params
-    scale: Float32[np.ndarray, " n"]  # alpha / rank, the same for every layer; 0: the base alone
+    scale: Float32[AnyArray, " n"]  # alpha / rank, the same for every layer; 0: the base alone
 
 
 class Base(NamedTuple):
@@ -149,7 +151,7 @@ def abstract_base(params: Params, dtype: DTypeLike, quantized: bool) -> Params:
         return {path[-1]: jax.ShapeDtypeStruct(leaf.shape, dtype)}
 
     def convert(tree: Params, path: tuple[str, ...] = ()) -> Params:
-        out = {}
+        out: dict[str, Params] = {}
         for name, child in tree.items():
             out |= {name: convert(child, (*path, name))} if isinstance(child, dict) else of((*path, name), child)
         return out

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Float64
 from elbo_kto_jax.objectives.protocol import Feedback, Needs, Outcome, masked_mean, register
 from elbo_kto_jax.objectives.rewards import SATURATED, by_label, noise, rewards
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.arrays import AnyArray
 
 
 @register
@@ -77,7 +78,7 @@ class Loss(NamedTuple):
     kto_logit: Float32[Array, " b"]
 
 
-def reference_point(reward: Float32[Array, " b"], is_example: Bool[Array, " b"], mode: str) -> Float32[Array, ""]:
+def reference_point(reward: Float32[Array, " b"], is_example: Bool[AnyArray, " b"], mode: str) -> Float32[Array, ""]:
     """z0 in nats: the mean reward of the global batch ("global_mean"), or 0 ("zero"). It may be negative."""
     if mode == "zero":
         return jnp.zeros((), jnp.float32)
@@ -87,8 +88,8 @@ def reference_point(reward: Float32[Array, " b"], is_example: Bool[Array, " b"],
 def loss_and_cotangent(
     reward: Float32[Array, " b"],
     z0: Float32[Array, ""],
-    is_desirable: Bool[Array, " b"],
-    is_example: Bool[Array, " b"],
+    is_desirable: Bool[AnyArray, " b"],
+    is_example: Bool[AnyArray, " b"],
     *,
     beta: float,
     desirable_weight: float,

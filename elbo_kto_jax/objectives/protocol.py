@@ -6,13 +6,14 @@ through one number per completion, c_b = d loss / d B_theta(b) (docs/method.md 2
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Float64, Int32
 
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Needs:
 class Feedback(NamedTuple):
     """What the data says of the b completions of a global batch; b is static, `is_example` is False on the padding."""
 
-    is_desirable: Bool[np.ndarray, " b"]
-    is_example: Bool[np.ndarray, " b"]
-    completion_length: Int32[np.ndarray, " b"]  # tokens
+    is_desirable: Bool[AnyArray, " b"]
+    is_example: Bool[AnyArray, " b"]
+    completion_length: Int32[AnyArray, " b"]  # tokens
 
 
 class Outcome(NamedTuple):
@@ -98,7 +99,8 @@ _KNOWN: dict[str, Callable[[config.Objective], Objective]] = {}
 
 def register(objective: type) -> type:
     """Makes a class known as an objective; it is built with config.objective."""
-    _KNOWN[objective.name] = objective
+    made: Any = objective  # a class like `Objective`, which its instances are tested for
+    _KNOWN[made.name] = made
     return objective
 
 
@@ -107,6 +109,6 @@ def known() -> dict[str, Callable[[config.Objective], Objective]]:
     return dict(sorted(_KNOWN.items()))
 
 
-def masked_mean(x: Float32[Array, " b"], where: Bool[Array, " b"]) -> Float32[Array, ""]:
+def masked_mean(x: Float32[Array, " b"], where: Bool[AnyArray, " b"]) -> Float32[Array, ""]:
     """Mean of x over `where`, NaN where it is empty."""
     return jnp.sum(jnp.where(where, x, 0.0)) / jnp.sum(where)

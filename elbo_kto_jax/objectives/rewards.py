@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
 from elbo_kto_jax.objectives.protocol import Feedback, masked_mean
+from elbo_kto_jax.runtime.arrays import AnyArray
 
 SATURATED = 4.0  # |h| beyond which sigmoid'(h) is below 7.1% of its maximum
 
@@ -28,7 +29,7 @@ def by_label(reward: Float32[Array, " b"], feedback: Feedback) -> dict[str, Floa
 
 
 def noise(
-    elbo_policy: Float32[Array, "b k"], elbo_ref: Float32[Array, "b k"], is_example: Bool[Array, " b"]
+    elbo_policy: Float32[Array, "b k"], elbo_ref: Float32[Array, "b k"], is_example: Bool[AnyArray, " b"]
 ) -> dict[str, Float32[Array, ""]]:
     """Var(r) from the masks, nats^2, and the draws at which it would be a tenth of the variance between completions.
 

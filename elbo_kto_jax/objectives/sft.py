@@ -22,7 +22,7 @@ class Sft:
     def __call__(self, elbo_policy: Array, elbo_ref: Array, feedback: Feedback) -> Outcome:
         del elbo_ref
         length = jnp.maximum(feedback.completion_length, 1)
-        scale = feedback.is_example / (length * jnp.sum(feedback.is_example))
+        scale = jnp.divide(feedback.is_example, length * jnp.sum(feedback.is_example))
         elbo = jnp.mean(elbo_policy, axis=1)
         return Outcome(-jnp.sum(scale * elbo), -scale, {}, ("elbo", elbo))
 

@@ -77,6 +77,14 @@ def program_cost(text: str, *, kernels: Mapping[str, float], dynamic_trips: floa
     return Cost(flops, tuple(collectives))
 
 
+def _called_as(role: str, attributes: str) -> str:
+    """The computation that an instruction calls as its `role`."""
+    found = re.search(rf"{role}=%([^\s,)}}]+)", attributes)
+    if found is None:
+        raise ValueError(f"{role}: expected a computation in {attributes}")
+    return found[1]
+
+
 def trip_count(condition: Iterable[_Instruction]) -> int | None:
     """How often a loop runs whose counter starts at 0 and is compared with a constant; None where it is not."""
     constants = {}
@@ -133,9 +141,7 @@ class _Walk:
                     is_start = starts or opcode.endswith("-start")
                     found.append(self._collective(kind, instruction, shapes, is_start, name))
             elif opcode == "while":
-                condition, loop = (
-                    re.search(rf"{role}=%([^\s,)}}]+)", instruction.attributes)[1] for role in ("condition", "body")
-                )
+                condition, loop = (_called_as(role, instruction.attributes) for role in ("condition", "body"))
                 trips = trip_count(self.computations.get(condition, ()))
                 flops += add(loop, self.dynamic_trips if trips is None else trips)
             elif opcode == "conditional":

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +89,7 @@ def compile_programs(
       UserError: the model, the mesh and the shapes do not fit together.
       DoesNotFit: the compiler's refusal.
     """
+    model_config = with_some_tokens(model_config)
     mesh = rules.make_mesh(config.mesh, devices)
     log.info("mesh: %s", ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
     axes.check_heads(model_config, mesh)
@@ -115,6 +116,13 @@ def compile_programs(
         yield _sampler(compiler, config, model.clone(mesh=mesh), lora.parameters(shapes.weights), mesh)
 
 
+def with_some_tokens(model: ModelConfig) -> ModelConfig:
+    """`model` with every special token: without a tokenizer nobody may say them, and no cost depends on them."""
+    said = (model.mask_token_id, model.eos_token_id, model.pad_token_id)
+    mask_id, eos_id, pad_id = (0 if token is None else token for token in said)
+    return dataclasses.replace(model, mask_token_id=mask_id, eos_token_id=eos_id, pad_token_id=pad_id)
+
+
 class _Shapes(NamedTuple):
     """What the programs of a step are given, as shapes on the devices of a mesh."""
 
@@ -135,7 +143,8 @@ def _shapes(
     if config.lora.rank:
         base = train_state.abstract_base(model, config.lora)
         base = jax.tree.map(_abstract, base, axes.param_shardings(base, mesh, model.config))
-        weights = lora.Adapted(base, state.params, _everywhere((model.config.n_layers,), jnp.float32, mesh))
+        scale: Any = _everywhere((model.config.n_layers,), jnp.float32, mesh)
+        weights = lora.Adapted(base, state.params, scale)
     segment = Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)
     empty = pack([segment], layout_of(config, model.config, mesh))[0]
     examples = config.train.global_batch_size
@@ -163,7 +172,7 @@ class _Compiler:
         self._trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
 
     def run(
-        self, name: str, program: Callable, *arguments: Any, kept: Any = (), **options: Any
+        self, name: str, program: Any, *arguments: Any, kept: Any = (), **options: Any
     ) -> tuple[jax.stages.Compiled, Compiled]:
         """The compiled program and what the compiler says of it; of its arguments, the run keeps `kept` anyway.
 
@@ -198,6 +207,8 @@ class _Compiler:
         try:
             text = compiled.as_text()
         except jax.errors.JaxRuntimeError:
+            text = None
+        if text is None:
             log.warning("%s: libtpu does not print this program: its FLOPs and collectives are not known", name)
             return None
         if name == "sampler":  # how often its loops run depends on the data
@@ -223,8 +234,8 @@ def _one_pass(
     yield _beside(found, (waiting - 1 + online) * handed_out)
     _, pull_back = jax.tree.map(_abstract, scorer.forward.eval_shape(*arguments), forward.output_shardings)
     total = shapes.grads if accumulates else None
-    arguments = pull_back, shapes.weights, total, shapes.rows, shapes.cotangent
-    found = compiler.run("backward", programs.backward, *arguments, kept=shapes.weights)[1]
+    to_go_back = pull_back, shapes.weights, total, shapes.rows, shapes.cotangent
+    found = compiler.run("backward", programs.backward, *to_go_back, kept=shapes.weights)[1]
     yield _beside(found, (waiting - 1) * handed_out)
 
 
@@ -234,10 +245,10 @@ def _sampler(compiler: _Compiler, config: Config, model: MaskPredictor, params: 
     b = -(-config.sampler.batch_size // shards) * shards
     g, by_row = config.sampler.gen_length, rules.row_sharding(mesh)
 
-    def row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def row(*shape: int, dtype: Any = jnp.int32) -> Any:  # in the place of an array
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=by_row)
 
-    count = _everywhere((), jnp.int32, mesh)
+    count: Any = _everywhere((), jnp.int32, mesh)
     rows = DecodeRows(row(PROMPT_TOKENS), row(), row(2, dtype=jnp.uint32), row(), row(), row())
     state = DecodeState(row(g), row(g), row(g, dtype=jnp.float32), row(), count)
     options = {"options": config.sampler, "eot_id": 0, "mesh": mesh, "window": None}

@@ -12,7 +12,7 @@ from elbo_kto_jax.planning.estimate import estimated_bytes, estimated_step
 from elbo_kto_jax.planning.plan import result
 from elbo_kto_jax.planning.programs import DoesNotFit, compile_programs, topology_devices
 from elbo_kto_jax.planning.workload import mesh_sizes, workload
-from elbo_kto_jax.runtime.config import Config, Mesh
+from elbo_kto_jax.runtime.config import Config, Dtype, Mesh, Remat
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def candidates(
     config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float
 ) -> Iterator[Config]:
     """Configs that fit the slice by estimate, the fastest first; float32 parameters before bfloat16 ones."""
-    found = []
+    found: list[tuple[bool, float, int, Config]] = []
     devices, length = topology.devices, config.data.max_length
     splits = [
         (devices // (fsdp * tensor), fsdp, tensor)
@@ -51,9 +51,9 @@ def candidates(
         for fsdp in (2**i for i in range(devices.bit_length()))
         if devices % (fsdp * tensor) == 0 and model.n_kv_heads % tensor == 0 and model.d_model % fsdp == 0
     ]
-    for split, rows, remat, stored in itertools.product(
-        splits, (1, 2, 4, 8), ("full", "attention", "dots"), ("float32", "bfloat16")
-    ):
+    remats: tuple[Remat, ...] = ("full", "attention", "dots")
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    for split, rows, remat, stored in itertools.product(splits, (1, 2, 4, 8), remats, dtypes):
         option = with_settings(config, split, rows * length, remat, stored)
         mesh = mesh_sizes(option, devices)
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
@@ -64,7 +64,7 @@ def candidates(
         yield option
 
 
-def with_settings(config: Config, split: tuple[int, int, int], tokens: int, remat: str, stored: str) -> Config:
+def with_settings(config: Config, split: tuple[int, int, int], tokens: int, remat: Remat, stored: Dtype) -> Config:
     """The config with another mesh (data, fsdp, tensor), micro-batch, rematerialisation and parameter dtype."""
     return dataclasses.replace(
         config,
@@ -95,7 +95,8 @@ def search(
 
     Candidates that the compiler refuses do not count.
     """
-    best, chosen, tried = None, config, []
+    best: dict[str, Any] | None = None
+    chosen, tried = config, list[dict[str, Any]]()
     devices = topology_devices(topology)
     for option in itertools.islice(candidates(config, model, topology, examples, mean_tokens), 4 * most):
         flags = changes(config, option)

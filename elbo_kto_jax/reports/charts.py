@@ -9,6 +9,7 @@ not a plotting library's.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,27 @@ class Bar:
     low: Number = None
     high: Number = None
     reference: Number = None
+
+
+class _Drawn(NamedTuple):
+    """A `Series` of numbers alone, NaN for gaps."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    raw: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class _DrawnBar(NamedTuple):
+    """A `Bar` of numbers alone, NaN for those that are not given."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    reference: float
 
 
 @dataclass(frozen=True)
@@ -126,12 +148,12 @@ def bar_chart(bars: Sequence[Bar], *, x_label: str, x_max: Number = None) -> Cha
         x_label: name and unit of the axis.
         x_max: end of the axis (default: the largest number drawn).
     """
-    bars = [Bar(bar.label, *_numbers((bar.value, bar.low, bar.high, bar.reference))) for bar in bars]
-    ends = [end for bar in bars for end in (bar.value, bar.low, bar.high, bar.reference)]
-    if not any(math.isfinite(bar.value) for bar in bars):
+    drawn = [_DrawnBar(bar.label, *_numbers((bar.value, bar.low, bar.high, bar.reference))) for bar in bars]
+    ends = [end for bar in drawn for end in (bar.value, bar.low, bar.high, bar.reference)]
+    if not any(math.isfinite(bar.value) for bar in drawn):
         return _nothing_to_draw()
     low, high = value_range(_numbers([*ends, x_max, 0.0]))
-    height = 8.0 + _ROW * len(bars) + _BOTTOM
+    height = 8.0 + _ROW * len(drawn) + _BOTTOM
     foot = height - _BOTTOM
     axis = Axis(low, high, 8.0, WIDTH - 16.0)
 
@@ -140,14 +162,14 @@ def bar_chart(bars: Sequence[Bar], *, x_label: str, x_max: Number = None) -> Cha
     for value, label in zip(x_ticks, format_ticks(x_ticks), strict=True):
         shapes.append(_line([(axis(value), 4.0), (axis(value), foot)], "grid"))
         texts.append(Text(axis(value), foot + 17, label, "middle"))
-    for index, bar in enumerate(bars):
+    for index, bar in enumerate(drawn):
         top = 8.0 + _ROW * index
         shown = _bar_in_words(bar)
         room = int((WIDTH - 24) / _CHARACTER) - len(shown) - 2
         label = bar.label if len(bar.label) <= room else bar.label[: room - 1] + "…"
         texts += [Text(axis.start, top + 15, label, strong=True), Text(axis.stop, top + 15, shown, "end")]
         shapes += _bar(bar, top, axis)
-    return Chart(" ".join(f"{bar.label}: {_bar_in_words(bar)}." for bar in bars), shapes, texts, height)
+    return Chart(" ".join(f"{bar.label}: {_bar_in_words(bar)}." for bar in drawn), shapes, texts, height)
 
 
 def histogram(values: Numbers, *, x_label: str, y_label: str) -> Chart:
@@ -180,7 +202,7 @@ def _numbers(values: Numbers) -> np.ndarray:
     return np.clip(finite, -_LARGEST, _LARGEST)
 
 
-def _clean(series: Series) -> Series:
+def _clean(series: Series) -> _Drawn:
     """The series as float64 arrays (NaN for gaps), points without a finite x dropped, long ones downsampled."""
     x, y = _numbers(series.x), _numbers(series.y)
     others = (series.raw, series.low, series.high)
@@ -191,7 +213,7 @@ def _clean(series: Series) -> Series:
     located = np.isfinite(x)
     columns = [values[located] for values in columns]
     kept = np.unique(np.concatenate([downsample(values) for values in columns]))
-    return Series(series.name, x[located][kept], *(values[kept] for values in columns))
+    return _Drawn(series.name, x[located][kept], *(values[kept] for values in columns))
 
 
 def _runs(finite: np.ndarray) -> list[np.ndarray]:
@@ -223,11 +245,12 @@ def _lines(x: np.ndarray, y: np.ndarray, style: str, x_axis: Axis, y_axis: Axis)
     return shapes
 
 
-def _bar(bar: Bar, top: float, axis: Axis) -> list[Shape]:
+def _bar(bar: _DrawnBar, top: float, axis: Axis) -> list[Shape]:
     """The bar, its whisker and its reference, the last two with a halo that sets them off from the bar."""
     shapes = []
     if math.isfinite(bar.value):
-        shapes.append(_box(*sorted((axis(0.0), axis(bar.value))), top + 22, top + 42))
+        left, right = sorted((axis(0.0), axis(bar.value)))
+        shapes.append(_box(left, right, top + 22, top + 42))
     if math.isfinite(bar.low) and math.isfinite(bar.high):
         a, b, y = axis(bar.low), axis(bar.high), top + 32
         ends = [_line([(x, y - 6), (x, y + 6)], "").path for x in (a, b)]
@@ -272,7 +295,7 @@ def _frame(
     return x_axis, y_axis, shapes, texts
 
 
-def _in_words(series: Series, x_label: str, y_label: str) -> str:
+def _in_words(series: _Drawn, x_label: str, y_label: str) -> str:
     finite = np.flatnonzero(np.isfinite(series.y))
     if not len(finite):
         return f"{series.name}: no finite value."
@@ -286,7 +309,7 @@ def _in_words(series: Series, x_label: str, y_label: str) -> str:
     )
 
 
-def _bar_in_words(bar: Bar) -> str:
+def _bar_in_words(bar: _DrawnBar) -> str:
     if math.isfinite(bar.low) and math.isfinite(bar.high):
         return f"{format_number(bar.value)} ({format_number(bar.low)} to {format_number(bar.high)})"
     return format_number(bar.value)

@@ -165,5 +165,5 @@ def _shown(trace: Trace, start: int, stop: int, before: int, done: int) -> list[
     """Texts of tokens that make whole characters, after the step `done`, and whether new since the step `before`."""
     steps = trace.written_at[start:stop]
     if max(steps) < done:
-        return [(trace.tokens[start], max(steps) >= before)]
+        return [(trace.tokens[start] or "", max(steps) >= before)]
     return [(MASK if step >= done else _PART, before <= step < done) for step in steps]

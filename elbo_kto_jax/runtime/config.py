@@ -45,6 +45,7 @@ Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["full", "attention", "dots", "none"]
 Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 
 
@@ -54,7 +55,7 @@ class Model:
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters and of Adam's moments
     mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say
-    remat: Literal["full", "attention", "dots", "none"]  # what the backward pass keeps of a layer, models/network.py
+    remat: Remat  # what the backward pass keeps of a layer, models/network.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,9 +61,9 @@ def from_json(text: str | bytes) -> Any:
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
     """The same items; the next one is made in a thread while the present one is used."""
-    end = object()
+    end: Any = object()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, end)
+        following: concurrent.futures.Future[Item] = pool.submit(next, items, end)
         while (item := following.result()) is not end:
             following = pool.submit(next, items, end)
             yield item

@@ -55,8 +55,7 @@ class Flags(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str):
         super().__init__(prog=_program(command), description=description, allow_abbrev=False)
-        self._has_config = False
-        self._kind = Config
+        self._kind: type[Config] = Config
         self._short: dict[str, str] = {}  # attribute of the flags -> config key
 
     def error(self, message: str) -> NoReturn:
@@ -67,7 +66,7 @@ class Flags(argparse.ArgumentParser):
 
         With a `default`, --config may be left out.
         """
-        self._has_config, self._kind = True, kind
+        self._kind = kind
         self.add_argument(
             "--config",
             required=not default,
@@ -89,7 +88,7 @@ class Flags(argparse.ArgumentParser):
         action = self.add_argument(flag, type=_text_of_key, metavar=name, help=f"{help} (config.{key})")
         self._short[action.dest] = key
 
-    def parse_args(self, args: list[str]) -> argparse.Namespace:
+    def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]  # no other namespace here
         """The flags, checked and with their paths resolved.
 
         Raises:
@@ -104,8 +103,19 @@ class Flags(argparse.ArgumentParser):
                 setattr(flags, action.dest, list(map(checked, given)) if isinstance(given, list) else checked(given))
         return flags
 
-    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, Config | None]:
-        """The flags and, where `add_config` was called, the resolved config.
+    def parse_flags(self, argv: list[str]) -> argparse.Namespace:
+        """The flags of a command without a config.
+
+        Raises:
+          UserError: an unknown flag, or a value that does not fit.
+        """
+        _check_text(argv)
+        for word in argv:
+            self._refuse_dashes(word)
+        return self.parse_args(argv)
+
+    def parse(self, argv: list[str]) -> tuple[argparse.Namespace, Config]:
+        """The flags and the resolved config of a command that called `add_config`: a config of its `kind`.
 
         Raises:
           UserError: an unknown flag or config key, or a value that does not fit.
@@ -115,9 +125,8 @@ class Flags(argparse.ArgumentParser):
         rest: list[str] = []
         words = iter(argv)
         for word in words:
-            if re.fullmatch(r"--[\w-]+=--", word):  # of which argparse makes an empty list
-                self.error(f"{word}: expected a value")
-            match = re.fullmatch(r"--config\.([\w.-]+)(?:=(.*))?", word, flags=re.DOTALL) if self._has_config else None
+            self._refuse_dashes(word)
+            match = re.fullmatch(r"--config\.([\w.-]+)(?:=(.*))?", word, flags=re.DOTALL)
             if match:
                 value = match[2] if match[2] is not None else next(words, None)
                 if value is None:
@@ -126,8 +135,6 @@ class Flags(argparse.ArgumentParser):
             else:
                 rest.append(word)
         flags = self.parse_args(rest)
-        if not self._has_config:
-            return flags, None
         short = {key: getattr(flags, name) for name, key in self._short.items()}
         overrides = {key: text for key, text in short.items() if text is not None} | overrides
         config = ml_collections.ConfigDict(with_later_keys(load_config_file(flags.config).to_dict()))
@@ -139,10 +146,15 @@ class Flags(argparse.ArgumentParser):
             return flags, self._kind.from_mapping(config.to_dict())
         except UserError as error:
             given = {f"config.{key}": f"--{name.replace('_', '-')}" for name, key in self._short.items() if short[key]}
-            key = re.match(r"config[\w.]*", str(error))
-            if key and key[0] in given:
-                raise UserError(str(error).replace(key[0], given[key[0]], 1)) from None
+            named = re.match(r"config[\w.]*", str(error))
+            if named and named[0] in given:
+                raise UserError(str(error).replace(named[0], given[named[0]], 1)) from None
             raise
+
+    def _refuse_dashes(self, word: str) -> None:
+        """Raises UserError where a flag's value is --, of which argparse makes an empty list."""
+        if re.fullmatch(r"--[\w-]+=--", word):
+            self.error(f"{word}: expected a value")
 
 
 def _text_of_key(text: str) -> str:

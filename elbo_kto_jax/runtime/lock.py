@@ -122,7 +122,7 @@ def _open(file: Path) -> int:
             return opened
         os.close(opened)
     except OSError as error:  # a link
-        reason = error.strerror
+        reason = error.strerror or str(error)
     raise UserError(f"{file}: cannot be used as a lock ({reason}); remove it")
 
 

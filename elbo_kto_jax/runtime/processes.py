@@ -83,10 +83,10 @@ def arguments(
     """
     values = [environment.get(name) if flag is None else flag for name, flag in zip(_VARIABLES, flags, strict=True)]
     if any(value is not None for value in values):
-        coordinator, *numbers = values
+        coordinator = "" if values[0] is None else str(values[0])
         try:
-            num_processes, process_id = map(int, numbers)
-        except (TypeError, ValueError):
+            num_processes, process_id = (int(number) for number in values[1:] if number is not None)
+        except ValueError:  # one is missing, or is no number
             num_processes, process_id = 0, 0
         if not coordinator or ":" not in coordinator or not 0 <= process_id < num_processes:
             raise UserError(

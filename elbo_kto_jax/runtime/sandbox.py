@@ -117,7 +117,7 @@ def _environment(moment: str | None) -> Any:
     class Generation(jinja2.ext.Extension):
         """{% generation %}, with which some templates mark what the assistant says."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  # Jinja's own type
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

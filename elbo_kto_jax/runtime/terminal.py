@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -138,7 +139,8 @@ def protect_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.stdin.reconfigure(errors="surrogateescape", encoding=None if sys.stdin.isatty() else "utf-8")
+    stdin: Any = sys.stdin  # a TextIOWrapper
+    stdin.reconfigure(errors="surrogateescape", encoding=None if stdin.isatty() else "utf-8")
     before = {sys.stdout: "stdout", sys.stderr: "stderr"}
     sys.stdout, sys.stderr = _protected(sys.stdout, 1, _Stream), _protected(sys.stderr, 2, _Errors)
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
@@ -152,7 +154,7 @@ def stdout_failure() -> str:
     return sys.stdout.failure if isinstance(sys.stdout, _Stream) else ""
 
 
-def _protected(stream: io.TextIOBase | None, number: int, kind: type[_Stream]) -> io.TextIOBase:
+def _protected(stream: TextIO | io.TextIOBase | None, number: int, kind: type[_Stream]) -> Any:
     """`stream` on the file descriptor `number` as one of `kind`; one that writes elsewhere stays what it is."""
     encoding = "utf-8"
     if stream is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from io import TextIOBase
+from typing import TextIO, cast
 
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
@@ -12,9 +13,9 @@ from rich.text import Text
 class Canvas:
     """One text, shown until it is erased; of a text that is higher than the terminal its end is shown."""
 
-    def __init__(self, out: TextIOBase):
+    def __init__(self, out: TextIO | TextIOBase):
         self._live = Live(
-            console=Console(file=out, highlight=False, force_terminal=True, legacy_windows=False),
+            console=Console(file=cast(TextIO, out), highlight=False, force_terminal=True, legacy_windows=False),
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,

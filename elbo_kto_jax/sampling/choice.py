@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
 from elbo_kto_jax.models.layers import matmul_precision
 from elbo_kto_jax.models.network import MaskPredictor, Params, head_kernel, head_part
+from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.config import Sampler
 
 _MAX_CHUNK = 64  # response positions whose logits exist at once; they take 4 * _MAX_CHUNK * vocabulary bytes a row
@@ -27,8 +28,8 @@ def guess_tokens(
     model: MaskPredictor,
     params: Params,
     hidden: list[Float[Array, "b w d"]],
-    start: Int[Array, " b"],
-    end: Int[Array, " b"],
+    start: Int[AnyArray, " b"],
+    end: Int[AnyArray, " b"],
     candidate: Bool[Array, "b g"],
     keys: Key[Array, " b"],
     options: Sampler,
@@ -51,7 +52,7 @@ def guess_tokens(
             logits = [_head_logits(params, _take(states, at - start, chunk)) for states in hidden]
             position = at[:, None] + jnp.arange(chunk)
             position_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
-            new = _predict(logits, position_keys, model.config.eos_token_id, options, eot_id)
+            new = _predict(logits, position_keys, model.config.eos_id, options, eot_id)
             put = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=0))
             return jax.tree.map(
                 lambda old, part: put(old, jnp.where(new_here, part, _take(old, at, chunk)), at), guess, new
@@ -135,7 +136,7 @@ def _add_noise(scores: Float32[Array, "b c v"], keys: Key[Array, "b c"], tempera
 
 
 def choose(
-    guess: Guess, candidate: Bool[Array, "b g"], quota: Int[Array, " b"], threshold: float
+    guess: Guess, candidate: Bool[Array, "b g"], quota: Int[AnyArray, " b"], threshold: float
 ) -> Bool[Array, "b g"]:
     """The candidates that a step writes: the `quota` of highest priority, from the left where they tie, and, with a
     threshold, every one whose confidence exceeds it."""

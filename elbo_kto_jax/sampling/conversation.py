@@ -1,10 +1,11 @@
 """A conversation in the terminal: messages in, and an answer that is seen to form."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from io import TextIOBase
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,12 +18,12 @@ from elbo_kto_jax.runtime.config import Config, Sampler
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.canvas import Canvas
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
-from elbo_kto_jax.sampling.stops import cut_response
+from elbo_kto_jax.sampling.stops import cut_response, decoded
 
 log = logging.getLogger(__name__)
 
 
-def begin(source: str, config: Config, out: TextIOBase) -> "Conversation":
+def begin(source: str, config: Config, out: TextIO | TextIOBase) -> "Conversation":
     """A conversation with the checkpoint `source`, whose answers leave it room.
 
     Raises:
@@ -41,7 +42,7 @@ def begin(source: str, config: Config, out: TextIOBase) -> "Conversation":
 class Conversation:
     """The messages so far, and how answers to them are shown on `out`."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config, out: TextIOBase):
+    def __init__(self, checkpoint: Checkpoint, config: Config, out: TextIO | TextIOBase):
         self._checkpoint, self._config, self._out = checkpoint, config, out
         self._messages: list[Message] = []
         self._tokens = self._passes = self._forward_tokens = self._turns = 0
@@ -104,14 +105,12 @@ class Conversation:
 
     def _forming(self, tokens: Int32[np.ndarray, " g"]) -> str:
         """An unfinished answer as text, up to its first stop token."""
-        mask_id, decode = self._checkpoint.model.config.mask_token_id, self._checkpoint.tokenizer.decode
+        mask_id = self._checkpoint.model.config.mask_id
+        decode = functools.partial(decoded, self._checkpoint.tokenizer, skip_special_tokens=True)
         tokens = cut_response(tokens, self._checkpoint.stop_ids)
         (masked,) = np.nonzero(tokens == mask_id)
         runs = np.split(tokens, np.unique([*masked, *(masked + 1)])) if len(masked) else [tokens]
-        text = "".join(
-            MASK if len(run) == 1 and run[0] == mask_id else decode(run.tolist(), skip_special_tokens=True)
-            for run in runs
-        )
+        text = "".join(MASK if len(run) == 1 and run[0] == mask_id else decode(run.tolist()) for run in runs)
         return text.replace("\ufffd", MASK)  # a character of which some tokens are still masked
 
 

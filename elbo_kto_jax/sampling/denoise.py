@@ -9,12 +9,14 @@ reuse: in the first step of later blocks). A mask token in a prompt is left alon
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from elbo_kto_jax.models.network import MaskPredictor, Params
+from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.config import Sampler
 from elbo_kto_jax.sampling import reuse
 from elbo_kto_jax.sampling.choice import choose, guess_tokens
@@ -62,9 +64,11 @@ def take_steps(
         return (state.step < last) & _candidates(rows, state, options, model, eot_id, in_block=in_block).any()
 
     def take_step(state: DecodeState):
-        if not in_block:
-            whole = whole_rows(rows, state.response, options, model.config.mask_token_id)
-            hidden, start = [model.apply({"params": params}, *row)[:, p:] for row in whole], jnp.zeros_like(rows.block)
+        start: AnyArray
+        if window is None or cache is None:
+            whole = whole_rows(rows, state.response, options, model.config.mask_id)
+            states: list[Any] = [model.apply({"params": params}, *row) for row in whole]
+            hidden, start = [of_row[:, p:] for of_row in states], jnp.zeros_like(rows.block)
         else:
             hidden, start = reuse.run_windows(model, params, rows, state.response, cache, window, options)
         return _take_step(model, params, rows, state, hidden, start, options, eot_id, in_block=in_block)
@@ -96,12 +100,12 @@ def _candidates(
     reached = (column >= (first if in_block else 0)) & (column < first + options.block_length)
     goes_on = _quota(rows.num_masked, state.step, options) > 0
     if options.early_stop:
-        stop_ids = stop_tokens(model.config.eos_token_id, eot_id)
-        goes_on &= ~has_ended(state.response, model.config.mask_token_id, stop_ids)
-    return (state.response == model.config.mask_token_id) & reached & goes_on[:, None]
+        stop_ids = stop_tokens(model.config.eos_id, eot_id)
+        goes_on &= ~has_ended(state.response, model.config.mask_id, stop_ids)
+    return (state.response == model.config.mask_id) & reached & goes_on[:, None]
 
 
-def _quota(num_masked: Int[Array, " b"], step: Int[Array, ""], options: Sampler) -> Int[Array, " b"]:
+def _quota(num_masked: Int[AnyArray, " b"], step: Int[AnyArray, ""], options: Sampler) -> Int[AnyArray, " b"]:
     """How many positions each row writes in this step of a block that had `num_masked` masked ones.
 
     They are spread evenly over the steps, the first `remainder` steps take one more. With a threshold a step writes at
@@ -119,7 +123,7 @@ def _take_step(
     rows: DecodeRows,
     state: DecodeState,
     hidden: list[Float[Array, "b w d"]],
-    start: Int[Array, " b"],
+    start: Int[AnyArray, " b"],
     options: Sampler,
     eot_id: int | None,
     *,
@@ -127,7 +131,7 @@ def _take_step(
 ) -> DecodeState:
     """The state after the step whose hidden states are those of the response's columns from `start` on."""
     candidate = _candidates(rows, state, options, model, eot_id, in_block=in_block)
-    keys = jax.random.wrap_key_data(rows.key_words, impl="threefry2x32")
+    keys = jax.random.wrap_key_data(cast(Array, rows.key_words), impl="threefry2x32")
     step_keys = jax.vmap(jax.random.fold_in)(keys, state.steps)
     end = (rows.block + 1) * options.block_length
     guess = guess_tokens(model, params, hidden, start, end, candidate, step_keys, options, eot_id)

@@ -77,7 +77,7 @@ def generate(
     check_options(options)
     n, g = len(prompts), options.gen_length
     if templates is None:
-        templates = [np.full(g, model.config.mask_token_id, np.int32)] * n
+        templates = [np.full(g, model.config.mask_id, np.int32)] * n
     _check_inputs(n, prompt_ids, templates, options, eot_id)
     shards = 1 if mesh is None else rules.row_shards(mesh)
     size = -(-min(options.batch_size, n) // shards) * shards
@@ -92,8 +92,8 @@ def generate(
                 batch.put(row, i, prompts[i], templates[i], key_words(seed, prompt_ids[i]))
             batch.fill_next_blocks(watch)
             finished = batch.take_finished()
-            for i, row in finished.items():
-                result.tokens[i], result.written_at[i], result.confidence[i] = row
+            for i, (tokens, written_at, confidence) in finished.items():
+                result.tokens[i], result.written_at[i], result.confidence[i] = tokens, written_at, confidence
             if progress is not None:
                 progress(len(finished))
         forward_passes += batch.forward_passes

@@ -59,7 +59,7 @@ class Checkpoint:
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: end-of-text and, where the tokenizer has one, end-of-turn."""
         eot_id = special.end_of_turn(self.tokenizer)
-        return [self.model.config.eos_token_id] + ([] if eot_id is None else [eot_id])
+        return [self.model.config.eos_id] + ([] if eot_id is None else [eot_id])
 
     @functools.cached_property
     def params(self) -> Params:
@@ -128,7 +128,7 @@ def respond(
         prompts = _cut(prompts, longest)
     templates = None
     if infill:
-        mask_id, most = model_config.mask_token_id, config.sampler.gen_length
+        mask_id, most = model_config.mask_id, config.sampler.gen_length
         templates = [_encode_template(tokenizer, record, mask_id, most) for record in records]
     params = checkpoint.params
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.sampling.respond import Answers, Checkpoint, open_checkpoint, respond
-from elbo_kto_jax.sampling.stops import cut_response
+from elbo_kto_jax.sampling.stops import cut_response, decoded
 
 log = logging.getLogger(__name__)
 SHOWN = 20  # responses on a page
@@ -94,7 +95,7 @@ def _read(request: Request) -> list[Record]:
 
 def _records_of_texts(texts: Sequence[str], as_messages: bool) -> list[Record]:
     """Records of --prompt flags, named by their content as records without an id are."""
-    copies = collections.Counter()
+    copies: collections.Counter[str] = collections.Counter()
     records = []
     for number, text in enumerate(texts, start=1):
         if not text:
@@ -113,7 +114,7 @@ def _trace(checkpoint: Checkpoint, record: Record, answers: Answers, i: int) -> 
     end = len(cut_response(tokens, checkpoint.stop_ids)) + 1
     return Trace(
         prompt=record.prompt,
-        tokens=token_texts(tokens[:end].tolist(), checkpoint.tokenizer.decode),
+        tokens=token_texts(tokens[:end].tolist(), functools.partial(decoded, checkpoint.tokenizer)),
         written_at=responses.written_at[i, :end].tolist(),
         confidence=responses.confidence[i, :end].tolist(),
     )

@@ -7,6 +7,8 @@ that is an approximation, unless a round has a single step. A prefix window is a
 rounded up to a power of two of blocks: log2(num_blocks) programs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from elbo_kto_jax.models.layers import CACHE
 from elbo_kto_jax.models.network import MaskPredictor, Params
+from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.config import Sampler
 from elbo_kto_jax.sampling.rows import DecodeRows, is_real, prompts_of, whole_rows
 from elbo_kto_jax.sharding import rules
@@ -38,11 +41,11 @@ def window_width(options: Sampler, first_block: int) -> int:
 
 
 def run_and_keep(
-    model: MaskPredictor, params: Params, rows: DecodeRows, response: Int[Array, "b g"], options: Sampler
+    model: MaskPredictor, params: Params, rows: DecodeRows, response: Int[AnyArray, "b g"], options: Sampler
 ) -> tuple[list[Float[Array, "b g d"]], Cache]:
     """Runs the whole rows: the hidden states of the response, and the keys and values, of each pass of a step."""
     hidden, cache = [], []
-    for tokens, positions, segment_ids in whole_rows(rows, response, options, model.config.mask_token_id):
+    for tokens, positions, segment_ids in whole_rows(rows, response, options, model.config.mask_id):
         states, kept = model.apply({"params": params}, tokens, positions, segment_ids, mutable=[CACHE])
         hidden.append(states[:, rows.prompt.shape[1] :])
         cache.append(kept[CACHE])
@@ -61,30 +64,31 @@ def run_windows(
     model: MaskPredictor,
     params: Params,
     rows: DecodeRows,
-    response: Int[Array, "b g"],
+    response: Int[AnyArray, "b g"],
     cache: Cache,
     window: int,
     options: Sampler,
-) -> tuple[list[Float[Array, "b w d"]], Int[Array, " b"]]:
+) -> tuple[list[Float[Array, "b w d"]], Int[AnyArray, " b"]]:
     """Runs `window` columns of each response: their hidden states of each pass, and the column where they start."""
     first = rows.block * options.block_length
     start = first if options.cache == "dual" else jnp.full_like(first, options.gen_length - window)
     before = lead(model)
     hidden = []
-    for prompt, kept in zip(prompts_of(rows, options, model.config.mask_token_id), cache, strict=True):
+    for prompt, kept in zip(prompts_of(rows, options, model.config.mask_id), cache, strict=True):
         inputs = window_inputs(rows, prompt, response, start - before, first, before + window)
-        hidden.append(model.apply({"params": params, CACHE: kept}, *inputs)[:, before:])
+        states: Any = model.apply({"params": params, CACHE: kept}, *inputs)
+        hidden.append(states[:, before:])
     return hidden, start
 
 
 def window_inputs(
     rows: DecodeRows,
-    prompt: Int[Array, "b p"],
-    response: Int[Array, "b g"],
-    start: Int[Array, " b"],
-    first: Int[Array, " b"],
+    prompt: Int[AnyArray, "b p"],
+    response: Int[AnyArray, "b g"],
+    start: Int[AnyArray, " b"],
+    first: Int[AnyArray, " b"],
     width: int,
-) -> tuple[Array, ...]:
+) -> tuple[AnyArray, ...]:
     """(tokens, positions, segment ids, key segment ids) of `width` columns of each response, from `start` on.
 
     The first may be the column before the response, number -1: the last token of `prompt`, where there is one.

@@ -70,7 +70,7 @@ class DecodeBatch:
         self.members: dict[int, int] = {}  # row -> prompt
         self.forward_passes = self.forward_tokens = 0
         self._options, self._size, self._width, self._lead = options, size, width, lead(model)
-        self._mask_id, self._eos_id = model.config.mask_token_id, model.config.eos_token_id
+        self._mask_id, self._eos_id = model.config.mask_id, model.config.eos_id
         self._stop_ids = stop_tokens(self._eos_id, eot_id)
         static = {"options": options, "eot_id": eot_id, "mesh": mesh}
         self._refresh = functools.partial(refresh, model, params, **static)
@@ -84,7 +84,11 @@ class DecodeBatch:
 
         self._rows = DecodeRows(zeros(width - g), zeros(), zeros(2).astype(np.uint32), zeros(), zeros(), zeros())
         self._state = DecodeState(
-            np.full((size, g), self._eos_id, np.int32), zeros(g), np.zeros((size, g), np.float32), zeros(), np.int32(0)
+            np.full((size, g), self._eos_id, np.int32),
+            zeros(g),
+            np.zeros((size, g), np.float32),
+            zeros(),
+            np.array(0, np.int32),
         )
 
     def free_rows(self) -> list[int]:
@@ -105,7 +109,8 @@ class DecodeBatch:
     def fill_next_blocks(self, watch: Callable[[int, np.ndarray], Any] | None) -> None:
         """One round: every row fills its block."""
         rows, cache, window = self._place(self._rows), None, None
-        state = self._place(self._state._replace(step=None))._replace(step=self._replicate(np.int32(0)))
+        response, written_at, confidence, steps = map(self._place, self._state[:4])
+        state = DecodeState(response, written_at, confidence, steps, self._replicate(np.int32(0)))
         unfinished = bool(self._rows.num_masked.any())
         if self._options.cache != "none" and unfinished:
             state, unfinished, cache = self._refresh(rows, state)
@@ -128,7 +133,7 @@ class DecodeBatch:
         finished = {}
         for row, member in list(self.members.items()):
             done = int(self._rows.block[row]) + 1
-            tokens, written_at, confidence = (leaf[row].copy() for leaf in self._state[:3])
+            tokens, written_at, confidence = (np.array(leaf[row]) for leaf in self._state[:3])
             next_block = self._next_block(row, done)
             stops = self._options.early_stop and bool(has_ended(tokens, self._mask_id, self._stop_ids))
             if stops:
@@ -167,6 +172,6 @@ class DecodeBatch:
                 watch(member, responses[row])
 
 
-def _place(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
+def _place(tree: Any, sharding: jax.sharding.NamedSharding | None) -> Any:
     """The arrays of a tree on the devices of `sharding`, or on the default one."""
     return jax.tree.map(jnp.asarray if sharding is None else functools.partial(rules.place, sharding=sharding), tree)

@@ -1,6 +1,7 @@
 """Where a response ends: at its first end-of-text or end-of-turn token."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -27,4 +28,9 @@ def cut_response(response: Int32[np.ndarray, " g"], stop_ids: Sequence[int]) -> 
 
 def to_text(response: Int32[np.ndarray, " g"], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:
     """The text of a response up to its first stop token; other special tokens are left out."""
-    return tokenizer.decode(cut_response(response, stop_ids).tolist(), skip_special_tokens=True)
+    return decoded(tokenizer, cut_response(response, stop_ids).tolist(), skip_special_tokens=True)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of one list of tokens; of several, `decode` would give as many texts."""
+    return cast(str, tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))

@@ -13,7 +13,7 @@ def layout_of(config: Config, model_config: ModelConfig, mesh: Mesh) -> Layout:
     return Layout(
         rows=max(1, config.train.microbatch_tokens // config.data.max_length) * rules.row_shards(mesh),
         length=config.data.max_length,
-        mask_token=model_config.mask_token_id,
-        pad_token=model_config.pad_token_id,
+        mask_token=model_config.mask_id,
+        pad_token=model_config.pad_id,
         packed=config.data.packing,
     )

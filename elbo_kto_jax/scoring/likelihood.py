@@ -85,7 +85,8 @@ def _masked_answers(prompts, answers, draws: int, batch: int, seed: int) -> Iter
 
 
 def _chunks(masked: Iterator[tuple[int, Segment]], size: int) -> Iterator[tuple[list[int], list[Segment]]]:
-    owners, segments = [], []
+    owners: list[int] = []
+    segments: list[Segment] = []
     for owner, segment in masked:
         owners.append(owner)
         segments.append(segment._replace(index=len(segments)))

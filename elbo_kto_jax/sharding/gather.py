@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.sharding import rules
 
 AxesOf = Callable[[str], tuple[str, ...]]  # path of a parameter -> its logical axes (models/axes.py)
@@ -71,7 +72,7 @@ def whole(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf, prefix: str = ""
     return jax.tree_util.tree_map_with_path(gathered, params)
 
 
-def embed(table: Float[Array, "v part"], tokens: Int[Array, "b s"], mesh: Mesh, dtype: Any) -> Float[Array, "b s d"]:
+def embed(table: Float[Array, "v part"], tokens: Int[AnyArray, "b s"], mesh: Mesh, dtype: Any) -> Float[Array, "b s d"]:
     """The tokens' embeddings: each device looks up its part for the tokens of all, and they swap the results."""
     names = tuple(name for name in rules.mesh_axes("model", mesh) if mesh.shape[name] > 1)
     if not names:

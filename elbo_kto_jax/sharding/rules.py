@@ -25,7 +25,7 @@ from jaxtyping import Bool
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 
-MESH_AXES = {
+MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "rows": ("data", "fsdp"),
     "layers": None,
     "norm": None,
@@ -68,7 +68,7 @@ def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> Me
     if side and shape["fsdp"] == len(devices):
         shape = {"data": 1, "fsdp_x": len(devices) // side, "fsdp_y": side, "tensor": 1}
     auto = (AxisType.Auto,) * len(shape)
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), auto, devices=np.asarray(devices))
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), auto, devices=devices)
 
 
 def _torus_side(devices: list[jax.Device]) -> int:
@@ -81,8 +81,8 @@ def _torus_side(devices: list[jax.Device]) -> int:
 
 def mesh_axes(axis: str, mesh: Mesh) -> tuple[str, ...]:
     """The axes of `mesh` over which a logical axis is split, the major one first."""
-    names = MESH_AXES[axis] or ()
-    names = (names,) if isinstance(names, str) else names
+    found = MESH_AXES[axis] or ()
+    names = (found,) if isinstance(found, str) else found
     return tuple(name for name in mesh.axis_names if name.partition("_")[0] in names)
 
 
@@ -116,12 +116,13 @@ def place(x: np.ndarray | np.generic | jax.Array, sharding: NamedSharding) -> ja
     """
     if isinstance(x, jax.Array):
         return x
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    host = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: host[index])
 
 
 def own_rows(mesh: Mesh, rows: int) -> Bool[np.ndarray, " m"]:
     """Which of the `rows` rows of a micro-batch are on devices of this process."""
     own = np.zeros(rows, bool)
-    for (index,) in row_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+    for index in row_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         own[index] = True
     return own

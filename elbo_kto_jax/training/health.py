@@ -23,7 +23,8 @@ class Health:
 
     def warnings(self, step: int, values: dict[str, float]) -> list[str]:
         """What to tell the user after `step`, whose metrics are `values`; losses that are not finite are not judged."""
-        found, loss = [], values["loss"]
+        found: list[str] = []
+        loss = values["loss"]
         if not math.isfinite(loss):
             return found
         if len(self._losses) >= _ENOUGH:

@@ -9,7 +9,7 @@ rest         where one hook wanted it, after all were told of the step
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Step:
         return {name: float(value) for name, value in self.metrics.items() if not np.ndim(value)}
 
 
-def of_each(metrics: Measured) -> tuple[str, np.ndarray]:
+def of_each(metrics: Mapping[str, Array | float]) -> tuple[str, np.ndarray]:
     """The name and values of the metric that has one number for each completion."""
     ((name, values),) = ((name, value) for name, value in metrics.items() if np.ndim(value))
     return name, np.asarray(values)
@@ -107,9 +107,10 @@ class HeldOut(Hook):
         self._data, self._programs, self._policy, self._reference = setup.eval_data, programs, policy, reference
 
     def measure(self, step: Step, state: TrainState) -> Measured:
-        if not self._every or step.number % self._every:
+        data = self._data
+        if data is None or not self._every or step.number % self._every:
             return {}
-        data, programs, policy = self._data, self._programs, self._policy(state.params)
+        programs, policy = self._programs, self._policy(state.params)
         losses, counts, values, labels = [], [], [], []
         for index, batch in enumerate(data.batches(0, data.steps_per_epoch)):
             reference = self._reference.of_step(index, state.params)

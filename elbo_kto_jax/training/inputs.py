@@ -49,16 +49,15 @@ def of_examples(examples: Examples) -> dict[str, str | int]:
 
 def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
     """Path -> bytes of every file of data and weights, and its BLAKE2b but for safetensors (`Weights` has theirs)."""
-    found = {}
+    found: dict[str, dict[str, str | int]] = {}
     for data in (setup.data, setup.eval_data):
         for file in data.examples.files if data is not None else ():
             with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
-                found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": digest.hexdigest()}
+                content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
+                found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": content.hexdigest()}
     for key in dict.fromkeys((MODEL, reference_key(setup.config))):
         for file in weight_files(*_place(setup.config, key)):
-            content = file.read_bytes() if file.suffix == ".json" else None
-            digest = {} if content is None else {"blake2b": _digest(content)}
+            digest = {"blake2b": _digest(file.read_bytes())} if file.suffix == ".json" else {}
             found[str(file)] = {"bytes": file.stat().length, **digest}
     return found
 
@@ -99,6 +98,13 @@ class Weights:
         """The digest of the weights with which the run began, in the config's `param_dtype`; None: not known yet."""
         return self._workdir.inputs.get(key, {}).get("weights")
 
+    def digest(self, key: str) -> str:
+        """The digest of weights that are known."""
+        digest = self.known(key)
+        if digest is None:
+            raise ValueError(f"{key}: the weights have not been loaded")
+        return digest
+
     def verify(self, key: str) -> None:
         """Checks weights that are not needed in memory, unless they have been checked since the start.
 
@@ -126,5 +132,5 @@ def _digest(*contents: bytes | np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         digest.update(f"{len(content)};".encode())
-        digest.update(content)
+        digest.update(content if isinstance(content, bytes) else content.data)
     return digest.hexdigest()

@@ -112,7 +112,7 @@ def take_steps(
             if stops_on_bad_numbers:
                 go = metrics["applied"]  # the host hears of bad numbers one step late; until then nothing moves
             progress.advance(batch, time.monotonic() - began)
-            step = Step(index + 1, batch, metrics, progress.figures(), is_last=index + 1 == total)
+            step = Step(index + 1, batch, {**metrics}, progress.figures(), is_last=index + 1 == total)
             for hook in watching:
                 step.metrics.update(hook.measure(step, state))
             tell(watching, late, state)

@@ -36,10 +36,10 @@ def precompute(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool
 def _precompute(setup: Setup, folder: Workdir) -> dict:
     config = setup.config
     weights, (base, adaptation) = inputs.Weights(setup, folder), setup.load_base()
-    if base is None:
+    if base is None or adaptation is None:
         key = inputs.reference_key(config)
         reference = weights.load(key)
-        digest = weights.known(key)
+        digest = weights.digest(key)
     else:
         weights.check(inputs.MODEL, adaptation.base_digest)
         reference, digest = base.reference(setup.init_adapters()), params_digest(base.params)

@@ -131,6 +131,8 @@ class ReferenceCache:
     def _read(self, part: Path) -> None:
         match = re.fullmatch(r"(steps-(\d+)-(\d+))-(\w+)\.npy", part.name)
         try:
+            if match is None:
+                raise ValueError("its name is not one of these")
             values: Float32[np.ndarray, "steps bk"] = np.load(part, allow_pickle=False)
             first, last = int(match[2]), int(match[3])
             if values.shape != (last - first + 1, self.elbo_ref.shape[1]) or values.dtype != np.float32:

@@ -75,7 +75,7 @@ def prepare_references(
         return RunReferences(RunReference(reference()), RunReference(reference()))
     if weights.known(key) is None:
         reference()
-    digest = weights.known(key) if trainer.base is None else params_digest(trainer.base.params)
+    digest = weights.digest(key) if trainer.base is None else params_digest(trainer.base.params)
 
     def scored(folder: str, data: TrainingData | None, steps: int) -> RunReference:
         if data is None:

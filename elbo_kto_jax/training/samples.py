@@ -54,7 +54,7 @@ class Samples:
             eot_id=eot,
             mesh=setup.mesh,
         )
-        stops = [setup.model.config.eos_token_id] + ([] if eot is None else [eot])
+        stops = [setup.model.config.eos_id] + ([] if eot is None else [eot])
         if not self.found:
             self.found = [{"prompt": prompt} for prompt in examples.prompts[: len(prompts)]]
         for sample, response in zip(self.found, responses.tokens, strict=True):

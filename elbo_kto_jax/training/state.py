@@ -1,7 +1,7 @@
 """What training changes: parameters and optimizer state; and how (docs/method.md 2)."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -118,4 +118,4 @@ def gradient_noise_scale(opt_state: Any, options: config.Optimizer, batch_size: 
 
 def _sum(tree: Any) -> Float32[Array, ""]:
     """The sum of all elements of a tree, in float32."""
-    return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
+    return cast(Array, sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)))  # there are some

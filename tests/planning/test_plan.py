@@ -6,16 +6,19 @@ import jax
 import numpy as np
 import pytest
 
+from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import estimate, hlo, plan, search, workload
 from elbo_kto_jax.planning.chips import parse_topology
-from elbo_kto_jax.planning.programs import Compiled, DoesNotFit
+from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, with_some_tokens
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import load_config_file
+from elbo_kto_jax.scoring.layout import layout_of
+from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from tests import runs
 
@@ -39,6 +42,15 @@ def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
 )
 def test_a_published_model_has_as_many_weights_as_its_authors_say(architecture, size, weights):
     assert estimate.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", registry.architectures())
+def test_a_published_model_is_laid_out_though_nobody_says_its_tokens(config, architecture):
+    """A2D-Qwen3's mask token stands in its tokenizer alone, which a plan by its name does not have."""
+    published = next(iter(registry.architectures()[architecture].sizes.values()))
+    layout = layout_of(config, with_some_tokens(published), rules.make_mesh(config.mesh, jax.devices()[:1]))
+    (rows,) = pack([Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)], layout)
+    assert rows.num_targets.sum() == 1
 
 
 def test_model_flops_are_those_of_the_design():

@@ -109,6 +109,23 @@ def test_a_command_needs_its_config():
 
 
 @pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--source=--", "--source=--: expected a value"),
+        ("--config.seed=1", "unrecognized arguments: --config.seed=1"),
+        ("--other", "unrecognized arguments: --other"),
+    ],
+)
+def test_a_command_without_a_config_reads_its_flags_alone(word, said):
+    flags = Flags("conversion.verify", "test")
+    flags.add_argument("--source", type=str)
+    assert flags.parse_flags(["--source=here"]).source == "here"
+    with pytest.raises(UserError) as error:
+        flags.parse_flags([word])
+    assert said in message(error)
+
+
+@pytest.mark.parametrize(
     ("flag", "said"),
     [
         ("checkpoints=llada", "config.sweep.checkpoints: expected a list, got 'llada'"),
