@@ -146,7 +146,8 @@ class Worker:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was not sent to a worker that has stopped
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.errors.close()
