@@ -139,7 +139,7 @@ def write_training_report(
             earlier checkpoint) counts as logged last. A metric that no line has is left out (SFT has no rewards); null,
             NaN and infinities are gaps, and are reported. `tokens` and `seconds` are totals since the start of the run.
         samples: {"prompt", "before", "after"}, texts; the prompt may be messages.
-        summary: the command's summary (INTERFACES.md); every key is optional.
+        summary: the command's summary; every key is optional.
     """
     metrics = _in_step_order(metrics)
     write_page(
