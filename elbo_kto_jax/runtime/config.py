@@ -280,6 +280,20 @@ def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+# What a run may change when it goes on, since nothing that it computes depends on it: keys and whole groups.
+_FREE = ("tasks", "benchmarks", "judge", "trackers", "train.eval_every", "train.log_every", "train.checkpoint_every")
+
+
+def changes_of_a_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The `differences` that matter between the config with which a run began and the one to go on with."""
+
+    def is_free(line: str) -> bool:
+        key = line.partition(":")[0].removeprefix("config.")
+        return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+    return [line for line in differences(with_later_keys(old), new) if not is_free(line)]
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
     """One "key: old -> new" line for each leaf in which two nested mappings differ."""
     lines = []

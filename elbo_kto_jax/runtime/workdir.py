@@ -28,7 +28,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes
-from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
+from elbo_kto_jax.runtime.config import Config, changes_of_a_run, differences
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
 
@@ -75,7 +75,8 @@ class Workdir:
         moment = processes.json_of_first((found or {}).get("moment", moment))
         versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
         new = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
-        self._record = {**new, "inputs": {}, "files": {}} if found is None else {**found, "moment": moment}
+        begun = {**(found or {}), "config": new["config"], "moment": moment}
+        self._record = {**new, "inputs": {}, "files": {}} if found is None else begun
         self.moment = datetime.datetime.fromisoformat(moment)
         self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
         self._tell_of_changes(versions)
@@ -178,7 +179,7 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
         return None
     try:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
-        changes = differences(with_later_keys(found["config"]), config.to_dict())
+        changes = changes_of_a_run(found["config"], config.to_dict())
         _check_record(found)
     except (ValueError, KeyError, TypeError, AttributeError):
         if overwrite:
@@ -232,12 +233,14 @@ def _shown(changes: Sequence[str]) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl and tensorboard/: one entry per logged step; a restart drops those that it will write again.
+    """metrics.jsonl, and tensorboard/ if that is a tracker: one entry per logged step.
+
+    A restart drops those that it will write again.
 
     Processes other than the first write nothing.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, first_step: int, trackers: Sequence[str] = ("tensorboard",)):
         self._writes = processes.is_first()
         if not self._writes:
             return
@@ -247,9 +250,11 @@ class MetricsLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._tensorboard: EventsWriter | None = None
+        if "tensorboard" in trackers:
+            # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
+            (workdir / "tensorboard").mkdir(exist_ok=True)
+            self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
         self._event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges what stands later
 
     def write(self, row: dict) -> None:
@@ -266,15 +271,17 @@ class MetricsLog:
             self._event(step=row["step"], summary=Summary(value=scalars))
 
     def _event(self, **content) -> None:
-        self._tensorboard.write_event(Event(wall_time=time.time(), **content))
-        self._tensorboard.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.write_event(Event(wall_time=time.time(), **content))
+            self._tensorboard.flush()
 
     def close(self) -> None:
         if not self._writes:
             return
         with writing(self._path):
             self._file.close()
-            self._tensorboard.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:

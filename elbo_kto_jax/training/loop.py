@@ -87,7 +87,7 @@ def hooks_of(
         hooks.HealthWarnings(),
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
         hooks.Bar(setup.total_steps, progress.step),
-        hooks.Journal(setup, MetricsLog(workdir, progress.step)),
+        hooks.Journal(setup, MetricsLog(workdir, progress.step, setup.config.trackers)),
         hooks.Checkpoints(setup, checkpoints, progress),
         hooks.Stop(setup.total_steps, stop_requested),
     ]

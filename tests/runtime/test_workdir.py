@@ -477,3 +477,27 @@ def test_nothing_is_deleted_before_the_new_run_is_known_to_be_right(folder, stop
     (folder / "train.jsonl").write_text("{\n")
     refusal([*argv, "--overwrite"])
     assert checkpoints(folder) == before
+
+
+def test_what_no_result_depends_on_may_change(folder, stop_at):
+    """The log, the checkpoints between, the judge: the run goes on, and config.json tells what it went on with."""
+    stopped(folder, stop_at)
+    free = {
+        "train.log_every": 2,
+        "train.checkpoint_every": 2,
+        "judge.name": "chat",
+        "benchmarks.limit": 3,
+        "tasks": "gsm8k",
+    }
+    assert train.main(flags(folder, "--config.trackers=()", **free))["steps"] == STEPS
+    found = json.loads((folder / "run" / "config.json").read_text())["config"]
+    assert (found["train"]["log_every"], found["judge"]["name"], found["trackers"]) == (2, "chat", [])
+    message = refusal(flags(folder, **free, **{"optimizer.learning_rate": 0.5}))
+    assert "optimizer.learning_rate" in message
+    assert "log_every" not in message
+
+
+def test_a_run_without_trackers_writes_metrics_alone(folder):
+    train.main(flags(folder, "--config.trackers=()"))
+    assert (folder / "run" / "metrics.jsonl").is_file()
+    assert not (folder / "run" / "tensorboard").exists()
