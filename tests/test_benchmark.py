@@ -16,6 +16,7 @@ from elbo_kto_jax.data import capitals
 from elbo_kto_jax.planning import fit
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
+from tests.share import QUICK_COMPILATION, cases
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed (extra `bench`)"
@@ -23,7 +24,8 @@ needs_torch = pytest.mark.skipif(
 
 
 @pytest.fixture
-def arguments(tiny_checkpoint, tmp_path):
+def arguments(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", " ".join(QUICK_COMPILATION))  # of the workers, which need one device
     capitals.write_data(tmp_path / "data", seed=0)
     settings = {"model.path": tiny_checkpoint, "data.train": tmp_path / "data" / "feedback.jsonl"}
     return runs.flags(
@@ -33,17 +35,19 @@ def arguments(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "variant", "labels", "with_peer"),
-    [
-        ("train.microbatch_tokens=2048", None, ["ours"], False),  # the batch is one micro-batch
-        ("train.one_pass_microbatches=99", "two_passes", ["ours, one pass", "ours, two passes"], False),
-        pytest.param(
-            "train.one_pass_microbatches=1",
-            "one_pass",
-            ["ours, two passes", "ours, one pass"],
-            True,
-            marks=needs_torch,
-        ),
-    ],
+    cases(
+        [
+            ("train.one_pass_microbatches=99", "two_passes", ["ours, one pass", "ours, two passes"], False),
+            pytest.param(
+                "train.one_pass_microbatches=1",
+                "one_pass",
+                ["ours, two passes", "ours, one pass"],
+                True,
+                marks=needs_torch,
+            ),
+        ],
+        [("train.microbatch_tokens=2048", None, ["ours"], False)],  # the batch is one micro-batch
+    ),
 )
 def test_summary_and_files(arguments, tmp_path, capsys, monkeypatch, flag, variant, labels, with_peer):
     """As configured and, where a batch is several micro-batches, in the other number of passes."""

@@ -59,6 +59,7 @@ def soak(folder: Path, steps: int, warm: int = WARM) -> dict:
         f"--config.model.path={folder / 'model'}",
         f"--config.data.train={data / 'feedback.jsonl'}",
         f"--config.data.eval={held_out}",
+        "--config.mesh.data=1",  # the rows of a micro-batch, which hold the batch, are not multiplied
         f"--config.train.steps={steps}",
         f"--config.train.eval_every={every}",
         f"--config.train.checkpoint_every={every}",
