@@ -339,3 +339,14 @@ def test_a_token_that_the_tokenizer_does_not_declare_is_the_model_s(tokenizer, m
     bare = copy.deepcopy(tokenizer)
     setattr(bare, name, None)
     with_special_tokens(model_config, bare, -1, "some/model")
+
+
+def test_the_pattern_of_special_tokens_is_built_once(tokenizer, monkeypatch):
+    """For many records, not for each: a published tokenizer has hundreds of them."""
+    built, build = [], chat._special_tokens
+    monkeypatch.setattr(chat, "_special_tokens", lambda of: built.append(of) or build(of))
+    records = [Record(str(i), f"question {i}", "answer", True, "here") for i in range(50)]
+    assert not any(writes_special_tokens(tokenizer, records))
+    assert len(built) == 1
+    chat.encode_batch(tokenizer, records, max_length=64, exact_window=True, append_eot=False, eot_id=-1)
+    assert len(built) <= 3

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elbo_kto_jax.evaluation.address import check_key, check_url
 from elbo_kto_jax.evaluation.extras import import_extra
 from elbo_kto_jax.evaluation.judges import Judge
 from elbo_kto_jax.evaluation.kept import digest
@@ -62,8 +63,8 @@ def endpoint_of(options: config.Judge, cache: Path) -> Any:
     if not key and url == OPENAI_URL:
         raise UserError("OPENAI_API_KEY: not set; set it, or OPENAI_BASE_URL to an endpoint that needs no key")
     endpoint = import_extra("elbo_kto_jax.evaluation.endpoint", "--judge=chat", "the client of OpenAI", "judge")
-    endpoint.check_url(url, "OPENAI_BASE_URL")
-    endpoint.check_key(key, "OPENAI_API_KEY")
+    check_url(url, "OPENAI_BASE_URL")
+    check_key(key, "OPENAI_API_KEY")
     return endpoint.Endpoint(
         base_url=url,
         model=model,
