@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax import from_hf, to_hf, verify
-from elbo_kto_jax.checkpoints import conversion, huggingface, names, publish
+from elbo_kto_jax.checkpoints import conversion, names, publish
 from elbo_kto_jax.checkpoints.load import load_model, open_source
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.save import save_model
@@ -229,7 +229,7 @@ def test_an_export_follows_no_link_that_somebody_put_there(tmp_path, monkeypatch
     victim.mkdir()
     (tmp_path / ".out.0.partial").symlink_to(victim)  # as if a killed export had left it
     conversion.write_published(tmp_path / "out", source, 10**9)
-    monkeypatch.setattr(huggingface.secrets, "token_hex", lambda size: "guessed")
+    monkeypatch.setattr(publish.secrets, "token_hex", lambda size: "guessed")
     (tmp_path / ".other.guessed.partial").symlink_to(victim)
     with pytest.raises(UserError, match="File exists"):
         conversion.write_published(tmp_path / "other", source, 10**9)

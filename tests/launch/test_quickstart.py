@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from elbo_kto_jax import quickstart
+from elbo_kto_jax.data import capitals
+from elbo_kto_jax.runtime.errors import UserError
 from tests.conftest import PROJECT_ROOT
 from tests.runs import read_jsonl
+from tests.share import cases
 
-FOUR_STANDARD_ERRORS = 4 * 0.5 / quickstart.HELD_OUT**0.5
+FOUR_STANDARD_ERRORS = 4 * 0.5 / capitals.HELD_OUT**0.5
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +51,19 @@ def test_the_aligned_model_beats_the_base_model(aligned):
     assert aligned["aligned_accuracy"] > aligned["base_accuracy"] + 0.2
     assert aligned["adjusted_win_rate"] > 0.659  # of LLaDA-8B-Instruct in the paper; here there is more to gain
     assert aligned["ci95"][0] > 0.5
-    assert aligned["comparisons"] == quickstart.HELD_OUT
+    assert aligned["comparisons"] == capitals.HELD_OUT
     assert Path(aligned["report"]).is_file()
 
 
 @pytest.mark.usefixtures("aligned")  # it makes the base model
-@pytest.mark.parametrize("flag", ["--config.objective.beta=0", "--shuffle-labels"])
+@pytest.mark.parametrize("flag", cases(["--shuffle-labels"], ["--config.objective.beta=0"]))
 def test_without_information_there_is_nothing_to_gain(run, flag):
     assert abs(run(flag)["adjusted_win_rate"] - 0.5) < FOUR_STANDARD_ERRORS
 
 
 def test_data_are_distinct_and_depend_on_the_seed_alone(tmp_path):
     for name, seed in (("a", 0), ("again", 0), ("b", 1)):
-        quickstart.write_data(tmp_path / name, seed)
+        capitals.write_data(tmp_path / name, seed)
     files = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert files == ["demonstrations.jsonl", "feedback-shuffled.jsonl", "feedback.jsonl", "prompts.jsonl"]
     for file in files:
@@ -76,11 +79,11 @@ def test_data_are_distinct_and_depend_on_the_seed_alone(tmp_path):
 
 
 def test_labels_are_of_good_answers_until_shuffled(tmp_path):
-    quickstart.write_data(tmp_path, 0)
+    capitals.write_data(tmp_path, 0)
     feedback, shuffled = read_jsonl(tmp_path / "feedback.jsonl"), read_jsonl(tmp_path / "feedback-shuffled.jsonl")
     for row in feedback:
         digits, answer = row["prompt"][0]["content"].split()[-1], row["completion"][0]["content"]
-        assert (answer == quickstart.good_answer(digits)) == row["label"]
+        assert (answer == capitals.good_answer(digits)) == row["label"]
     without = lambda rows: [{**row, "label": None} for row in rows]  # noqa: E731
     assert without(shuffled) == without(feedback)
     agree = sum(a["label"] == b["label"] for a, b in zip(feedback, shuffled, strict=True))
@@ -90,12 +93,12 @@ def test_labels_are_of_good_answers_until_shuffled(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(quickstart.UserError, match="is not the folder of a quickstart"):
+    with pytest.raises(UserError, match="is not the folder of a quickstart"):
         quickstart.main([f"--workdir={tmp_path}", "--overwrite"])
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_folder_with_another_seed_is_kept_unless_asked(tmp_path):
     (tmp_path / "quickstart.json").write_text('{"seed": 1}')
-    with pytest.raises(quickstart.UserError, match=r'with other settings .*"seed": 1.*\n.*--overwrite'):
+    with pytest.raises(UserError, match=r'with other settings .*"seed": 1.*\n.*--overwrite'):
         quickstart.main([f"--workdir={tmp_path}", "--seed=0"])

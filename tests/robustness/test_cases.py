@@ -20,9 +20,7 @@ from tests.robustness.commands import PROJECT_ROOT, environment
 FOLDER = Path(os.environ.get("CASES_DIR", PROJECT_ROOT.parent / "shared" / "cases"))
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", PROJECT_ROOT.parent / "shared" / "golden"))
 # Their scripts import modules of a former layout of the package; our own test holds the right value.
-OF_A_FORMER_LAYOUT = {"special_tokens_speed": "test_the_pattern_of_special_tokens_is_built_once in tests/data/test_chat.py"}
-    "special_tokens_speed": "tests/data/test_chat.py::test_the_pattern_of_special_tokens_is_built_once"
-}
+OF_A_FORMER_LAYOUT = {"special_tokens_speed": "test_the_pattern_of_special_tokens_is_built_once"}
 SECONDS = 600.0  # for one script, on a busy machine
 
 

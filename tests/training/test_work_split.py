@@ -16,6 +16,7 @@ from elbo_kto_jax.training import step
 from elbo_kto_jax.training.data import TrainingData
 from tests import tiny
 from tests.conftest import PROJECT_ROOT
+from tests.share import cases
 from tests.training.steps import (
     KEEP_GRADIENT,
     ONE_DEVICE,
@@ -91,7 +92,7 @@ def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, o
 
 
 @pytest.mark.parametrize(
-    "sizes", [config.Mesh(8, 1, 1), config.Mesh(1, 8, 1), config.Mesh(1, 4, 2), config.Mesh(2, 2, 2)], ids=str
+    "sizes", cases([config.Mesh(8, 1, 1), config.Mesh(2, 2, 2)], [config.Mesh(1, 8, 1), config.Mesh(1, 4, 2)]), ids=str
 )
 def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
     metrics, update, _ = trajectory(sizes, rows=8, objective=whole[2])
