@@ -251,10 +251,9 @@ class SweepConfig(Config):
     sweep: Sweep
 
 
-# Keys that came later, and what a config without them meant.
-_LATER: dict[str, Any] = {
-    "model": {"mask_token_id": -1},
-    "objective": {"label_smoothing": 0.0},
+# Keys of older groups, and groups, that came later, and what a config without them meant.
+_LATER_KEYS: dict[str, dict[str, Any]] = {"model": {"mask_token_id": -1}, "objective": {"label_smoothing": 0.0}}
+_LATER_GROUPS: dict[str, Any] = {
     "benchmarks": {"table": "", "limit": 0},
     "judge": {
         "name": "verifiable",
@@ -272,11 +271,11 @@ _LATER: dict[str, Any] = {
 
 def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A config that was written for an earlier version, as this version would have written it."""
-    complete = dict(mapping)
-    for key, meant in _LATER.items():
-        found = complete.get(key, {} if isinstance(meant, dict) else meant)
-        is_group = isinstance(meant, dict) and isinstance(found, Mapping)
-        complete[key] = {**meant, **found} if is_group else found
+    complete = {**_LATER_GROUPS, **mapping}
+    for key, meant in {**_LATER_KEYS, **_LATER_GROUPS}.items():
+        found = complete.get(key)
+        if isinstance(meant, dict) and isinstance(found, Mapping):
+            complete[key] = {**meant, **found}
     return complete
 
 
