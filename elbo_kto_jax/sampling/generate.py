@@ -82,7 +82,7 @@ def generate(
     shards = 1 if mesh is None else rules.row_shards(mesh)
     size = -(-min(options.batch_size, n) // shards) * shards
 
-    result = Responses(np.zeros((n, g), np.int32), np.zeros((n, g), np.int32), np.zeros((n, g), np.float32), 0, 0)
+    tokens, written_at, confidence = (np.zeros((n, g), dtype) for dtype in (np.int32, np.int32, np.float32))
     forward_passes = forward_tokens = 0
     for width, waiting in buckets([len(prompt) for prompt in prompts], g):
         batch = DecodeBatch(model.clone(mesh=mesh), params, size, width, options, eot_id, mesh)
@@ -92,13 +92,13 @@ def generate(
                 batch.put(row, i, prompts[i], templates[i], key_words(seed, prompt_ids[i]))
             batch.fill_next_blocks(watch)
             finished = batch.take_finished()
-            for i, (tokens, written_at, confidence) in finished.items():
-                result.tokens[i], result.written_at[i], result.confidence[i] = tokens, written_at, confidence
+            for i, response in finished.items():
+                tokens[i], written_at[i], confidence[i] = response
             if progress is not None:
                 progress(len(finished))
         forward_passes += batch.forward_passes
         forward_tokens += batch.forward_tokens
-    return result._replace(forward_passes=forward_passes, forward_tokens=forward_tokens)
+    return Responses(tokens, written_at, confidence, forward_passes, forward_tokens)
 
 
 def _check_inputs(

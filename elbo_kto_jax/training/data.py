@@ -69,8 +69,10 @@ class TrainingData(DrawnExamples):
 
     def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
         """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
-        examples, size = self.examples, self.batch_size
-        feedback = Feedback(np.zeros(size, bool), np.arange(size) < len(indices), np.zeros(size, np.int32))
-        feedback.is_desirable[: len(indices)] = examples.is_desirable[indices]
-        feedback.completion_length[: len(indices)] = examples.completion_length[indices]
+        examples, missing = self.examples, self.batch_size - len(indices)
+        feedback = Feedback(
+            np.pad(examples.is_desirable[indices], (0, missing)),
+            np.arange(self.batch_size) < len(indices),
+            np.pad(examples.completion_length[indices], (0, missing)),
+        )
         return Batch(feedback, self.micro_batches(indices, epoch), int(self.lengths(indices).sum()))
