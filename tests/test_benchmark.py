@@ -16,7 +16,7 @@ from elbo_kto_jax.data import capitals
 from elbo_kto_jax.planning import fit
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
-from tests.share import QUICK_COMPILATION, cases
+from tests.share import QUICK_COMPILATION, WHOLE, cases
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not installed (extra `bench`)"
@@ -186,6 +186,7 @@ def test_layers_that_fit(monkeypatch, memory, layers):
     assert fit.layers_that_fit(random_folder.dimensions("8b"), 4096, "bfloat16") == layers
 
 
+@pytest.mark.skipif(not WHOLE, reason="takes a minute: ROBUSTNESS=whole runs it")
 def test_random_weights_of_a_size(arguments, tmp_path, monkeypatch):
     """--size: the tokenizer of the model that the config names, and as many layers as asked for."""
     monkeypatch.setattr(measure, "MEMORY_DRAWS", (1,))

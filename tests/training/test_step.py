@@ -11,6 +11,7 @@ from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training import step
 from elbo_kto_jax.training.data import TrainingData
 from tests import tiny
+from tests.share import cases
 from tests.training.steps import (
     KEEP_GRADIENT,
     ONE_DEVICE,
@@ -27,10 +28,27 @@ from tests.training.steps import (
 # ---- exactness ----
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("sizes", "one_pass_microbatches"), [(ONE_DEVICE, 1), (ONE_DEVICE, 3), (config.Mesh(2, 2, 2), 1)], ids=str
+    ("dtype", "packed", "sizes", "one_pass_microbatches"),
+    cases(
+        [
+            ("float32", True, ONE_DEVICE, 1),
+            ("bfloat16", False, ONE_DEVICE, 1),
+            ("bfloat16", True, ONE_DEVICE, 3),
+            ("bfloat16", True, config.Mesh(2, 2, 2), 1),
+        ],
+        [
+            ("bfloat16", True, ONE_DEVICE, 1),
+            ("float32", False, ONE_DEVICE, 1),
+            ("float32", True, ONE_DEVICE, 3),
+            ("float32", False, ONE_DEVICE, 3),
+            ("bfloat16", False, ONE_DEVICE, 3),
+            ("float32", True, config.Mesh(2, 2, 2), 1),
+            ("float32", False, config.Mesh(2, 2, 2), 1),
+            ("bfloat16", False, config.Mesh(2, 2, 2), 1),
+        ],
+    ),
+    ids=str,
 )
 def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes, one_pass_microbatches):
     """Online, and precomputed by another instance of the programs."""
