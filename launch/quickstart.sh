@@ -2,7 +2,7 @@
 # The main job on a tiny model, from nothing, on a CPU in minutes:
 #   bash launch/quickstart.sh [--workdir=DIR] [--seed=0] [--shuffle-labels] [--overwrite] [--config.KEY=VALUE ...]
 # Uses the Python that is active ($PYTHON, else python3) if it has this project's dependencies, else .venv of the project,
-# which is made first if need be. Writes nothing else outside the working folder; see launch/quickstart.py.
+# which is made first if need be. Writes nothing else outside the working folder; see elbo_kto_jax/quickstart.py.
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

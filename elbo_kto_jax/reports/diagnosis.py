@@ -64,10 +64,6 @@ def _of(rows: Sequence[Mapping], scheme: str) -> list[Mapping]:
     return [row for row in rows if row["scheme"] == scheme]
 
 
-def _schemes(rows: Sequence[Mapping]) -> list[str]:
-    return list(dict.fromkeys(row["scheme"] for row in rows))
-
-
 def _line(name: str, rows: Sequence[Mapping], key: str, factor: str | None = None) -> Series:
     """A figure over the number of draws, times the row's own number `factor`."""
     times = [row[factor] if factor else 1 for row in rows]

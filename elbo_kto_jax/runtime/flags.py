@@ -29,9 +29,14 @@ _CONSOLE_SCRIPT = "elbo-kto"
 
 def command_line(module: str) -> str:
     """What to type for the command in `module`, the way in which this one was started."""
+    return _program(module, _python())
+
+
+def _program(module: str, python: str) -> str:
+    """The command as it is called: by the console script, or as a module of `python`."""
     if Path(sys.argv[0]).stem == _CONSOLE_SCRIPT:
         return f"{_CONSOLE_SCRIPT} {module.rpartition('.')[2]}"
-    return f"{_python()} -m {module}"
+    return f"{python} -m {module}"
 
 
 def _python() -> str:
@@ -42,10 +47,6 @@ def _python() -> str:
     return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
-def _program(module: str) -> str:
-    return command_line(module).replace(_python(), "python", 1)
-
-
 class Flags(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit with status 2, and which knows `--config` if asked to.
 
@@ -54,7 +55,7 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, description: str):
-        super().__init__(prog=_program(command), description=description, allow_abbrev=False)
+        super().__init__(prog=_program(command, "python"), description=description, allow_abbrev=False)
         self._kind: type[Config] = Config
         self._short: dict[str, str] = {}  # attribute of the flags -> config key
 

@@ -1,6 +1,6 @@
 """One path, one meaning: what a flag or config key that names files stands for, decided once, before anything is read.
 
-`cli.Flags` and `config.from_mapping` give every path to `resolve`; whoever gets one from them uses it as it is.
+`flags.Flags` and `config.from_mapping` give every path to `resolve`; whoever gets one from them uses it as it is.
 """
 
 import os

@@ -8,7 +8,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_FOLDER = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
+_INSTALLED = _PACKAGE / "recipes"
+_FOLDER = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:

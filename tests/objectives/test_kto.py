@@ -1,4 +1,4 @@
-"""preference/kto.py against the golden losses and against autodiff of the loss as docs/method.md 2 writes it."""
+"""objectives/kto.py against the golden losses and against autodiff of the loss as docs/method.md 2 writes it."""
 
 import itertools
 
