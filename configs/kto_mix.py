@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 _MODEL = {
     "path": "GSAI-ML/LLaDA-8B-Instruct",  # [paper]
     "dtype": "bfloat16",  # [paper] bf16 compute; log-probabilities and norms are float32 in any case
-    "param_dtype": "float32",  # [ours] an update of 1e-6 is lost in a bfloat16 weight
+    "param_dtype": "float32",  # [ours] a bfloat16 weight has an update of 1e-6 in expectation only
     "mask_token_id": -1,  # what config.json, the tokenizer or the authors say
     "remat": "full",  # [paper] activation checkpointing
 }
@@ -45,6 +45,7 @@ _OPTIMIZER = {
     "b2": 0.95,  # [paper]
     "weight_decay": 0.01,  # [paper]
     "clip_norm": 1.0,  # [paper]
+    "moments_dtype": "float32",  # [ours]
 }
 _TRAIN = {
     "epochs": 1,  # [paper]

@@ -183,7 +183,7 @@ def test_a_worker_that_stops_is_one_line(tmp_path):
 def test_layers_that_fit(monkeypatch, memory, layers):
     device = type("Device", (), {"memory_stats": lambda _: {"bytes_limit": memory}})()
     monkeypatch.setattr(fit.jax, "local_devices", lambda: [device])
-    assert fit.layers_that_fit(random_folder.dimensions("8b"), 4096, "bfloat16") == layers
+    assert fit.layers_that_fit(random_folder.dimensions("8b"), 4096, "bfloat16", "bfloat16") == layers
 
 
 @pytest.mark.skipif(not WHOLE, reason="takes a minute: ROBUSTNESS=whole runs it")

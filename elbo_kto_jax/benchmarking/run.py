@@ -95,7 +95,9 @@ def _measured(request: Request, config: Config, scratch: Path) -> dict:
 def _with_random_model(config: Config, request: Request, folder: Path) -> Config:
     """The config with a model of random weights in `folder`, of as many layers as asked for or as fit."""
     dimensions = random_folder.dimensions(request.size)
-    layers = request.layers or layers_that_fit(dimensions, request.max_length, config.model.param_dtype)
+    layers = request.layers or layers_that_fit(
+        dimensions, request.max_length, config.model.param_dtype, config.optimizer.moments_dtype
+    )
     log.info("writing %d layers of random weights, size %s", layers, request.size)
     random_folder.write(
         folder, Path(config.model.path), dimensions | {"n_layers": layers}, dtype=config.model.param_dtype

@@ -69,6 +69,7 @@ def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str
 def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], waiting: int) -> float:
     """Bytes per chip of the gradient's program and of what lies beside it; for `waiting` see `Workload`."""
     item, stored = jnp.dtype(config.model.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
+    moments = 2 * jnp.dtype(config.optimizer.moments_dtype).itemsize
     shards = mesh["fsdp"] * mesh["tensor"]
     trained = parameters(model) / shards
     base = 0.0
@@ -76,7 +77,7 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], wa
         base = trained * (1 if config.lora.base_quantization == "int8" else item)
         trained *= adapters(model, config.lora.rank) / parameters(model)
     accumulator = 0 if waiting and config.train.one_pass_microbatches == 1 else 4
-    state = trained * (3 * stored + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
+    state = trained * (stored + moments + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
     tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length
     d, f = model.d_model, model.mlp_hidden_size / mesh["tensor"]
     attention = model.n_heads * model.head_dim / mesh["tensor"]

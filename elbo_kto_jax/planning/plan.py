@@ -147,6 +147,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "remat": config.model.remat,
         "dtype": config.model.dtype,
         "param_dtype": config.model.param_dtype,
+        "moments_dtype": config.optimizer.moments_dtype,
         "microbatch_tokens": config.train.microbatch_tokens,
         "one_pass_microbatches": config.train.one_pass_microbatches,
     }

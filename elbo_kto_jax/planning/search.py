@@ -16,6 +16,9 @@ from elbo_kto_jax.runtime.config import Config, Dtype, Mesh, Remat
 
 log = logging.getLogger(__name__)
 
+# Dtypes of parameters and of Adam's moments, the most exact first.
+_STORED: tuple[tuple[Dtype, Dtype], ...] = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+
 
 def would_fit(config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float) -> str:
     """Words for what would fit, where the config as it is does not; by estimate."""
@@ -42,8 +45,8 @@ def _flexible(config: Config) -> Mesh:
 def candidates(
     config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float
 ) -> Iterator[Config]:
-    """Configs that fit the slice by estimate, the fastest first; float32 parameters before bfloat16 ones."""
-    found: list[tuple[bool, float, int, Config]] = []
+    """Configs that fit the slice by estimate, the fastest first; more exact dtypes before others."""
+    found: list[tuple[int, float, int, Config]] = []
     devices, length = topology.devices, config.data.max_length
     splits = [
         (devices // (fsdp * tensor), fsdp, tensor)
@@ -52,25 +55,27 @@ def candidates(
         if devices % (fsdp * tensor) == 0 and model.n_kv_heads % tensor == 0 and model.d_model % fsdp == 0
     ]
     remats: tuple[Remat, ...] = ("full", "attention", "dots")
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    for split, rows, remat, stored in itertools.product(splits, (1, 2, 4, 8), remats, dtypes):
+    for split, rows, remat, stored in itertools.product(splits, (1, 2, 4, 8), remats, _STORED):
         option = with_settings(config, split, rows * length, remat, stored)
         mesh = mesh_sizes(option, devices)
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         if estimated_bytes(option, model, mesh, work.waiting) > topology.chip.usable_bytes:
             continue
-        found.append((stored != "float32", estimated_step(option, model, topology, work, mesh), len(found), option))
+        found.append((_STORED.index(stored), estimated_step(option, model, topology, work, mesh), len(found), option))
     for *_, option in sorted(found, key=lambda item: item[:3]):
         yield option
 
 
-def with_settings(config: Config, split: tuple[int, int, int], tokens: int, remat: Remat, stored: Dtype) -> Config:
-    """The config with another mesh (data, fsdp, tensor), micro-batch, rematerialisation and parameter dtype."""
+def with_settings(
+    config: Config, split: tuple[int, int, int], tokens: int, remat: Remat, stored: tuple[Dtype, Dtype]
+) -> Config:
+    """The config with another mesh (data, fsdp, tensor), micro-batch, rematerialisation, and stored dtypes."""
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(config.mesh, **dict(zip(("data", "fsdp", "tensor"), split, strict=True))),
         train=dataclasses.replace(config.train, microbatch_tokens=tokens),
-        model=dataclasses.replace(config.model, remat=remat, param_dtype=stored),
+        model=dataclasses.replace(config.model, remat=remat, param_dtype=stored[0]),
+        optimizer=dataclasses.replace(config.optimizer, moments_dtype=stored[1]),
     )
 
 
@@ -84,6 +89,7 @@ def changes(config: Config, other: Config) -> list[str]:
         ("train.microbatch_tokens", config.train.microbatch_tokens, other.train.microbatch_tokens),
         ("model.remat", config.model.remat, other.model.remat),
         ("model.param_dtype", config.model.param_dtype, other.model.param_dtype),
+        ("optimizer.moments_dtype", config.optimizer.moments_dtype, other.optimizer.moments_dtype),
     ]
     return [f"--config.{key}={new}" for key, old, new in pairs if old != new]
 

@@ -53,7 +53,7 @@ Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 class Model:
     path: Location  # Hugging Face folder, hub id or converted checkpoint
     dtype: Dtype  # of the activations and matrix products
-    param_dtype: Dtype  # of the stored parameters and of Adam's moments
+    param_dtype: Dtype  # of the stored parameters; bfloat16 ones are rounded stochastically
     mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say
     remat: Remat  # what the backward pass keeps of a layer, models/network.py
 
@@ -99,6 +99,7 @@ class Optimizer:
     b2: Annotated[float, Range(0, 0.999999)]
     weight_decay: NonNegative
     clip_norm: Positive
+    moments_dtype: Dtype = "float32"  # of Adam's moments as they are stored; it computes in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +253,11 @@ class SweepConfig(Config):
 
 
 # Keys of older groups, and groups, that came later, and what a config without them meant.
-_LATER_KEYS: dict[str, dict[str, Any]] = {"model": {"mask_token_id": -1}, "objective": {"label_smoothing": 0.0}}
+_LATER_KEYS: dict[str, dict[str, Any]] = {
+    "model": {"mask_token_id": -1},
+    "objective": {"label_smoothing": 0.0},
+    "optimizer": {"moments_dtype": "float32"},
+}
 _LATER_GROUPS: dict[str, Any] = {
     "benchmarks": {"table": "", "limit": 0},
     "judge": {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
 from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.config import ModelConfig
@@ -52,8 +52,11 @@ def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule
 
 
 def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with decoupled weight decay on matrices (neither norm scales nor biases)."""
-    return optax.chain(
+    """Global-norm clipping, then AdamW with decoupled weight decay on matrices (neither norm scales nor biases).
+
+    It begins with moments in `moments_dtype`, and computes in the dtype of what it is given.
+    """
+    adamw = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         optax.adamw(
             learning_rate(options, total_steps),
@@ -66,6 +69,14 @@ def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTran
             ),
         ),
     )
+
+    def stored(x: Any) -> Any:  # counters are whole numbers, and optax traces `init` with what is no array
+        return x.astype(options.moments_dtype) if jnp.issubdtype(getattr(x, "dtype", int), jnp.floating) else x
+
+    def init(params: Params) -> Any:
+        return jax.tree.map(stored, adamw.init(params))
+
+    return optax.GradientTransformation(init, adamw.update)
 
 
 def state_shardings(tx: optax.GradientTransformation, abstract: Params, mesh: Mesh, model: ModelConfig) -> TrainState:
@@ -105,7 +116,7 @@ def gradient_noise_scale(opt_state: Any, options: config.Optimizer, batch_size: 
     squared weights of the mean m, and E sum(v) = |E g|^2 + tr Cov(g). Masks and the choice of examples both count.
     NaN where the signal is not seen above the noise, and after the first step.
     """
-    count = optax.tree.get(opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByAdamState")
+    count = steps_taken(opt_state)
     shrink = options.b1**count
     squares = jax.tree.map(lambda m: jnp.square(m.astype(jnp.float32)), optax.tree.get(opt_state, "mu"))
     of_mean = _sum(squares) / jnp.square(1 - shrink)
@@ -114,6 +125,14 @@ def gradient_noise_scale(opt_state: Any, options: config.Optimizer, batch_size: 
     noise = (of_step - of_mean) / (1 - share)
     signal = of_step - noise
     return jnp.where((count > 1) & (signal > 0), batch_size * noise / signal, jnp.nan)
+
+
+def steps_taken(opt_state: Any) -> Int[Array, ""]:
+    """How many steps Adam has taken; 0 where `opt_state` is none of Adam's."""
+    adam = optax.tree.get_all_with_path(
+        opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == "ScaleByAdamState"
+    )
+    return adam[0][1] if adam else jnp.int32(0)
 
 
 def _sum(tree: Any) -> Float32[Array, ""]:

@@ -28,7 +28,8 @@ from elbo_kto_jax.models import lora
 from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.objectives.protocol import Feedback, Objective
 from elbo_kto_jax.scoring.scorer import Scorer, Weights, pull_back, write
-from elbo_kto_jax.training.state import TrainState, zeros_like_params
+from elbo_kto_jax.training.rounding import in_float32, round_like
+from elbo_kto_jax.training.state import TrainState, steps_taken, zeros_like_params
 
 Reference = Weights | lora.Base | Float32[np.ndarray, " bk"] | None  # online, of adapters, precomputed, none
 Metrics = dict[str, Array]
@@ -145,10 +146,11 @@ def build_programs(
     draws: int,
     tx: optax.GradientTransformation | None = None,
     shardings: TrainState | None = None,
+    seed: int = 0,
 ) -> Programs:
     """The programs for batches whose draws `scorer` scores, `draws` of each example.
 
-    `tx` and `shardings` are needed for the gradient and the update, not for the loss.
+    `tx` and `shardings` are needed for the gradient and the update, not for the loss; `seed` for rounding to bfloat16.
     """
     everywhere = scorer.everywhere
     params = shardings.params if shardings else None
@@ -165,7 +167,7 @@ def build_programs(
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(params, everywhere)),
         backward=jax.jit(backward, donate_argnums=2, out_shardings=params),
         update=jax.jit(
-            lambda *arguments: update(tx, *arguments),
+            lambda *arguments: update(tx, seed, *arguments),
             donate_argnums=0,
             out_shardings=(shardings, everywhere, everywhere),
         ),
@@ -179,9 +181,6 @@ def gradient_programs(scorer: Scorer, draws: int) -> tuple[Callable, Callable]:
 
     def of_slots(rows, cotangent):
         return cotangent.at[rows.slot_index // draws].get(mode="fill", fill_value=0) / draws
-
-    def in_float32(grads):
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def grad(weights, grads, estimates, rows, cotangent):
         trained, replace = lora.split_trained(weights)
@@ -198,12 +197,22 @@ def gradient_programs(scorer: Scorer, draws: int) -> tuple[Callable, Callable]:
 
 
 def update(
-    tx: optax.GradientTransformation, state: TrainState, grads: Params, loss: Float32[Array, ""], go: Bool[Array, ""]
+    tx: optax.GradientTransformation,
+    seed: int,
+    state: TrainState,
+    grads: Params,
+    loss: Float32[Array, ""],
+    go: Bool[Array, ""],
 ) -> tuple[TrainState, Float32[Array, ""], Bool[Array, ""]]:
-    """The state after the optimizer, where loss and gradient are finite and `go` says so; the gradient's norm."""
+    """The state after the optimizer, where loss and gradient are finite and `go` says so; the gradient's norm.
+
+    The optimizer computes in float32. What is stored in bfloat16 is rounded stochastically (docs/method.md 12), from
+    random bits of the seed, the step, the parameter and the place in it.
+    """
     grad_norm = optax.tree.norm(grads)
     go = go & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = TrainState(optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = in_float32(state.params), in_float32(state.opt_state)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    key = jax.random.fold_in(jax.random.key(seed), steps_taken(state.opt_state))
+    new = round_like(TrainState(optax.apply_updates(params, updates), opt_state), state, key)
     return jax.tree.map(lambda after, before: jnp.where(go, after, before), new, state), grad_norm, go

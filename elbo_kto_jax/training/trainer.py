@@ -40,8 +40,14 @@ class Trainer(NamedTuple):
         tx = train_state.optimizer(config.optimizer, setup.total_steps)
         abstract = train_state.abstract_trained(setup.model, config.lora)
         shardings = train_state.state_shardings(tx, abstract, setup.mesh, setup.model.config)
-        draws = config.estimator.draws
-        programs = build_programs(setup.scorer(), setup.objective, draws=draws, tx=tx, shardings=shardings)
+        programs = build_programs(
+            setup.scorer(),
+            setup.objective,
+            draws=config.estimator.draws,
+            tx=tx,
+            shardings=shardings,
+            seed=config.seed,
+        )
         return cls(setup, programs, tx, shardings, *setup.load_base())
 
     def policy(self, trained: Params) -> Weights:

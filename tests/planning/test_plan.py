@@ -207,8 +207,9 @@ def test_recomputation():
 def test_a_search_starts_with_float32_and_the_fastest(config):
     topology = parse_topology("v6e:2x4")
     found = list(search.candidates(config, LLADA_8B, topology, 14000, 700))
-    stored = [option.model.param_dtype for option in found]
-    assert stored == sorted(stored, key=["float32", "bfloat16"].index)
+    stored = [(option.model.param_dtype, option.optimizer.moments_dtype) for option in found]
+    order = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+    assert stored == sorted(stored, key=order.index)
     assert found[0].model.param_dtype == "float32"
 
     def seconds(option):
@@ -244,7 +245,7 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
 
 
 def test_the_flags_of_a_candidate_lead_to_it(config):
-    option = search.with_settings(config, (2, 4, 1), 8192, "dots", "bfloat16")
+    option = search.with_settings(config, (2, 4, 1), 8192, "dots", ("bfloat16", "bfloat16"))
     assert search.changes(config, config) == []
     assert search.changes(config, option) == [
         "--config.mesh.data=2",
@@ -252,6 +253,7 @@ def test_the_flags_of_a_candidate_lead_to_it(config):
         "--config.train.microbatch_tokens=8192",
         "--config.model.remat=dots",
         "--config.model.param_dtype=bfloat16",
+        "--config.optimizer.moments_dtype=bfloat16",
     ]
 
 
