@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
         "baseline": "",
         "prompts": "",
         "data": "",
-        "limit": 0,  # examples per task; 0: all
+        "limit": 0,  # prompts, records or questions of each task, the first ones; 0: all
     }
     return config

@@ -7,7 +7,11 @@ the sampler, what estimates a likelihood the numbers of draws. A cell of the gri
 (or masked rows) are spread over all devices, so that every device works whatever the grid looks like, and one program
 serves all cells with equal settings. A checkpoint is loaded once for all of its cells.
 
-    DIR/config.json            the grid; another one in the same folder is refused
+Every cell is checked before the first one runs. config.sweep.limit is the number of prompts, records or questions that
+every task takes. A grid may grow: values that are added to a list are evaluated, and the cells that are done are kept.
+Taking a value away, another limit or another config is refused.
+
+    DIR/config.json            the grid; one that is not this one and more is refused
     DIR/cells/NAME/            result.json and what `evaluate` and `score` write; a cell that has a result of the same
                                settings, weights and data (by their content) is not evaluated again
     DIR/answers/, DIR/judge/   answers and verdicts that cells share
@@ -20,7 +24,7 @@ from typing import Any, cast
 from elbo_kto_jax import cli
 from elbo_kto_jax.evaluate import add_judge_flags, add_task_flags
 from elbo_kto_jax.evaluation.sweep import sweep
-from elbo_kto_jax.runtime.config import SweepConfig
+from elbo_kto_jax.runtime.grid import SweepConfig
 
 
 def main(argv: list[str]) -> dict[str, Any]:

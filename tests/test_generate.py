@@ -126,7 +126,7 @@ def test_an_existing_file_is_replaced_only_on_demand(command, tmp_path):
         (
             [f"--config.sampler.{key}=100000" for key in ("gen_length", "block_length")],
             RECORDS,
-            "jsonl:1.*`prompt`.*at most -",
+            "config.sampler.gen_length: 100000, but the model takes",
         ),
         (["--config.sampler.threshold=0.9", "--config.sampler.remasking=random"], RECORDS, "config.sampler.threshold"),
         (["--infill"], RECORDS, "jsonl:1.*`completion`"),

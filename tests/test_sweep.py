@@ -286,12 +286,21 @@ def test_eight_devices_give_what_one_gives(command, tmp_path, cpu_devices, monke
     assert len(answers("one")) == 4
 
 
+def long(tokens: int) -> dict[str, int]:
+    """A setting of the sampler for answers of so many tokens; the models take 128, the prompt included."""
+    return {"gen_length": tokens, "steps": tokens, "block_length": tokens}
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
         ({"checkpoints": []}, r"config\.sweep\.checkpoints: empty"),
         ({"sampler": [{"stebs": 1}]}, r"config\.sweep\.sampler: .*unknown config key `config\.sampler\.stebs`"),
         ({"sampler": [{"steps": 3, "block_length": 2}]}, r"config\.sampler\.steps: 3 steps"),
+        (
+            {"sampler": [{"steps": 0}]},
+            r"config\.sweep\.sampler: .*'steps': 0.*config\.sampler\.steps: expected a number",
+        ),
         ({"sampler": [{}, {}]}, r"config\.sweep\.sampler: lists \{\} twice"),
         ({"draws": [4, 1, 4]}, r"config\.sweep\.draws: lists 4 twice"),
         ({"baseline": ""}, r"config\.sweep\.baseline: missing"),
@@ -299,6 +308,18 @@ def test_eight_devices_give_what_one_gives(command, tmp_path, cpu_devices, monke
         ({"data": ""}, r"config\.sweep\.data: missing"),
         ({"checkpoints": ["nowhere/at/all"]}, r"config\.sweep\.checkpoints=nowhere/at/all"),
         ({"baseline": "nowhere/at/all"}, r"config\.sweep\.baseline=nowhere/at/all"),
+        (
+            {"sampler": [{}, {"threshold": 0.5, "remasking": "random"}]},
+            r"config\.sweep\.sampler \{'threshold': 0\.5, .*tasks 'win_rate', .*: config\.sampler\.threshold: compares",
+        ),
+        (
+            {"sampler": [{}, long(256)]},
+            r"sampler \{'gen_length': 256.*config\.sampler\.gen_length: 256, but .* 128 tok",
+        ),
+        (
+            {"sampler": [{}, long(128)]},
+            r"sampler \{'gen_length': 128.*prompts\.jsonl:1: field `prompt`: .* at most 0 leave",
+        ),
     ],
 )
 def test_wrong_grids_are_refused_before_anything_is_loaded(command, tmp_path, loads, grid, message):
@@ -307,6 +328,39 @@ def test_wrong_grids_are_refused_before_anything_is_loaded(command, tmp_path, lo
     assert len(str(refused.value).splitlines()) <= 2
     assert loads == []
     assert not (tmp_path / "run").exists()
+
+
+def test_what_no_model_can_do_is_refused_before_anything_is_loaded(command, tmp_path, loads, tiny_checkpoint):
+    """A record that is too long to enumerate, and a checkpoint that lacks a part, after cells that would run."""
+    digits = {"prompt": "Count", "completion": "0123456789" * 2}
+    data = runs.write_jsonl(tmp_path / "long.jsonl", [*runs.records(2), digits])
+    said = r"config\.sweep\.tasks 'exact_elbo', config\.sweep\.checkpoints '.*tiny'.*21 tokens, at most 12"
+    with pytest.raises(UserError, match=said):
+        command(data=str(data))
+    lacking = shutil.copytree(tiny_checkpoint, tmp_path / "lacking")
+    weights = (lacking / "model.safetensors").read_bytes()
+    (lacking / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match=r"lacking/model\.safetensors"):
+        command(checkpoints=[str(tiny_checkpoint), str(lacking)])
+    assert loads == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_grid_grows(command, tmp_path, tiny_checkpoint, monkeypatch):
+    """Values are added to the lists, and the one cell that is done is kept; every task takes the first two examples."""
+    data = runs.write_jsonl(tmp_path / "two.jsonl", [*runs.records(2), {"prompt": "Count", "completion": "01" * 10}])
+    grid = {"data": str(data), "limit": 2, "sampler": [{}]}  # the third record is too long to enumerate
+    command(tasks=["elbo"], checkpoints=[str(tiny_checkpoint)], draws=[4], baseline="", prompts="", **grid)
+    (before,) = runs.table(tmp_path / "run")
+    begun = ends_in(monkeypatch, 0, RuntimeError())
+    summary = command(tasks=["win_rate", "elbo", "exact_elbo"], draws=[1, 4], **grid)
+    assert (summary["cells"], len(begun)) == (8, 7)
+    assert before in runs.table(tmp_path / "run")
+    for cell in (tmp_path / "run" / "cells").iterdir():
+        (details,) = cell.glob("*.jsonl")  # of the comparisons, or of the records
+        assert len(runs.read_jsonl(details)) == 2
+    with pytest.raises(UserError, match=r"config\.sweep\.draws: \[1, 4\] -> \[4\]"):
+        command(tasks=["win_rate", "elbo", "exact_elbo"], draws=[4], **grid)
 
 
 def test_tasks_of_the_harness(command, tmp_path, monkeypatch, tiny_checkpoint):
@@ -334,6 +388,10 @@ def test_tasks_of_the_harness(command, tmp_path, monkeypatch, tiny_checkpoint):
     assert sorted(draws) == [1, 8, 16]
     report = (tmp_path / "run" / "report.html").read_text()
     assert re.search(r'aria-label="local_choose.yaml: acc,none[^"]*draws K', report)
+    with pytest.raises(
+        UserError, match=r"sampler \{'gen_length': 256.*local_write.*: config\.sampler\.gen_length: 256"
+    ):
+        command(f"--task-table={table_file}", workdir="other", **{**grid, "sampler": [{}, long(256)]})
 
 
 def _results(cells, task):

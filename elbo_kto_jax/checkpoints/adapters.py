@@ -18,7 +18,8 @@ from elbo_kto_jax.checkpoints.arrays import by_path, check_arrays, restore_tree
 from elbo_kto_jax.checkpoints.digest import Digest
 from elbo_kto_jax.checkpoints.finite import check_finite
 from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE, absolute, is_checkpoint, locate
-from elbo_kto_jax.checkpoints.manifest import Manifest, other_base, read_manifest
+from elbo_kto_jax.checkpoints.manifest import Adaptation, Manifest, other_base, read_manifest
+from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves
 from elbo_kto_jax.models import lora, registry
 from elbo_kto_jax.models.config import ModelConfig
@@ -74,6 +75,24 @@ def load_base(
     return names.unflatten(params), name, digest.hexdigest()
 
 
+def open_base(folder: epath.Path, adaptation: Adaptation) -> Source:
+    """The base of the adapters at `folder`, opened; whether it has the bits that they were trained on is not known yet.
+
+    Raises:
+      UserError: it is not where `adaptation` says, or a part of it is missing.
+    """
+    try:
+        base = locate(adaptation.base_path, "base", weights=True)
+        if is_checkpoint(base) and read_manifest(base).lora is not None:
+            raise UserError(f"{base} holds adapters itself")  # its own folder, perhaps
+        return open_whole(base)
+    except UserError as error:
+        raise UserError(
+            f"{folder}: holds adapters, whose base is not usable: {str(error).splitlines()[0]}\n"
+            f"Put it there, or write where it is now into {folder / 'assets' / MANIFEST_FILE} (lora, base_path)"
+        ) from error
+
+
 def load_merged(
     folder: epath.Path,
     manifest: Manifest,
@@ -85,16 +104,7 @@ def load_merged(
     adaptation, stored = manifest.lora, manifest.trees["params"]
     if adaptation is None:
         raise ValueError(f"{folder}: expected a checkpoint of adapters, got a whole model")
-    try:
-        base = locate(adaptation.base_path, "base", weights=True)
-        if is_checkpoint(base) and read_manifest(base).lora is not None:
-            raise UserError(f"{base} holds adapters itself")  # its own folder, perhaps
-        source = open_whole(base)
-    except UserError as error:
-        raise UserError(
-            f"{folder}: holds adapters, whose base is not usable: {str(error).splitlines()[0]}\n"
-            f"Put it there, or write where it is now into {folder / 'assets' / MANIFEST_FILE} (lora, base_path)"
-        ) from error
+    source = open_base(folder, adaptation)
     leaf_shapes = names.unflatten(dict(source.leaves))
     expected = by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32))
     check_arrays(folder / "params", stored, {path: leaf.shape for path, leaf in expected.items()})

@@ -18,7 +18,7 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from elbo_kto_jax.checkpoints import names
-from elbo_kto_jax.checkpoints.adapters import load_merged
+from elbo_kto_jax.checkpoints.adapters import load_merged, open_base
 from elbo_kto_jax.checkpoints.arrays import check_arrays, restore_tree
 from elbo_kto_jax.checkpoints.assets import CONFIG_FILE, parse_config, read_assets
 from elbo_kto_jax.checkpoints.digest import Digest
@@ -99,6 +99,16 @@ def load_model(
     for leaf_path, leaf in leaves.items():
         check_finite(names.get(params, leaf_path), [f"{folder}: tensor {name}" for name in leaf.tensors])
     return Model(config, params, assets, str(folder))
+
+
+def check_weights(path: str | os.PathLike, flag: str = "--config.model.path") -> None:
+    """Raises UserError where `load_model` would miss a file or a tensor of the model at `path`; reads no values."""
+    folder = locate(path, flag, weights=True)
+    adaptation = read_manifest(folder).lora if is_checkpoint(folder) else None
+    if adaptation is None:
+        open_whole(folder)
+    else:
+        open_base(folder, adaptation)
 
 
 def open_source(

@@ -88,6 +88,7 @@ def load_examples(
     needs_pairs: bool = False,
     flag: str = "--config.data.train",
     prompts: int = 0,
+    limit: int = 0,
 ) -> Examples:
     """Reads, tokenises and subsamples a data set (docs/method.md 2 "n_D / n_U", docs/method.md 5).
 
@@ -104,11 +105,10 @@ def load_examples(
       max_length: tokens kept of each row.
       exact_window: see `data.chat`.
       append_eot: continue every completion with the end-of-turn token.
-      desirable_fraction: share of the desirable rows to keep, 0 to 1.
-      undesirable_fraction: share of the undesirable rows to keep, 0 to 1.
+      desirable_fraction, undesirable_fraction: share of such rows to keep, 0 to 1.
       seed: of the subsets.
       needs_label: refuse records without a label; otherwise they count as desirable.
-      skip_bad: see `read_records`.
+      skip_bad, limit: see `read_records`.
       progress: show a bar on stderr.
       needs_pairs: see above.
       flag: the command-line flag that gave `path`, for messages.
@@ -118,7 +118,7 @@ def load_examples(
       UserError: see `read_records` and `encode_batch`; or no row is left.
     """
     needs = ("prompt", "completion", "label") if needs_label else ("prompt", "completion")
-    source = read_records(path, needs=needs, skip_bad=skip_bad, flag=flag)
+    source = read_records(path, needs=needs, skip_bad=skip_bad, flag=flag, limit=limit)
     encoded = _encode(tokenizer, source.records, max_length, exact_window, append_eot, progress)
     rows = list(zip(source.records, encoded, strict=True))
     rows, notes = whole_pairs(rows, flag, path) if needs_pairs else (rows, [])

@@ -44,6 +44,7 @@ def read_records(
     needs: tuple[str, ...] = ("prompt", "completion", "label"),
     skip_bad: bool = False,
     flag: str = "--config.data.train",
+    limit: int = 0,
 ) -> RecordFile:
     """Reads a data set: a file of JSON or Parquet, a folder of them, or a data set of the Hugging Face Hub.
 
@@ -58,6 +59,7 @@ def read_records(
         are checked where they are present. Without "completion" a pair is one record: its prompt.
       skip_bad: list bad records instead of stopping at the first.
       flag: the command-line flag that gave `path`, for messages.
+      limit: return the first so many records, though all are checked; 0: all.
 
     Raises:
       UserError: nothing to read at `path`, no usable record in it, the rows of one file again in another form, or
@@ -83,7 +85,7 @@ def read_records(
     ids.check_copies(flag)
     for note in (*source.notes, *notes.lines(), *ids.notes()):
         log.info("%s: %s", path, note)
-    return RecordFile(records, skipped, source.files)
+    return RecordFile(records[: limit or None], skipped, source.files)
 
 
 class _Notes:

@@ -16,22 +16,22 @@ class Prompts(NamedTuple):
 
     records: list[Record]
     rows: list[dict[str, Any]]  # the same with all their fields, for the judge
-    digest: str  # of their file
+    digest: str  # of their file, and of how many of it they are
 
 
-def read_prompts(path: str, flag: str = "--prompts") -> Prompts:
-    """The prompt records of a JSONL file.
+def read_prompts(path: str, flag: str = "--prompts", limit: int = 0) -> Prompts:
+    """The prompt records of a JSONL file; with a `limit`, the first so many.
 
     Raises:
       UserError: the file is missing or of another kind, or a record is bad.
     """
     if not path.endswith(".jsonl"):
         raise UserError(f"{flag}={one_line(path, 200)}: expected a file that ends in .jsonl")
-    records = read_records(path, needs=("prompt",), flag=flag).records
+    records = read_records(path, needs=("prompt",), flag=flag, limit=limit).records
     content = Path(path).read_bytes()
     lines = content.split(b"\n")
     rows = [json.loads(lines[int(record.where.rpartition(":")[2]) - 1]) for record in records]
-    return Prompts(records, rows, digest(content))
+    return Prompts(records, rows, digest(content + (f"\0the first {limit}".encode() if limit else b"")))
 
 
 def prompt_text(prompt: list[Message] | str) -> str:

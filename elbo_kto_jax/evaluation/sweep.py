@@ -1,7 +1,8 @@
 """A grid of evaluations: every checkpoint, with every task, at every setting that the task's result depends on.
 
-The axes are the lists of config.sweep. A cell is one checkpoint, one task (sweep_tasks.py) and one setting. A cell that
-has a result of the same settings, weights and data, by their content, is not evaluated again.
+The axes are the lists of config.sweep. A cell is one checkpoint, one task (sweep_tasks.py) and one setting. All are
+checked before the first one runs. A cell that has a result of the same settings, weights and data, by their content, is
+not evaluated again; so a grid may grow (runtime/growth.py).
 """
 
 import dataclasses
@@ -13,14 +14,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from elbo_kto_jax.checkpoints.load import check_weights
+from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.evaluation import kept
 from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.sweep_tables import write_tables
 from elbo_kto_jax.evaluation.sweep_tasks import Cell, Setting, Shared, SweepTask, tasks_of
 from elbo_kto_jax.runtime import processes
-from elbo_kto_jax.runtime.config import SweepConfig
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.runtime.grid import SweepConfig
 from elbo_kto_jax.runtime.workdir import open_workdir, stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ def sweep(config: SweepConfig, workdir: Path, *, allow_code: bool, overwrite: bo
       Interrupted: SIGTERM or SIGINT came; cells that are done keep their results.
     """
     grid = Grid(config, workdir, allow_code)
+    grid.check()
     with open_workdir(workdir, config, overwrite, "sweep") as folder:
         folder.claim({}, {})  # each cell knows what it depends on
         grid.shared.moment = folder.moment
@@ -68,7 +72,7 @@ def _fill(grid: "Grid") -> dict[str, Any]:
 
 
 class Grid:
-    """The cells of a sweep, checked as far as that is possible without the weights.
+    """The cells of a sweep.
 
     Attributes:
       config: of the sweep.
@@ -87,6 +91,26 @@ class Grid:
         sources = dict.fromkeys([*config.sweep.checkpoints, *baselines])
         self.shared.models = {source: kept.pin(source, self._flag(source)) for source in sources}
         self.cells = list(self._plan())
+
+    def check(self) -> None:
+        """Checks the cells that are left as far as that is possible without the weights.
+
+        Raises:
+          UserError: a model cannot run one of them; the cell is named by its keys and values.
+        """
+        left = [cell for cell in self.cells if self.result(cell) is None]
+        for source, model in self.shared.models.items():
+            concerned = [c for c in left if source in (c.checkpoint, *self._tasks[c.task].baselines)]
+            if not concerned:
+                continue
+            check_weights(model.folder, model.flag)
+            opened = model.load(self.config)  # without its weights
+            make_repeatable(opened.tokenizer, self.shared.moment, source)
+            for cell in {(c.task, to_json([c.sampler, c.draws])): c for c in reversed(concerned)}.values():
+                try:
+                    self._tasks[cell.task].check(cell, opened)
+                except UserError as error:
+                    raise UserError(f"{dataclasses.replace(cell, checkpoint=source).where}: {error}") from error
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell, where there is a complete one of the same settings."""
@@ -140,7 +164,7 @@ def _check_axes(config: SweepConfig) -> None:
             if value in values[:i]:
                 raise UserError(f"config.sweep.{axis}: lists {shown(value)} twice")
     for overrides in config.sweep.sampler:
-        config.with_sampler(overrides, f"config.sweep.sampler: {overrides}")
+        config.with_sampler(overrides, f"config.sweep.sampler: {shown(overrides)}")
 
 
 def _cell_name(source: str, task: str, overrides: Mapping[str, Any] | None, draws: int | None) -> str:

@@ -14,12 +14,13 @@ from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.evaluation import benchmarks, judges, kept
 from elbo_kto_jax.evaluation.comparison import Comparison, compare
 from elbo_kto_jax.evaluation.evaluation import WIN_RATE
+from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import read_prompts
-from elbo_kto_jax.runtime.config import SweepConfig
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
-from elbo_kto_jax.sampling.respond import Checkpoint
-from elbo_kto_jax.scoring.records import Request, score_records
+from elbo_kto_jax.runtime.grid import SweepConfig
+from elbo_kto_jax.sampling.respond import Checkpoint, check_sampler, encode_prompts
+from elbo_kto_jax.scoring.records import Names, Request, check_records, score_records
 
 ELBO, EXACT_ELBO = "elbo", "exact_elbo"
 
@@ -50,6 +51,12 @@ class Cell:
     sampler: Mapping[str, Any] | None
     draws: int | None
     settings: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """Where it stands in the grid, for messages: the keys and values of config.sweep."""
+        axes = {"sampler": self.sampler, "draws": self.draws, "tasks": self.task, "checkpoints": self.checkpoint}
+        return ", ".join(f"config.sweep.{key} {shown(value)}" for key, value in axes.items() if value is not None)
 
 
 class Shared:
@@ -99,6 +106,9 @@ class SweepTask(Protocol):
     def depends_on(self) -> dict[str, Any]:
         """What its results depend on, beside checkpoint, config and setting."""
 
+    def check(self, cell: Cell, model: Checkpoint) -> None:
+        """Raises UserError where `model`, the cell's or a baseline, cannot do what the cell asks; reads no weights."""
+
     def prepare(self, cells: Sequence[Cell]) -> None:
         """Does what several of the cells need, before the first of them."""
 
@@ -133,7 +143,7 @@ class WinRate:
             if not getattr(config.sweep, key):
                 raise UserError(f"config.sweep.{key}: missing; the task {WIN_RATE!r} needs it")
         self._config, self._shared, self.baselines = config, shared, (config.sweep.baseline,)
-        self._prompts = read_prompts(config.sweep.prompts, "config.sweep.prompts")
+        self._prompts = read_prompts(config.sweep.prompts, "config.sweep.prompts", config.sweep.limit)
         self._judge = judges.make(
             config.judge, self._prompts, shared.workdir / "judge", lambda: shared.stop_requested()
         )
@@ -145,6 +155,9 @@ class WinRate:
         baseline = self._shared.models[self._config.sweep.baseline].content
         judge = judges.describe(self._config.judge)
         return {"baseline": baseline, "prompts": self._prompts.digest, "judge": judge}
+
+    def check(self, cell: Cell, model: Checkpoint) -> None:
+        encode_prompts(model, self._prompts.records, self._config.with_sampler(cell.sampler or {}, "sampler"))
 
     def prepare(self, cells: Sequence[Cell]) -> None:
         """Has the baseline answer, before the others, so that one model is in memory at a time."""
@@ -187,7 +200,8 @@ class Elbo:
         if not config.sweep.data:
             raise UserError(f"config.sweep.data: missing; the tasks {ELBO!r} and {EXACT_ELBO!r} need it")
         self.name, self._config, self._shared = name, config, shared
-        self._digest = _digest_of_records(config.sweep.data)
+        self._digest = _digest_of_records(config.sweep.data, config.sweep.limit)
+        self._checked = set[str]()
 
     def settings_of_grid(self) -> list[Setting]:
         if self.name == EXACT_ELBO:
@@ -196,6 +210,11 @@ class Elbo:
 
     def depends_on(self) -> dict[str, Any]:
         return {"data": self._digest}
+
+    def check(self, cell: Cell, model: Checkpoint) -> None:
+        if model.source not in self._checked:  # the number of draws makes no difference
+            check_records(self._request(model), self._config, self._shared.moment)
+            self._checked.add(model.source)
 
     def prepare(self, cells: Sequence[Cell]) -> None:
         """Nothing."""
@@ -207,13 +226,17 @@ class Elbo:
             estimator=dataclasses.replace(config.estimator, draws=cell.draws or config.estimator.draws),
             model=dataclasses.replace(config.model, param_dtype=config.model.dtype),  # as they are in memory
         )
-        request = Request(checkpoint.source, config.sweep.data, exact=self.name == EXACT_ELBO)
-        rows = list(score_records(request, config, checkpoint.params, self._shared.moment))
+        rows = list(score_records(self._request(checkpoint), config, checkpoint.params, self._shared.moment))
         atomic_write(folder / "elbo.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
         errors = [row["stderr"] for row in rows]
         # Of the estimate, over masks; with one draw a record there is no telling.
         error = None if None in errors else float(np.sqrt(np.sum(np.square(errors))) / len(rows))
         return [metric("mean_elbo", float(np.mean([row["elbo"] for row in rows])), error)]
+
+    def _request(self, model: Checkpoint) -> Request:
+        names = Names("config.sweep.checkpoints", "config.sweep.data", EXACT_ELBO)
+        sweep = self._config.sweep
+        return Request(model.source, sweep.data, exact=self.name == EXACT_ELBO, limit=sweep.limit, names=names)
 
 
 class Harness:
@@ -225,7 +248,8 @@ class Harness:
         self.name, self._benchmark, self._config, self._shared = name, benchmark, config, shared
         self._allow_code = allow_code
         for overrides in config.sweep.sampler:
-            config.with_sampler({**benchmark.settings.sampler, **overrides}, f"task {name} with {overrides}")
+            where = f"config.sweep.sampler {overrides} with config.sweep.tasks {shown(name)}"
+            config.with_sampler({**benchmark.settings.sampler, **overrides}, where)
 
     def settings_of_grid(self) -> list[Setting]:
         sweep = self._config.sweep
@@ -235,6 +259,11 @@ class Harness:
 
     def depends_on(self) -> dict[str, Any]:
         return {**benchmarks.settings_of(self._benchmark), "limit": self._config.benchmarks.limit}
+
+    def check(self, cell: Cell, model: Checkpoint) -> None:
+        if self._benchmark.generates:
+            overrides = {**self._benchmark.settings.sampler, **(cell.sampler or {})}
+            check_sampler(model, self._config.with_sampler(overrides, "sampler"))
 
     def prepare(self, cells: Sequence[Cell]) -> None:
         """Nothing."""
@@ -267,7 +296,7 @@ def metric(name: str, value: float, error: float | None) -> dict[str, Any]:
     return {"metric": name, "value": value, "low": value - margin, "high": value + margin}
 
 
-def _digest_of_records(data: str) -> str:
-    """A digest of what a data set says now: a file, a folder or a hub data set."""
-    records = read_records(data, needs=("prompt", "completion"), flag="config.sweep.data").records
+def _digest_of_records(data: str, limit: int) -> str:
+    """A digest of what a data set (a file, a folder or of the hub) says now; with a `limit`, its first records."""
+    records = read_records(data, needs=("prompt", "completion"), flag="config.sweep.data", limit=limit).records
     return kept.digest("".join(f"{to_json([r.id, r.prompt, r.completion])}\n" for r in records).encode())

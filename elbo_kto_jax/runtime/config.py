@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from elbo_kto_jax.runtime import paths
+from elbo_kto_jax.runtime import growth, paths
 from elbo_kto_jax.runtime.errors import UserError
 
 _LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
@@ -231,27 +231,6 @@ class Task:
         return {name: _build(cls, row, f"{where}: {name}") for name, row in mapping.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """A grid of evaluations; a list is an axis of it."""
-
-    checkpoints: list[Location]
-    tasks: list[Location]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
-    sampler: list[dict]  # keys of config.sampler that each setting replaces; {} is config.sampler itself
-    draws: list[Count]  # K: masks per example or answer, where a likelihood is estimated
-    baseline: Location  # win_rate: the checkpoint to compare with
-    prompts: Location  # win_rate: JSONL records, as for `evaluate --prompts`
-    data: Location  # elbo: records, as for `score --data`
-    limit: CountOrZero  # examples per task; 0: all
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepConfig(Config):
-    """A `Config`, on which every evaluation of the grid is based, and the grid."""
-
-    sweep: Sweep
-
-
 # Keys of older groups, and groups, that came later, and what a config without them meant.
 _LATER_KEYS: dict[str, dict[str, Any]] = {
     "model": {"mask_token_id": -1},
@@ -295,7 +274,10 @@ def changes_of_a_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         key = line.partition(":")[0].removeprefix("config.")
         return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
-    return [line for line in differences(with_later_keys(old), new) if not is_free(line)]
+    old = with_later_keys(old)
+    if "sweep" in old and "sweep" in new:
+        old["sweep"] = growth.grown(old["sweep"], new["sweep"])
+    return [line for line in differences(old, new) if not is_free(line)]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:

@@ -117,15 +117,9 @@ def respond(
     Raises:
       UserError: the weights are not usable, or a prompt or a completion to fill does not fit.
     """
-    check_options(config.sampler)
     tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
     eot_id = special.end_of_turn(tokenizer)
-    if config.sampler.confidence_eos_eot_inf:
-        special.find_eot_id(tokenizer, checkpoint.source)  # refuses a tokenizer without it
-    longest = model_config.max_sequence_length - config.sampler.gen_length
-    prompts = [_encode(tokenizer, record, None if cut_prompts else longest) for record in records]
-    if cut_prompts:
-        prompts = _cut(prompts, longest)
+    prompts = encode_prompts(checkpoint, records, config, cut=cut_prompts)
     templates = None
     if infill:
         mask_id, most = model_config.mask_id, config.sampler.gen_length
@@ -151,6 +145,38 @@ def respond(
     _check_finite(checkpoint, records, responses)
     texts = [to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
     return Answers(prompts, responses, texts, seconds)
+
+
+def check_sampler(checkpoint: Checkpoint, config: Config) -> int:
+    """The tokens that config.sampler leaves for a prompt; the weights are not read.
+
+    Raises:
+      UserError: the model or its tokenizer cannot follow an option.
+    """
+    check_options(config.sampler)
+    if config.sampler.confidence_eos_eot_inf:
+        special.find_eot_id(checkpoint.tokenizer, checkpoint.source)  # refuses a tokenizer without it
+    most, length = checkpoint.model.config.max_sequence_length, config.sampler.gen_length
+    if length > most:
+        raise UserError(f"config.sampler.gen_length: {length}, but the model takes {most} tokens, the prompt included")
+    return most - length
+
+
+def encode_prompts(
+    checkpoint: Checkpoint, records: Sequence[Record], config: Config, *, cut: bool = False
+) -> list[Int32[np.ndarray, "_"]]:
+    """The tokens of the prompts of `records`, all that `respond` refuses of them refused; the weights are not read.
+
+    Args:
+      checkpoint, records, config: see `respond`.
+      cut: see `cut_prompts` there.
+
+    Raises:
+      UserError: the model or its tokenizer cannot follow an option, or a prompt does not fit.
+    """
+    longest = check_sampler(checkpoint, config)
+    prompts = [_encode(checkpoint.tokenizer, record, None if cut else longest) for record in records]
+    return _cut(prompts, longest) if cut else prompts
 
 
 def _check_finite(checkpoint: Checkpoint, records: Sequence[Record], responses: Responses) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +25,14 @@ from elbo_kto_jax.sharding import rules
 log = logging.getLogger(__name__)
 
 
+class Names(NamedTuple):
+    """What the user calls the parts of a request, for messages."""
+
+    checkpoint: str = "--checkpoint"
+    data: str = "--data"
+    exact: str = "--exact"
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What is to be scored.
@@ -33,12 +42,28 @@ class Request:
       data: records; labels are not needed, and subsets are not taken.
       exact: enumerate every mask (completions of up to MAX_LENGTH tokens) instead of drawing config.estimator.draws.
       skip_bad: count and list bad records instead of stopping.
+      limit: score the first so many records; 0: all.
+      names: see `Names`.
     """
 
     checkpoint: str
     data: str
     exact: bool = False
     skip_bad: bool = False
+    limit: int = 0
+    names: Names = dataclasses.field(default_factory=Names)
+
+
+def check_records(request: Request, config: Config, moment: datetime.datetime | None = None) -> tuple[Opened, Examples]:
+    """The model without its weights, and the records that it is to score; see `score_records`.
+
+    Raises:
+      UserError: something about them or the estimator has to be mended.
+    """
+    masks.check_scheme(config.estimator.scheme)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=request.checkpoint))
+    opened = open_model(config, request.names.checkpoint, moment)
+    return opened, _read(request, config, opened)
 
 
 def score_records(
@@ -55,10 +80,7 @@ def score_records(
     Raises:
       UserError: something about the checkpoint, the records or the estimator has to be mended.
     """
-    masks.check_scheme(config.estimator.scheme)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=request.checkpoint))
-    opened = open_model(config, "--checkpoint", moment)
-    examples = _read(request, config, opened)
+    opened, examples = check_records(request, config, moment)
     layout = layout_of(config, opened.model.config, opened.mesh)
     data = DrawnExamples(
         examples,
@@ -67,7 +89,7 @@ def score_records(
         seed=config.seed,
         own=rules.own_rows(opened.mesh, layout.rows),
     )
-    params = opened.load_params(request.checkpoint, "--checkpoint") if params is None else params
+    params = opened.load_params(request.checkpoint, request.names.checkpoint) if params is None else params
     with tqdm(total=len(examples), desc="score", unit="record") as bar:
         for result in (_exact if request.exact else _estimated)(request, config, opened, data, params):
             bar.update()
@@ -87,14 +109,16 @@ def _read(request: Request, config: Config, opened: Opened) -> Examples:
         needs_label=False,
         skip_bad=request.skip_bad,
         progress=True,
-        flag="--data",
+        flag=request.names.data,
+        limit=request.limit,
     )
     log.info("%s: %s", request.data, examples.report)
     if request.exact and examples.completion_length.max() > MAX_LENGTH:
         i = int(np.argmax(examples.completion_length))
         raise UserError(
-            f"--exact: {request.data}: record {examples.ids[i]!r} has a completion of {examples.completion_length[i]} "
-            f"tokens, at most {MAX_LENGTH} can be enumerated; drop it, or leave --exact out"
+            f"{request.names.exact}: {request.data}: record {examples.ids[i]!r} has a completion of "
+            f"{examples.completion_length[i]} tokens, at most {MAX_LENGTH} can be enumerated; drop it, or leave "
+            f"{request.names.exact} out"
         )
     return examples
 

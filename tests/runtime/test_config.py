@@ -3,8 +3,9 @@
 import pytest
 
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.runtime.config import Config, SweepConfig, Task, differences, with_later_keys
+from elbo_kto_jax.runtime.config import Config, Task, changes_of_a_run, differences, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.grid import SweepConfig
 from tests.conftest import PROJECT_ROOT
 
 TINY = PROJECT_ROOT / "configs" / "tiny.py"
@@ -168,6 +169,23 @@ def test_sampler_keys_are_replaced_and_checked_together():
             config.with_sampler(overrides, "row 7")
         assert message(error).startswith("row 7: ")
         assert said in message(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now", "said"),
+    [
+        ("draws", [1, 4], [8, 4, 1], []),
+        ("sampler", [{}], [{}, {"steps": 4}], []),
+        ("prompts", "", "/prompts.jsonl", []),
+        ("draws", [1, 4], [4], ["config.sweep.draws: [1, 4] -> [4]"]),
+        ("draws", [], [4], ["config.sweep.draws: [] -> [4]"]),
+        ("data", "/a.jsonl", "/b.jsonl", ["config.sweep.data: '/a.jsonl' -> '/b.jsonl'"]),
+        ("limit", 0, 10, ["config.sweep.limit: 0 -> 10"]),
+    ],
+)
+def test_a_grid_may_grow_and_no_more(key, before, now, said):
+    old, new = ({"seed": 0, "sweep": {"limit": 0, "tasks": ["elbo"], key: value}} for value in (before, now))
+    assert changes_of_a_run(old, new) == said
 
 
 def test_only_a_sweep_has_a_grid():

@@ -24,7 +24,7 @@ from elbo_kto_jax import (
     train,
     verify,
 )
-from elbo_kto_jax.runtime import config, paths
+from elbo_kto_jax.runtime import config, grid, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import load_config_file
 from launch import compare_estimators, random_llada, sampler_table
@@ -181,7 +181,7 @@ def test_every_config_key_that_names_files_is_resolved():
     locations = {"config.model.path", "config.data.train", "config.data.eval", "config.reference.path", "config.tasks"}
     locations |= {"config.benchmarks.table", "config.judge.prompt"}
     locations |= {f"config.sweep.{key}" for key in ("checkpoints", "tasks", "baseline", "prompts", "data")}
-    found = leaves(config.SweepConfig)
+    found = leaves(grid.SweepConfig)
     names_of_ours = ["config.objective.name", "config.estimator.scheme", "config.judge.name", "config.judge.model"]
     assert [key for key, hint in found.items() if hint in (str, list[str])] == names_of_ours
     kinds = (paths.resolve, paths.resolve_all)
