@@ -1,7 +1,8 @@
 """Adapters and their base (models/lora.py): loading a base to train on, and merging trained adapters into theirs.
 
-As a model, a checkpoint of adapters is its base with the adapters merged into it. The base is read leaf by leaf, so
-that one leaf of it is held in two forms at a time, and its digest says that it is the one that was trained on.
+As a model, a checkpoint of adapters is its base with the adapters merged into it, and so the model that was trained: an
+int8 base is rounded as it was for training. The base is read leaf by leaf, so that one leaf of it is held in two forms
+at a time, and its digest says that it is the one that was trained on.
 """
 
 import os
@@ -100,13 +101,16 @@ def load_merged(
     dtype: np.dtype | None,
     sharding_of: Callable[[TreePath], jax.sharding.Sharding],
 ) -> dict:
-    """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own."""
+    """The base of the adapters at `folder` with the adapters merged into it, in `dtype` or the base's own.
+
+    The sum is made in float32, with the int8 values of a base that was quantized, and rounded once.
+    """
     adaptation, stored = manifest.lora, manifest.trees["params"]
     if adaptation is None:
         raise ValueError(f"{folder}: expected a checkpoint of adapters, got a whole model")
     source = open_base(folder, adaptation)
     leaf_shapes = names.unflatten(dict(source.leaves))
-    expected = by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32))
+    expected = by_path(lora.abstract_adapters(leaf_shapes, adaptation.rank, np.float32, adaptation.targets))
     check_arrays(folder / "params", stored, {path: leaf.shape for path, leaf in expected.items()})
 
     def everywhere(path: TreePath) -> jax.sharding.Sharding:
@@ -122,11 +126,14 @@ def load_merged(
     digest, params, scale = Digest(source.leaves), {}, adaptation.alpha / adaptation.rank
     for path, leaf in read_leaves(source, digest, sharding_of):
         to = leaf.dtype if dtype is None else dtype
-        merge = jax.jit(
-            lambda w, adapter, to=to: lora.merge(w, **adapter, scale=scale, dtype=to) if adapter else w.astype(to),
-            out_shardings=leaf.sharding,
-        )
-        params[path] = merge(leaf, names.get(adapters, path[:-1]) if lora.is_matrix(path) else {})
+        is_int8 = adaptation.base_quantization == "int8" and lora.is_matrix(path)
+
+        def merge(w, adapter, to=to, is_int8=is_int8):
+            w = lora.rounded(w) if is_int8 else w
+            return lora.merge(w, **adapter, scale=scale, dtype=to) if adapter else w.astype(to)
+
+        adapter = adapters["blocks"].get(path[1], {}) if lora.is_matrix(path) else {}
+        params[path] = jax.jit(merge, out_shardings=leaf.sharding)(leaf, adapter)
         tensors = registry.parameters(config)[path].tensors
         check_finite(params[path], [f"{folder}: with its base {source.path}: tensor {name}" for name in tensors])
         del leaf

@@ -142,7 +142,9 @@ def manifest_digest(path: str | os.PathLike, flag: str = "--config.model.path") 
         return ""
     manifest = read_manifest(folder)
     adapted = {} if manifest.lora is None else dataclasses.asdict(manifest.lora)
-    words = (manifest.trees["params"].digest, *(adapted.get(name) for name in ("rank", "alpha", "base_digest")))
+    words = [manifest.trees["params"].digest, *(adapted.get(name) for name in ("rank", "alpha", "base_digest"))]
+    if adapted.get("base_quantization", "none") != "none":
+        words.append(adapted["base_quantization"])
     return checksum_of(json.dumps(words).encode())
 
 

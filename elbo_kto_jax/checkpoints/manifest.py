@@ -44,12 +44,37 @@ class Adaptation:
       rank, alpha: of the adapters; the merged matrix is W + alpha / rank * A @ B.
       base_path: folder or hub id of the base.
       base_digest: digest of the base's parameters as they are stored there.
+      base_quantization: "none" or "int8": what became of the base's matrices before adapters were trained on them.
+        Checkpoints of earlier versions do not say it: "none".
+      targets: the matrices of a layer that have adapters; (): all.
     """
 
     rank: int
     alpha: float
     base_path: str
     base_digest: str
+    base_quantization: str = "none"
+    targets: tuple[str, ...] = ()
+
+    def to_json(self) -> dict:
+        """Without what earlier versions did not know, where it has the meaning that it had then."""
+        old_meaning = {"base_quantization": "none", "targets": ()}
+        return {key: value for key, value in dataclasses.asdict(self).items() if value != old_meaning.get(key)}
+
+    @classmethod
+    def from_json(cls, said: dict) -> "Adaptation":
+        """Raises ValueError or TypeError where it does not have the form that was saved."""
+        found = cls(**{**said, "targets": tuple(said.get("targets", ()))})
+        if type(found.rank) is not int or not 0 < found.rank < 2**31:
+            raise ValueError("rank")
+        if type(found.alpha) not in (int, float) or not abs(found.alpha) < _LARGEST_ALPHA:
+            raise ValueError("alpha")
+        if not isinstance(found.base_path, str) or not found.base_path or "\0" in found.base_path:
+            raise ValueError("base_path")
+        if found.base_quantization not in ("none", "int8") or not all(isinstance(name, str) for name in found.targets):
+            raise ValueError("base_quantization or targets")
+        _hexadecimal(found.base_digest)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +140,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
         trees = {item: StoredTree.from_json(tree) for item, tree in manifest["trees"].items()}
         if "params" not in trees:
             raise KeyError("params")
-        adaptation = _adaptation(manifest["lora"]) if "lora" in manifest else None
+        adaptation = Adaptation.from_json(manifest["lora"]) if "lora" in manifest else None
         checksums = {name: _hexadecimal(value) for name, value in manifest.get("checksums", {}).items()}
         assets = {name: checksums.get(name) for name in manifest["assets"]}
         if "checksums" in manifest and checksums.keys() != assets.keys():
@@ -141,19 +166,6 @@ def manifest_checksum(manifest: dict) -> str:
 def checksum_of(content: bytes) -> str:
     """Of a file's content: 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _adaptation(said: dict) -> Adaptation:
-    """Raises ValueError or TypeError where it does not have the form that was saved."""
-    found = Adaptation(**said)
-    if type(found.rank) is not int or not 0 < found.rank < 2**31:
-        raise ValueError("rank")
-    if type(found.alpha) not in (int, float) or not abs(found.alpha) < _LARGEST_ALPHA:
-        raise ValueError("alpha")
-    if not isinstance(found.base_path, str) or not found.base_path or "\0" in found.base_path:
-        raise ValueError("base_path")
-    _hexadecimal(found.base_digest)
-    return found
 
 
 def _hexadecimal(digest: str) -> str:
@@ -216,7 +228,7 @@ class _AssetsHandler(ocp.CheckpointHandler):
             "trees": {item: tree.to_json() for item, tree in trees.items()},
         }
         if adaptation is not None:
-            manifest["lora"] = dataclasses.asdict(adaptation)
+            manifest["lora"] = adaptation.to_json()
         if self._args.mask_token_id is not None:
             manifest["mask_token_id"] = self._args.mask_token_id
         manifest["checksum"] = manifest_checksum(json.loads(json.dumps(manifest)))

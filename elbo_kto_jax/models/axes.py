@@ -24,22 +24,22 @@ def check_heads(model: ModelConfig, mesh: Mesh) -> None:
 
 @functools.cache
 def parameter_axes(model: ModelConfig) -> tuple[dict[str, tuple[str, ...]], ...]:
-    """The logical axes of every parameter by its path, in four tables.
+    """The logical axes of every parameter by its path, in tables of which a tree has all rows or none.
 
     They are the model's own, and what models/lora.py puts beside a matrix of the blocks: the scales of int8 channels,
-    adapters, the adapters' scale. These lie as their matrix does; the rank is never split.
+    and for each matrix its adapters, and the adapters' scale. These lie as their matrix does; the rank is never split.
     """
     rows = registry.parameters(model).values()
     matrices = [("/".join(row.path), row.axes) for row in rows if row.is_matrix]
-    adapters: dict[str, tuple[str, ...]] = {}
+    adapters: list[dict[str, tuple[str, ...]]] = []
     for name, (layers, into, out) in matrices:
-        adapters[name.replace("kernel", "lora_a")] = (layers, into, "rank")
-        adapters[name.replace("kernel", "lora_b")] = (layers, "rank", out)
+        a, b = (name.replace("kernel", leaf) for leaf in ("lora_a", "lora_b"))
+        adapters += [{a: (layers, into, "rank"), b: (layers, "rank", out)}]
+        adapters += [{name.replace("kernel", "lora_scale"): (layers,)}]
     return (
         {"/".join(row.path): row.axes for row in rows},
         {f"{name}_scale": (layers, out) for name, (layers, _, out) in matrices},
-        adapters,
-        {name.replace("kernel", "lora_scale"): axes[:1] for name, axes in matrices},
+        *adapters,
     )
 
 

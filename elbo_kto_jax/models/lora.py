@@ -1,8 +1,9 @@
 """Low-rank adapters on a frozen base, and int8 matrices for that base (arXiv 2106.09685, 2305.14314).
 
 Every matrix of the blocks (q_proj, k_proj, v_proj, attn_out, ff_proj, up_proj, ff_out; neither the embedding nor the
-head) becomes W + scale * A @ B, with A random, B zero at the start, and scale = alpha / rank. The adapters A and B are
-a tree of their own, so that gradient, optimizer state and checkpoints hold them alone:
+head), or those that config.lora.targets names, becomes W + scale * A @ B, with A random, B zero at the start, and
+scale = alpha / rank. The adapters A and B are a tree of their own, so that gradient, optimizer state and checkpoints
+hold them alone:
 
     blocks/{name}/lora_a [n in r]    blocks/{name}/lora_b [n r out]
 
@@ -12,10 +13,14 @@ program computes the base, so the reference needs no memory, and a reward is exa
 An int8 matrix is W = q * s with one scale s per layer and output channel, in the place of the kernel:
 
     blocks/{name}/kernel int8[n in out]    blocks/{name}/kernel_scale float32[n out]
+
+An int8 base has all matrices of the blocks rounded, whatever has an adapter, and it is the base everywhere: policy and
+reference are trained and scored on it, and merging (checkpoints/adapters.py), by which every other command and the
+export read adapters, adds them to q * s and not to the matrix that was rounded.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +31,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8
 
 from elbo_kto_jax.runtime.arrays import AnyArray
+from elbo_kto_jax.runtime.errors import UserError, shown
 
 Params = Any  # a tree of arrays or of jax.ShapeDtypeStruct
 LARGEST = 127  # of an int8 value; -128 is not used, so that signs are symmetric
@@ -113,16 +119,24 @@ def is_matrix(path: tuple[str, ...]) -> bool:
     return path[0] == "blocks" and path[-1] == "kernel"
 
 
-def abstract_adapters(base: Params, rank: int, dtype: DTypeLike) -> Params:
-    """Shapes and dtypes of the adapters of `base`, which may be abstract."""
+def abstract_adapters(base: Params, rank: int, dtype: DTypeLike, targets: Collection[str] = ()) -> Params:
+    """Shapes and dtypes of the adapters of `base`, which may be abstract; `targets`: of these matrices, not of all.
+
+    Raises:
+      UserError: the blocks have no matrix of such a name.
+    """
+    matrices = {name: layer["kernel"] for name, layer in base["blocks"].items() if "kernel" in layer}
+    for name in targets:
+        if name not in matrices:
+            known = ", ".join(matrices)
+            raise UserError(f"config.lora.targets: expected matrices of a layer ({known}), got {shown(name)}")
 
     def of(kernel) -> Params:
         n, rows, columns = kernel.shape
         shapes = {"lora_a": (n, rows, rank), "lora_b": (n, rank, columns)}
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
-    blocks = base["blocks"].items()
-    return {"blocks": {name: of(layer["kernel"]) for name, layer in blocks if "kernel" in layer}}
+    return {"blocks": {name: of(kernel) for name, kernel in matrices.items() if not targets or name in targets}}
 
 
 def init_adapters(abstract: Params, shardings: Params, seed: int) -> Params:
@@ -173,6 +187,11 @@ def quantize(kernel: Float[Array, "n in out"]) -> dict[str, Array]:
 def dequantize(kernel: Int8[Array, "n in out"], kernel_scale: Float32[Array, "n out"]) -> Float32[Array, "n in out"]:
     """The matrix that `Linear` multiplies with."""
     return kernel.astype(jnp.float32) * kernel_scale[:, None]
+
+
+def rounded(kernel: Float[Array, "n in out"]) -> Float32[Array, "n in out"]:
+    """The matrix of an int8 base that `kernel` becomes, a layer at a time."""
+    return jax.lax.map(lambda w: dequantize(**quantize(w[None]))[0], kernel)
 
 
 def merge(

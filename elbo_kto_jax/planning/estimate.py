@@ -1,5 +1,7 @@
 """Estimates, made before anything is compiled: they order the candidates of a search, and no more."""
 
+from collections.abc import Collection
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,9 +24,10 @@ def parameters(model: ModelConfig) -> int:
     return sum(row.size for row in registry.parameters(model).values())
 
 
-def adapters(model: ModelConfig, rank: int) -> int:
-    """Weights in the adapters of all matrices of the blocks."""
-    shapes = [row.shape for row in registry.parameters(model).values() if row.is_matrix]
+def adapters(model: ModelConfig, rank: int, targets: Collection[str] = ()) -> int:
+    """Weights in the adapters of all matrices of the blocks, or of the `targets`."""
+    matrices = [row for row in registry.parameters(model).values() if row.is_matrix]
+    shapes = [row.shape for row in matrices if not targets or row.path[1] in targets]
     return sum(layers * rank * (rows + columns) for layers, rows, columns in shapes)
 
 
@@ -75,7 +78,7 @@ def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], wa
     base = 0.0
     if config.lora.rank:
         base = trained * (1 if config.lora.base_quantization == "int8" else item)
-        trained *= adapters(model, config.lora.rank) / parameters(model)
+        trained *= adapters(model, config.lora.rank, config.lora.targets) / parameters(model)
     accumulator = 0 if waiting and config.train.one_pass_microbatches == 1 else 4
     state = trained * (stored + moments + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
     tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length

@@ -128,6 +128,7 @@ class Lora:
     rank: CountOrZero  # 0: full fine-tuning
     alpha: Positive
     base_quantization: Literal["none", "int8"]
+    targets: list[str]  # matrices of a layer that get adapters, such as q_proj; []: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,7 @@ _LATER_KEYS: dict[str, dict[str, Any]] = {
     "model": {"mask_token_id": -1},
     "objective": {"label_smoothing": 0.0},
     "optimizer": {"moments_dtype": "float32"},
+    "lora": {"targets": []},
 }
 _LATER_GROUPS: dict[str, Any] = {
     "benchmarks": {"table": "", "limit": 0},
@@ -375,6 +377,8 @@ def _check_together(config: Config) -> None:
             f"config.lora.base_quantization: {config.lora.base_quantization!r} weights cannot be trained; "
             "set config.lora.rank to train adapters on them, or 'none'"
         )
+    if config.lora.targets and not config.lora.rank:
+        raise UserError(f"config.lora.targets: {config.lora.targets} are for adapters; set config.lora.rank")
     if config.lora.rank and config.reference.path not in ("", config.model.path):
         raise UserError(
             f"config.reference.path: {config.reference.path}: with adapters (config.lora.rank) the reference is their "

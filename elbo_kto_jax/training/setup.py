@@ -80,7 +80,8 @@ class Setup:
             config.model.path, abstract, self.shardings(abstract), flag="--config.model.path"
         )
         base = lora.Base(params, options.alpha / options.rank)
-        return base, Adaptation(options.rank, options.alpha, path, digest)
+        targets = tuple(sorted(options.targets))
+        return base, Adaptation(options.rank, options.alpha, path, digest, options.base_quantization, targets)
 
     def init_adapters(self) -> Params:
         """The adapters before the first step."""
@@ -108,6 +109,8 @@ class Setup:
             "platform": jax.default_backend(),
             "jax": jax.__version__,
             "format": 2,  # of the cache; parts of the first had no checksum
+            **({} if config.lora.base_quantization == "none" else {"base": config.lora.base_quantization}),
+            **({"lora_targets": sorted(config.lora.targets)} if config.lora.targets else {}),  # as for the rank
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
             **({} if mask is None else {"mask_token_id": mask}),  # which the user, the tokenizer or the authors say
         }

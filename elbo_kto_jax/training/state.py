@@ -24,7 +24,9 @@ class TrainState(NamedTuple):
 def abstract_trained(model: MaskPredictor, options: config.Lora) -> Params:
     """Shapes and dtypes of what the optimizer moves: every parameter, or adapters alone."""
     whole = abstract_params(model)
-    return lora.abstract_adapters(whole, options.rank, model.param_dtype) if options.rank else whole
+    if not options.rank:
+        return whole
+    return lora.abstract_adapters(whole, options.rank, model.param_dtype, options.targets)
 
 
 def abstract_base(model: MaskPredictor, options: config.Lora) -> Params:

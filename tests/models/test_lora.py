@@ -9,7 +9,9 @@ import pytest
 
 from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
+from elbo_kto_jax.planning import estimate
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from tests import tiny
@@ -41,9 +43,10 @@ def merged(base: dict, tree: dict, scale: float) -> dict:
     """The whole model as one plain tree."""
 
     def layer(name, group):
+        group = {"kernel": lora.dequantize(**group)} if "kernel_scale" in group else group
         if name not in tree["blocks"]:
             return group
-        kernel = lora.dequantize(**group) if "kernel_scale" in group else group["kernel"]
+        kernel = group["kernel"]
         return {"kernel": lora.merge(kernel, **tree["blocks"][name], scale=scale, dtype=jnp.float32)}
 
     return {**base, "blocks": {name: layer(name, group) for name, group in base["blocks"].items()}}
@@ -86,6 +89,21 @@ def test_adapters_belong_to_the_matrices_of_the_blocks_and_start_at_nothing():
         assert abs(np.mean(a**2) * a.shape[1] - 1) < 5 * np.sqrt(2 / a.size)
 
 
+def test_targets_choose_the_matrices():
+    """Each adapter is the one that it is among all; the axes of a mesh and the plan know of no others."""
+    options = config.Lora(RANK, 1.0, "none", ["v_proj", "ff_out"])
+    abstract = train_state.abstract_trained(tiny.model(), options)
+    assert abstract["blocks"].keys() == {"v_proj", "ff_out"}
+    mesh = rules.make_mesh(config.Mesh(2, 2, 2), jax.devices()[:8])
+    tree = lora.init_adapters(abstract, axes.param_shardings(abstract, mesh, tiny.MODEL), 0)
+    every = adapters(0, random_b=False)["blocks"]
+    jax.tree.map(np.testing.assert_array_equal, tree["blocks"], {name: every[name] for name in abstract["blocks"]})
+    size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert estimate.adapters(tiny.MODEL, RANK, options.targets) == size
+    with pytest.raises(UserError, match=r"config\.lora\.targets: .*attn_out.*v_proj.*, got 'qproj'"):
+        train_state.abstract_trained(tiny.model(), config.Lora(RANK, 1.0, "none", ["q_proj", "qproj"]))
+
+
 def test_new_adapters_do_not_depend_on_the_devices():
     abstract = lora.abstract_adapters(abstract_params(tiny.model()), RANK, jnp.float32)
     mesh = rules.make_mesh(config.Mesh(2, 2, 2), jax.devices()[:8])
@@ -113,7 +131,7 @@ def test_int8_changes_the_model_little():
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_the_abstract_base_is_that_of_the_real_one(quantization):
-    options = config.Lora(RANK, 1.0, quantization)
+    options = config.Lora(RANK, 1.0, quantization, [])
     abstract = train_state.abstract_base(tiny.model("bfloat16"), options)
     real = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params(0))
     real = quantized(real) if quantization == "int8" else real

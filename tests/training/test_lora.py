@@ -175,6 +175,7 @@ LORA = {
     "train.steps": 6,
     "train.checkpoint_every": 3,
 }
+INT8 = {"lora.base_quantization": "int8", "lora.targets": ["q_proj", "ff_out"], "model.dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -229,17 +230,21 @@ def test_a_checkpoint_holds_adapters_alone_and_names_their_base(whole, settings)
     assert (manifest["lora"]["rank"], manifest["lora"]["alpha"]) == (4, 8.0)
 
 
-def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, settings, tmp_path):
-    folder = whole[0] / "checkpoints" / "6"
+def trained_of(folder) -> dict:
+    """The adapters in a checkpoint, as Orbax reads them."""
     arrays = json.loads((folder / "assets" / "manifest.json").read_text())["trees"]["params"]["arrays"]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         tuple(path.split("/")): jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=here)
         for path, (shape, dtype) in arrays.items()
     }
-    trained = ocp.StandardCheckpointHandler().restore(
+    return ocp.StandardCheckpointHandler().restore(
         epath.Path(folder / "params"), args=ocp.args.StandardRestore(names.unflatten(abstract))
     )
+
+
+def test_the_export_is_the_adapted_model_in_the_dtype_of_the_base(whole, settings, tmp_path):
+    trained = trained_of(whole[0] / "checkpoints" / "6")
     base = load_model(settings["model.path"])
 
     summary = to_hf.main([f"--source={whole[0]}", f"--out={tmp_path / 'hf'}"])
@@ -287,20 +292,41 @@ def test_a_run_goes_on_bit_by_bit(whole, settings, tmp_path):
     assert digests[0] == digests[1]
 
 
-def test_an_int8_base_with_an_online_reference_and_a_precomputed_one(settings, tmp_path):
-    found = []
-    for mode in ("online", "precomputed"):
-        values = {**settings, "lora.base_quantization": "int8", "reference.mode": mode, "model.dtype": "bfloat16"}
-        workdir = tmp_path / mode
-        if mode == "precomputed":
-            precompute.main(runs.flags(values, f"--workdir={workdir}"))
-            parts = [part.stat().st_mtime_ns for part in workdir.rglob("*.npy")]
-        train.main(runs.flags(values, f"--workdir={workdir}"))
-        found.append(metrics_of(workdir))
+@pytest.fixture(scope="module")
+def int8_run(settings, tmp_path_factory):
+    """A run with adapters of two matrices on an int8 base, and an online reference."""
+    workdir = tmp_path_factory.mktemp("run") / "int8"
+    train.main(runs.flags({**settings, **INT8, "reference.mode": "online"}, f"--workdir={workdir}"))
+    return workdir
+
+
+def test_an_int8_base_with_an_online_reference_and_a_precomputed_one(int8_run, settings, tmp_path):
+    values, workdir = {**settings, **INT8, "reference.mode": "precomputed"}, tmp_path / "precomputed"
+    precompute.main(runs.flags(values, f"--workdir={workdir}"))
+    parts = [part.stat().st_mtime_ns for part in workdir.rglob("*.npy")]
+    train.main(runs.flags(values, f"--workdir={workdir}"))
     assert [part.stat().st_mtime_ns for part in workdir.rglob("*.npy")] == parts  # what precompute wrote was used
-    assert found[0] == found[1]
-    assert found[0][0]["reward_margin"] == found[0][1]["reward_margin"] == 0
-    assert found[0][-1]["reward_margin"] != 0
+    found = metrics_of(workdir)
+    assert found == metrics_of(int8_run)
+    assert found[0]["reward_margin"] == found[1]["reward_margin"] == 0
+    assert found[-1]["reward_margin"] != 0
+
+
+def test_the_export_of_an_int8_run_is_the_model_that_was_trained(int8_run, settings, tmp_path):
+    """The adapters on the int8 values of the base, and not on the base as it is published."""
+    to_hf.main([f"--source={int8_run}", f"--out={tmp_path / 'hf'}"])
+    exported, base = load_model(tmp_path / "hf").params, load_model(settings["model.path"])
+    adapters_alone = trained_of(int8_run / "checkpoints" / "6")
+    assert adapters_alone["blocks"].keys() == set(INT8["lora.targets"])
+    int8 = quantized(base.params)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, exported, merged(int8, adapters_alone, 2.0))
+    model, tokens = MaskPredictor(base.config), jnp.arange(16).reshape(2, 8)
+    logits = lambda params: model.apply({"params": params}, tokens, method=MaskPredictor.logits)  # noqa: E731
+    as_trained = logits(lora.parameters(lora.Base(int8, 2.0).policy(adapters_alone)))
+    distance = lambda params: float(jnp.abs(logits(params) - as_trained).max())  # noqa: E731
+    assert distance(exported) < 1e-4
+    assert distance(merged(base.params, adapters_alone, 2.0)) > 10 * distance(exported)
 
 
 @pytest.fixture
