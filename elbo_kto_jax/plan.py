@@ -1,8 +1,8 @@
 """python -m launch.plan --config=configs/kto_mix.py --topology=v5e:8x8: does it fit, and how fast can it be?
 
 Compiles every program of the run for a slice of TPUs that need not be there (libtpu, extra `tpu`), on the CPU: minutes
-for the 8B model. What it prints of time and cost are bounds, not measurements; the formulas and what they assume stand
-in elbo_kto_jax/planning/.
+for the 8B model. What it prints of memory is what that version of libtpu needs. What it prints of time and cost are
+bounds, not measurements; the formulas and what they assume stand in elbo_kto_jax/planning/.
 """
 
 import importlib.util

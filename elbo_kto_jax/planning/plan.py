@@ -26,7 +26,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.estimate import estimated_cost, row_flops
-from elbo_kto_jax.planning.programs import Compiled, compile_programs, topology_devices
+from elbo_kto_jax.planning.programs import Compiled, compile_programs, topology_devices, versions
 from elbo_kto_jax.planning.workload import Workload, mesh_sizes, workload
 from elbo_kto_jax.runtime.config import Config
 
@@ -117,12 +117,14 @@ def result(
     chips = topology.devices // topology.chip.devices
     return {
         "fits": tallest.bytes_per_chip <= topology.chip.usable_bytes,
+        "tallest": tallest.name,
         "bytes_per_chip": tallest.bytes_per_chip,
         "usable_bytes_per_chip": int(topology.chip.usable_bytes),
         "mfu_bound": useful / (topology.chip.flops * step),
         "tokens_per_second_bound": work.tokens / step,
         "chip_hours_bound": (before + work.steps * step) * chips / 3600,
         "compile_seconds": sum(program.compile_seconds for program in compiled),
+        "versions": versions(),
         "topology": topology.name,
         "mesh": mesh,
         "settings": _settings(config),

@@ -4,6 +4,7 @@ They are the very programs of training/step.py and sampling/denoise.py, on shape
 """
 
 import dataclasses
+import importlib.metadata
 import logging
 import math
 import re
@@ -66,14 +67,27 @@ class DoesNotFit(Exception):
     """The compiler refused a program for want of memory; its words."""
 
 
+def versions() -> dict[str, str]:
+    """The jax and the libtpu that compile: with another libtpu a program may need a fifth more memory, or less."""
+    try:
+        libtpu = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        libtpu = "not installed"
+    return {"jax": jax.__version__, "libtpu": libtpu}
+
+
 def topology_devices(topology: Topology) -> list[jax.Device]:
     """The devices of a slice, described by libtpu.
+
+    A slice of one chip is said to have hosts of one chip: libtpu takes hosts for 2x2 unless told, and some versions of
+    it then refuse a 1x1.
 
     Raises:
       UserError: libtpu does not know the name.
     """
+    hosts = {"chips_per_host_bounds": (1, 1, 1)} if topology.devices == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **hosts).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology.name}: libtpu says: {str(error).splitlines()[0]}") from None
 

@@ -13,7 +13,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.planning import plan as planning
 from elbo_kto_jax.planning import search as searching
 from elbo_kto_jax.planning.chips import Topology
-from elbo_kto_jax.planning.programs import DoesNotFit
+from elbo_kto_jax.planning.programs import DoesNotFit, versions
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
 from elbo_kto_jax.runtime import terminal
 from elbo_kto_jax.runtime.config import Config
@@ -71,7 +71,7 @@ def plan(request: Request, config: Config, out: Path) -> dict:
         chosen = max(best, key=lambda attempt: attempt["tokens_per_second_bound"])["flags"]
         log.info("next: the same settings in training: %s", shlex.join(chosen) or "the config as it is")
     keys: tuple[str, ...] = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
-    keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "topology", "mesh", "settings")
+    keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "versions", "topology", "mesh", "settings")
     return {key: found[key] for key in keys if key in found} | {"report": str(out / "report.html")}
 
 
@@ -90,7 +90,9 @@ def _found(request: Request, config: Config, model: ModelConfig, examples: int, 
         found = planning.plan(config, model, request.topology, examples, tokens)
     if not found["fits"]:
         needed, usable = found["bytes_per_chip"] / 2**30, found["usable_bytes_per_chip"] / 2**30
-        raise DoesNotFit(f"the run as a whole needs {needed:.2f} of {usable:.2f} GiB on each chip")
+        raise DoesNotFit(
+            f"the run as a whole needs {needed:.2f} of {usable:.2f} GiB on each chip, while {found['tallest']} runs"
+        )
     return found, tried
 
 
@@ -149,4 +151,5 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
 def _does_not_fit(
     refusal: DoesNotFit, config: Config, model: ModelConfig, topology: Topology, examples: int, tokens: float
 ) -> str:
-    return f"{topology.name}: does not fit: {refusal}; {searching.would_fit(config, model, topology, examples, tokens)}"
+    advice = searching.would_fit(config, model, topology, examples, tokens)
+    return f"{topology.name}: does not fit, says libtpu {versions()['libtpu']}: {refusal}; {advice}"

@@ -21,7 +21,9 @@ _TRAFFIC = ("program", "collective", "overlapped (GB)", "exposed (GB)")
 
 def write_plan_report(path: str | os.PathLike, plan: Mapping) -> None:
     """Writes the page of `plan` (elbo_kto_jax/planning/plan.py) to `path`, atomically."""
-    settings = {key: plan[key] for key in ("topology", "mesh", "settings", "step", "data", "assumed", "model")}
+    settings = {
+        key: plan[key] for key in ("versions", "topology", "mesh", "settings", "step", "data", "assumed", "model")
+    }
     write_page(
         path,
         "plan.html.j2",
@@ -31,7 +33,7 @@ def write_plan_report(path: str | os.PathLike, plan: Mapping) -> None:
         memory=_memory(plan),
         time=_time(plan["programs"]),
         tables=[
-            Table(_MEMORY, memory_rows(plan), "GiB per chip.", numeric=True),
+            Table(_MEMORY, memory_rows(plan), f"GiB per chip. {_compiled_by(plan)}", numeric=True),
             Table(_TIME, time_rows(plan), "One run on one chip; bounds, not measured.", numeric=True),
             Table(_TRAFFIC, traffic_rows(plan), "Sent by one chip in one run.", numeric=True),
         ],
@@ -97,6 +99,7 @@ def as_text(plan: Mapping) -> str:
         f"{assumed['one_axis_bytes_per_second'] / 1e9:.0f} GB/s along one axis of the torus, "
         f"{assumed['all_chips_bytes_per_second'] / 1e9:.0f} GB/s along all. Every time is a bound, not measured.",
     ]
+    lines.append(_compiled_by(plan))
     if step["row_fill"] < 0.8:
         lines.append("Hint: a larger --config.train.global_batch_size, or a smaller slice, would fill the rows.")
     return "\n".join(lines)
@@ -148,6 +151,11 @@ def tried_rows(plan: Mapping) -> Sequence[tuple[str, ...]]:
 
 def _gib(size: float) -> str:
     return f"{size / _GIB:.2f}"
+
+
+def _compiled_by(plan: Mapping) -> str:
+    found = plan["versions"]
+    return f"Compiled by jax {found['jax']} and libtpu {found['libtpu']}; another libtpu may need more memory, or less."
 
 
 def _cost(plan: Mapping) -> str:

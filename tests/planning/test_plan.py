@@ -1,10 +1,12 @@
 """planning/plan.py: the arithmetic of the bounds, worked out by hand, and the order of a search."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from elbo_kto_jax.data.packing import Segment, pack
 from elbo_kto_jax.models import registry
@@ -12,7 +14,7 @@ from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import estimate, hlo, plan, search, workload
 from elbo_kto_jax.planning.chips import parse_topology
-from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, with_some_tokens
+from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, topology_devices, with_some_tokens
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
@@ -192,6 +194,19 @@ def test_the_largest_program_decides_whether_it_fits(config):
     assert found["bytes_per_chip"] == usable + 5 + 7  # temporaries, and what lies beside the program
 
 
+@pytest.mark.parametrize(("name", "hosts"), [("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}), ("v5e:2x2", {})])
+def test_a_slice_of_one_chip_has_a_host_of_one_chip(monkeypatch, name, hosts):
+    asked = {}
+
+    def describe(**arguments):
+        asked.update(arguments)
+        return SimpleNamespace(devices=jax.devices())
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    assert topology_devices(parse_topology(name)) == jax.devices()
+    assert asked == {"platform": "tpu", "topology_name": name, **hosts}
+
+
 def test_recomputation():
     """Full: all but the last product of each layer; a forward pass over a row has the head besides."""
     d, f, n, s = LLADA_8B.d_model, LLADA_8B.mlp_hidden_size, LLADA_8B.n_layers, 4096
@@ -276,7 +291,8 @@ def test_report(config, tmp_path):
     }
     write_plan_report(tmp_path / "report.html", found)
     html, text = (tmp_path / "report.html").read_text(), as_text(found)
-    for words in ("≤ 0.80", "bound, not measured", "v5e:8x8", "at least 12 at the given price"):
+    made_by = f"Compiled by jax {jax.__version__} and libtpu "
+    for words in ("≤ 0.80", "bound, not measured", "v5e:8x8", "at least 12 at the given price", made_by):
         assert words in html
-    for words in ("80% of peak", "not measured", "score", "grad", "update"):
+    for words in ("80% of peak", "not measured", "score", "grad", "update", made_by):
         assert words in text
