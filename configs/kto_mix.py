@@ -54,6 +54,8 @@ _TRAIN = {
     "microbatch_tokens": 4096,  # [ours] one row per chip, what a 16 GB chip holds
     "one_pass_microbatches": 1,  # [ours] more of them: faster, where they fit
     "checkpoint_every": 100,  # [ours]
+    "keep_checkpoints": 2,  # [ours] each is 95 GB; 0: all
+    "keep_best": "eval_loss",  # [ours] where eval_every is set, the best by this stays, too; "": none
     "eval_every": 0,  # [ours] no held-out data above
     "log_every": 1,  # [ours]
     "samples": 4,  # [ours]

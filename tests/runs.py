@@ -26,6 +26,7 @@ SMALL = {
     "train.microbatch_tokens": 32,
     "train.one_pass_microbatches": 1,
     "train.checkpoint_every": 2,
+    "train.keep_checkpoints": 0,  # tests look at earlier steps
     "train.samples": 0,
     "sampler.gen_length": 4,
     "sampler.steps": 4,

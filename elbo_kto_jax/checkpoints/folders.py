@@ -13,6 +13,7 @@ name and renames it when complete. Beside these there are published folders (hug
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from etils import epath
 from etils.epath import stat_utils
 
 from elbo_kto_jax.checkpoints import hub
+from elbo_kto_jax.runtime import lock
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import check_writable
 
+log = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 SIZES_FILE = "sizes.json"
 STEPS_FOLDER = "checkpoints"
@@ -52,17 +55,39 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
         raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
     if folder.is_dir():
         steps = folder / STEPS_FOLDER
-        if not steps.is_dir() or any(folder.glob("*.safetensors")):
+        if steps.is_dir() and not any(folder.glob("*.safetensors")):
+            return _latest(steps, f"{flag}={path}")
+        if folder.parent.name != STEPS_FOLDER or lock.read(folder):
             return folder
-        complete = [step for step in steps.iterdir() if step.name.isdecimal()]
-        if not complete:
-            raise UserError(f"{flag}={path}: a training folder without a finished step in {steps}; train it further")
-        return max(complete, key=lambda step: int(step.name))
     if folder.exists():
         raise UserError(f"{flag}={path}: a file; expected the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?", str(path)):
         raise UserError(f"{flag}={path}: no such folder; expected a Hugging Face folder, a hub id or a checkpoint")
     return absolute(hub.download(str(path), flag, weights))
+
+
+def _latest(steps: epath.Path, said: str) -> epath.Path:
+    """The last finished step. Until this process ends, a run that is still going on does not remove it."""
+    while True:
+        complete = [step for step in steps.iterdir() if step.name.isdecimal()]
+        if not complete:
+            raise UserError(f"{said}: a training folder without a finished step in {steps}; train it further")
+        latest = max(complete, key=lambda step: int(step.name))
+        if lock.read(latest):
+            return latest
+
+
+def remove_step(steps: epath.Path, step: int) -> None:
+    """Removes a step from the folder of a run's steps, unless another command reads it or it is a link.
+
+    What is being removed has the name of an unfinished save: nobody loads it, and the next start clears it away.
+    """
+    folder = steps / str(step)
+    try:
+        if not os.path.islink(folder) and not lock.remove(folder, f"{folder}{ocp.utils.TMP_DIR_SUFFIX}.removed"):
+            log.info("%s: another command reads it, so it is not removed yet", folder)
+    except OSError as error:
+        log.warning("%s: cannot be removed (%s)", folder, error.strerror)
 
 
 def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Callable[[epath.Path], bool]) -> None:

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from elbo_kto_jax.checkpoints.arrays import TreeSave, by_path, check_arrays, restore_tree, save_args
 from elbo_kto_jax.checkpoints.digest import params_digest
 from elbo_kto_jax.checkpoints.finite import check_finite
-from elbo_kto_jax.checkpoints.folders import absolute
+from elbo_kto_jax.checkpoints.folders import absolute, remove_step
 from elbo_kto_jax.checkpoints.manifest import (
     REMEDY,
     Adaptation,
@@ -27,6 +27,7 @@ from elbo_kto_jax.checkpoints.manifest import (
     unsaid_mask,
 )
 from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import from_json, writing
 
@@ -45,7 +46,6 @@ class TrainingCheckpoints:
     def __init__(
         self,
         directory: str | os.PathLike,
-        keep: int | None = None,
         adaptation: Adaptation | None = None,
         model: ModelConfig | None = None,
     ):
@@ -53,13 +53,12 @@ class TrainingCheckpoints:
 
         Args:
           directory: the folder, usually WORKDIR/checkpoints.
-          keep: how many of the latest steps to keep; None keeps all.
           adaptation: what `params` belong to if they are adapters.
           model: whose special tokens the run uses; None: those of config.json.
         """
         self._adaptation, self._model = adaptation, model
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
+            cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
         with writing(directory):
             self._manager = ocp.CheckpointManager(absolute(directory), options=options)
@@ -153,6 +152,26 @@ class TrainingCheckpoints:
             raise UserError(
                 f"{error}\nNo earlier step is whole either; remove {self._manager.directory} to start again"
             ) from error
+
+    def keep_latest(self, count: int, besides: int) -> None:
+        """Waits for the saves that were started, and removes all steps but the latest `count` and the step `besides`.
+
+        What another command reads stays until the next time. A count of 0 keeps all.
+        """
+        self.wait()
+
+        def remove() -> None:
+            steps = sorted(int(step.name) for step in self._manager.directory.iterdir() if step.name.isdecimal())
+            for step in steps[:-count]:
+                if step != besides:
+                    remove_step(self._manager.directory, step)
+
+        if count:
+            processes.first(remove)
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, complete."""
+        return (self._manager.directory / str(step)).is_dir()
 
     def latest_step(self) -> int | None:
         """The last step whose checkpoint is complete; None if there is none."""

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from elbo_kto_jax.runtime import growth, paths
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 
 _LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
@@ -110,6 +110,8 @@ class Train:
     microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
     one_pass_microbatches: Count  # a global batch of at most so many takes one pass, which keeps them all; else two
     checkpoint_every: Count  # steps; the last step is always saved
+    keep_checkpoints: CountOrZero  # the latest so many stay; 0: all
+    keep_best: str  # a held-out metric of metrics.jsonl: its best checkpoint stays, too; "": none
     eval_every: CountOrZero  # steps; 0: never
     log_every: Count  # steps
     samples: CountOrZero  # prompts answered before and after training, for report.html
@@ -238,6 +240,7 @@ _LATER_KEYS: dict[str, dict[str, Any]] = {
     "objective": {"label_smoothing": 0.0},
     "optimizer": {"moments_dtype": "float32"},
     "lora": {"targets": []},
+    "train": {"keep_checkpoints": 0, "keep_best": ""},
 }
 _LATER_GROUPS: dict[str, Any] = {
     "benchmarks": {"table": "", "limit": 0},
@@ -263,23 +266,6 @@ def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(meant, dict) and isinstance(found, Mapping):
             complete[key] = {**meant, **found}
     return complete
-
-
-# What a run may change when it goes on, since nothing that it computes depends on it: keys and whole groups.
-_FREE = ("tasks", "benchmarks", "judge", "trackers", "train.eval_every", "train.log_every", "train.checkpoint_every")
-
-
-def changes_of_a_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The `differences` that matter between the config with which a run began and the one to go on with."""
-
-    def is_free(line: str) -> bool:
-        key = line.partition(":")[0].removeprefix("config.")
-        return any(key == free or key.startswith(f"{free}.") for free in _FREE)
-
-    old = with_later_keys(old)
-    if "sweep" in old and "sweep" in new:
-        old["sweep"] = growth.grown(old["sweep"], new["sweep"])
-    return [line for line in differences(old, new) if not is_free(line)]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:

@@ -1,6 +1,7 @@
 """One command at a time in a folder: a lock that the kernel gives back when its owner ends, however it ends.
 
-The lock is `flock` on a small file, which says who holds it. Linux passes it on to NFS servers, so it holds between
+The lock is `flock` on a small file, which says who holds it. Folders that are only read are held by many at once
+(`read`), with `flock` on the folder itself. Linux passes it on to NFS servers, so it holds between
 machines as well; where a file system knows no locks, only a living process on the same machine is recognised.
 """
 
@@ -11,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"  # in a folder that stays
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()  # open files of this process
+_read: dict[str, int] = {}  # folder that this process reads -> its open file
 
 
 @contextlib.contextmanager
@@ -155,10 +158,64 @@ def _is_alive(holder: dict) -> bool:
     return holder["pid"] != os.getpid()
 
 
+def read(folder: str | os.PathLike) -> bool:
+    """Holds a folder until this process ends, so that no other removes it with `remove`; False: it is gone."""
+    name = os.path.realpath(folder)
+    if name in _read and _is_at(_read[name], name):
+        return True
+    _close_read(name)
+    try:
+        opened = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:  # who may not list it may still read the files in it
+        return True
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(opened, fcntl.LOCK_SH)  # waits while it is being removed
+    _read[name] = opened
+    return _is_at(opened, name)
+
+
+def remove(folder: str | os.PathLike, under: str | os.PathLike) -> bool:
+    """Removes a folder as a whole: it is renamed to `under` first. False: another process reads it, and it stays.
+
+    Raises:
+      OSError: it cannot be renamed. What then cannot be deleted is left at `under`.
+    """
+    _close_read(os.path.realpath(folder))
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(opened)
+            return False
+    try:
+        os.rename(folder, under)
+        shutil.rmtree(under, ignore_errors=True)
+    finally:
+        os.close(opened)
+    return True
+
+
+def _close_read(name: str) -> None:
+    if name in _read:
+        os.close(_read.pop(name))
+
+
+def _is_at(opened: int, name: str) -> bool:
+    """Whether the open folder is still the one of that name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(opened), os.stat(name))
+    return False
+
+
 def _close_in_child() -> None:
     """A forked child must not keep what its parent holds: it may outlive it."""
     while _held:
         os.close(_held.pop())
+    while _read:
+        os.close(_read.popitem()[1])
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -28,9 +28,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes
-from elbo_kto_jax.runtime.config import Config, changes_of_a_run, differences
+from elbo_kto_jax.runtime.config import Config, differences
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
+from elbo_kto_jax.runtime.going_on import changes_of_a_run
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"

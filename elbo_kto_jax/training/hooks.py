@@ -227,20 +227,39 @@ class Journal(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves the state every few steps, and that of the last; also where another hook wants a rest."""
+    """Saves the state every few steps, where it is the best so far, and at the end; also where a hook wants a rest.
 
-    def __init__(self, setup: Setup, checkpoints: TrainingCheckpoints, progress: Progress):
-        self._every, self._assets = setup.config.train.checkpoint_every, setup.assets
+    Of those before, it keeps as many as the config says, and the best. They go once the one after them is complete.
+    """
+
+    def __init__(
+        self,
+        options: config.Train,
+        assets: Mapping[str, bytes],
+        checkpoints: TrainingCheckpoints,
+        progress: Progress,
+    ):
+        self._options, self._assets = options, assets
         self._checkpoints, self._progress = checkpoints, progress
+        self._best = self._best_so_far()  # of those that were saved
 
     def wants_rest(self, step: Step) -> bool:
-        return step.is_last or step.number % self._every == 0
+        value = step.metrics.get(self._options.keep_best)  # on the host already
+        is_best = value is not None and self._progress.notice_best(self._options.keep_best, step.number, float(value))
+        return step.is_last or step.number % self._options.checkpoint_every == 0 or is_best
 
     def rest(self, step: Step, state: TrainState) -> None:
+        self._checkpoints.keep_latest(self._options.keep_checkpoints, self._best)
         self._checkpoints.save(step.number, TrainingState(*state, dataclasses.asdict(self._progress)), self._assets)
+        self._best = self._best_so_far()
+        if step.is_last:
+            self._checkpoints.keep_latest(self._options.keep_checkpoints, self._best)
 
     def close(self) -> None:
         self._checkpoints.wait()  # whatever ends the run, a save that was started is finished
+
+    def _best_so_far(self) -> int:
+        return self._progress.best_step if self._progress.best_metric == self._options.keep_best else 0
 
 
 class Stop(Hook):

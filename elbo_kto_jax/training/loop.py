@@ -54,8 +54,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
     samples = Samples(setup, folder.path / "samples.json")
 
     def finished(interrupted: bool) -> dict:
-        step = checkpoints.latest_step()
-        return finish(setup, folder.path, progress, samples.found, step, interrupted=interrupted)
+        return finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)
 
     try:
         samples.take("before", trainer.policy(state.params))
@@ -88,7 +87,7 @@ def hooks_of(
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
         hooks.Bar(setup.total_steps, progress.step),
         hooks.Journal(setup, MetricsLog(workdir, progress.step, setup.config.trackers)),
-        hooks.Checkpoints(setup, checkpoints, progress),
+        hooks.Checkpoints(setup.config.train, setup.assets, checkpoints, progress),
         hooks.Stop(setup.total_steps, stop_requested),
     ]
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -147,6 +148,7 @@ def prepare(
     objective = objectives.build(config.objective)
     masks.check_scheme(config.estimator.scheme)
     _check_pairs(config, objective)
+    _check_best(config.train.keep_best, objective)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(opened.tokenizer, "config.sampler.confidence_eos_eot_inf")
     axes.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
@@ -208,6 +210,16 @@ def _read(
 def _group(objective: Objective) -> int:
     """How many neighbours in the data belong together."""
     return 2 if objective.needs.pairs else 1
+
+
+def _check_best(metric: str, objective: Objective) -> None:
+    """Raises UserError where there is no held-out metric of that name."""
+    found = objective.held_out(np.zeros(2, np.float32), np.array([True, False]))
+    known = ["eval_loss", *(f"eval_{name}" for name in found)]
+    if metric and metric not in known:
+        raise UserError(
+            f"config.train.keep_best: expected one of {', '.join(map(repr, known))}, or '' for none; got {metric!r}"
+        )
 
 
 def _check_pairs(config: Config, objective: Objective) -> None:

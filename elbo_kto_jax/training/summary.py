@@ -4,6 +4,7 @@ import logging
 import shlex
 from pathlib import Path
 
+from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
 from elbo_kto_jax.reports.training import write_training_report
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.flags import command_line
@@ -15,9 +16,17 @@ log = logging.getLogger(__name__)
 
 
 def finish(
-    setup: Setup, workdir: Path, progress: Progress, samples: list[dict], step: int | None, *, interrupted: bool
+    setup: Setup,
+    workdir: Path,
+    progress: Progress,
+    samples: list[dict],
+    checkpoints: TrainingCheckpoints,
+    *,
+    interrupted: bool,
 ) -> dict:
-    """Writes report.html and returns the summary; `step` is that of the latest checkpoint."""
+    """Writes report.html and returns the summary."""
+    latest, best = checkpoints.latest_step(), progress.best_step
+    is_best = bool(best) and progress.best_metric == setup.config.train.keep_best and checkpoints.has(best)
     rows = read_metrics(workdir)
     last, seconds = rows[-1] if rows else {}, max(progress.seconds, 1e-9)
     summary = {
@@ -27,7 +36,9 @@ def finish(
         "reward_margin": last.get("reward_margin"),
         "examples_per_second": progress.examples / seconds,
         "tokens_per_second": progress.tokens / seconds,
-        "checkpoint": None if step is None else str(workdir / "checkpoints" / str(step)),
+        "checkpoint": None if latest is None else str(workdir / "checkpoints" / str(latest)),
+        "best_checkpoint": str(workdir / "checkpoints" / str(best)) if is_best else None,
+        "best_step": best if is_best else None,
         "interrupted": interrupted,
         "skipped_steps": progress.skipped,
         "report": str(workdir / "report.html"),
@@ -43,6 +54,9 @@ def finish(
         summary=summary,
     )
     if not interrupted:
+        if is_best:
+            what = (progress.best_metric, progress.best_value, best, summary["best_checkpoint"])
+            log.info("best held-out figure: %s %.4g at step %d, %s", *what)
         log.info("report: %s", summary["report"])
         words = [f"--source={summary['checkpoint']}", f"--out={workdir / 'huggingface'}"]
         log.info("next: %s %s", command_line("conversion.to_hf"), shlex.join(words))

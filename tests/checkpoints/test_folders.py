@@ -1,14 +1,16 @@
 """Whatever a folder's name is, it is that folder; and none is overwritten unasked."""
 
+import fcntl
 import grp
 import os
 import pwd
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from elbo_kto_jax.checkpoints.folders import absolute
+from elbo_kto_jax.checkpoints.folders import absolute, locate
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.checkpoints.model import Model
 from elbo_kto_jax.checkpoints.save import save_model
@@ -74,6 +76,30 @@ def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(tmp_path,
     save_model(tmp_path / "run[1]", model)
     assert sorted(os.listdir(tmp_path)) == ["published", "run1.orbax-checkpoint-tmp", "run[1]", "victim"]
     assert not list(victim.iterdir())
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints/4"])
+def test_a_step_that_was_located_is_not_removed_by_another_command(tmp_path, name):
+    step = tmp_path / "checkpoints" / "4"
+    step.mkdir(parents=True)
+    assert str(locate(tmp_path / name, "--checkpoint", weights=True)) == str(step)
+    other = os.open(step, os.O_RDONLY)  # as of another process
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
+def test_what_is_being_removed_is_no_checkpoint(tmp_path):
+    removing = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp.removed"
+    removing.mkdir(parents=True)
+    for path in (tmp_path, removing):
+        with pytest.raises(UserError, match=r"without a finished step|incomplete checkpoint"):
+            locate(path, "--checkpoint", weights=True)
+    checkpoints, until = TrainingCheckpoints(tmp_path / "checkpoints"), time.monotonic() + 10
+    while removing.exists() and time.monotonic() < until:  # Orbax clears it away in the background
+        time.sleep(0.01)
+    checkpoints.close()
+    assert not removing.exists()
 
 
 @pytest.mark.parametrize("name", ["/gs/bucket", "/s3/x", "/hf/x", "/az/x"])

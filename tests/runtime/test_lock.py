@@ -227,3 +227,36 @@ def test_a_second_command_is_refused(words, tmp_path, name, more):
     message = str(refused.value)
     assert f"{flag}={place}: in use by process {os.getpid()} on {socket.gethostname()}" in message
     assert len(message.split("\n")) <= 2
+
+
+# ---- folders that are read ----
+
+
+def test_what_another_reads_is_not_removed(tmp_path):
+    """An open file of its own stands for another process: `flock` does not tell them apart."""
+    folder, under = tmp_path / "step", tmp_path / "gone"
+    folder.mkdir()
+    (folder / "weights").write_text("whole")
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)
+    assert not lock.remove(folder, under)
+    assert (folder / "weights").read_text() == "whole"
+    os.close(other)
+    assert lock.read(folder)
+    assert lock.remove(folder, under)  # this process has read it, and writes it
+    assert not lock.read(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_the_same_name_is_another(tmp_path):
+    folder = tmp_path / "step"
+    folder.mkdir()
+    assert lock.read(folder)
+    folder.rename(tmp_path / "before")
+    assert not lock.read(folder)
+    folder.mkdir()
+    assert lock.read(folder)
+    other = os.open(folder, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)

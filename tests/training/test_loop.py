@@ -127,6 +127,9 @@ def test_summary(whole):
     assert (summary["steps"], summary["examples"], summary["interrupted"]) == (STEPS, last["examples"], False)
     assert (summary["loss"], summary["reward_margin"]) == (last["loss"], last["reward_margin"])
     assert summary["checkpoint"] == str(workdir / "checkpoints" / str(STEPS))
+    held_out = {row["step"]: row["eval_loss"] for row in metrics_of(workdir) if "eval_loss" in row}
+    assert summary["best_step"] == min(held_out, key=held_out.get)
+    assert summary["best_checkpoint"] == str(workdir / "checkpoints" / str(summary["best_step"]))
 
 
 def test_held_out_metrics_are_those_of_the_policy_at_that_step(whole, settings, tmp_path):
@@ -146,6 +149,11 @@ def test_held_out_metrics_are_those_of_the_policy_at_that_step(whole, settings, 
     margin = reward[label].mean() - reward[~label].mean()
     assert abs(margin) > 1e-2
     np.testing.assert_allclose(rows[4]["eval_reward_margin"], margin, atol=1e-3)
+
+
+def test_a_held_out_metric_that_there_is_not(settings, tmp_path):
+    with pytest.raises(UserError, match=r"keep_best: expected one of 'eval_loss', 'eval_reward_margin'"):
+        train.main(runs.flags({**settings, "train.keep_best": "loss"}, f"--workdir={tmp_path}"))
 
 
 # ---- the same command goes on ----
