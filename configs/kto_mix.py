@@ -40,6 +40,7 @@ _REFERENCE = {
 }
 _OPTIMIZER = {
     "learning_rate": 1e-6,  # [paper] the example's value; the command line has 5e-6 as its default
+    "schedule": "cosine",  # [paper] also "linear" and "constant"
     "warmup_fraction": 0.03,  # [paper]
     "b1": 0.9,  # [paper]
     "b2": 0.95,  # [paper]

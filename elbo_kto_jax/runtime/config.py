@@ -94,6 +94,7 @@ class Reference:
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     learning_rate: NonNegative  # peak
+    schedule: Literal["cosine", "linear", "constant"]  # of the rate after the warm-up: down to 0, or as it is
     warmup_fraction: Fraction  # of all steps
     b1: Annotated[float, Range(0, 0.999999)]
     b2: Annotated[float, Range(0, 0.999999)]
@@ -238,7 +239,7 @@ class Task:
 _LATER_KEYS: dict[str, dict[str, Any]] = {
     "model": {"mask_token_id": -1},
     "objective": {"label_smoothing": 0.0},
-    "optimizer": {"moments_dtype": "float32"},
+    "optimizer": {"moments_dtype": "float32", "schedule": "cosine"},
     "lora": {"targets": []},
     "train": {"keep_checkpoints": 0, "keep_best": ""},
 }

@@ -38,19 +38,23 @@ def abstract_base(model: MaskPredictor, options: config.Lora) -> Params:
 
 
 def learning_rate(options: config.Optimizer, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over ceil(warmup_fraction * steps), then a cosine to 0.
+    """Linear warm-up from 0 over ceil(warmup_fraction * steps), then options.schedule: to 0 at the last step, or none.
 
     As in the authors' trainer, the very first step of a warm-up has rate 0: moments are updated, parameters are not.
     """
-    warmup = math.ceil(options.warmup_fraction * total_steps)
+    peak, warmup = options.learning_rate, math.ceil(options.warmup_fraction * total_steps)
     if warmup >= total_steps:
-        return optax.linear_schedule(0.0, options.learning_rate, max(1, warmup))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else options.learning_rate,
-        peak_value=options.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=total_steps,
+        return optax.linear_schedule(0.0, peak, max(1, warmup))
+    if options.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup else peak, peak_value=peak, warmup_steps=warmup, decay_steps=total_steps
+        )
+    after = (
+        optax.constant_schedule(peak)
+        if options.schedule == "constant"
+        else optax.linear_schedule(peak, 0.0, total_steps - warmup)
     )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
 def optimizer(options: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
