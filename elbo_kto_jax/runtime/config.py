@@ -100,7 +100,7 @@ class Optimizer:
     b2: Annotated[float, Range(0, 0.999999)]
     weight_decay: NonNegative
     clip_norm: Positive
-    moments_dtype: Dtype = "float32"  # of Adam's moments as they are stored; it computes in float32
+    moments_dtype: Dtype  # of Adam's moments as they are stored; it computes in float32
 
 
 @dataclasses.dataclass(frozen=True)

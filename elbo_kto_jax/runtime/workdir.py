@@ -5,6 +5,7 @@ workdir/config.json    config      the whole resolved config
                        moment      when the run began, which is what chat templates are told that ask for the time
                        inputs      digests of what the result depends on, by config key (training/inputs.py)
                        files       the files that were read, with their sizes and digests
+                       longer      how the run was made longer, each time that it was
                        unfinished  the command that began it with --overwrite, until it is done
 workdir/.lock          while a command is at work (lock.py)
 """
@@ -28,10 +29,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes
-from elbo_kto_jax.runtime.config import Config, differences
+from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
-from elbo_kto_jax.runtime.going_on import changes_of_a_run
+from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -77,6 +78,11 @@ class Workdir:
         versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
         new = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
         begun = {**(found or {}), "config": new["config"], "moment": moment}
+        extension = longer(with_later_keys(found["config"]), new["config"]) if found is not None else ""
+        if extension:
+            begun["longer"] = [*begun.get("longer", []), extension]
+            rate = f"the rate now follows the {config.optimizer.schedule} schedule of its new length"
+            log.info("the run becomes longer (%s); %s", extension, rate)
         self._record = {**new, "inputs": {}, "files": {}} if found is None else begun
         self.moment = datetime.datetime.fromisoformat(moment)
         self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
@@ -191,7 +197,7 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
     if changes:
         raise UserError(
             f"--workdir={workdir} holds a run of another config ({_shown(changes)});\n"
-            "choose another --workdir, or pass --overwrite to delete that run"
+            f"a run may go on with other {MAY_CHANGE}; choose another --workdir, or pass --overwrite to delete that run"
         )
     return found if _has_results(workdir) else None
 

@@ -52,6 +52,8 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
     )
     state, progress = trainer.start(weights, checkpoints)
     samples = Samples(setup, folder.path / "samples.json")
+    if progress.step < setup.total_steps:
+        samples.forget("after")
 
     def finished(interrupted: bool) -> dict:
         return finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)

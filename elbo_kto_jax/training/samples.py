@@ -59,5 +59,14 @@ class Samples:
             self.found = [{"prompt": prompt} for prompt in examples.prompts[: len(prompts)]]
         for sample, response in zip(self.found, responses.tokens, strict=True):
             sample[when] = to_text(response, setup.tokenizer, stops)
+        self._write()
+
+    def forget(self, when: str) -> None:
+        """Drops answers that are to be made again: a run that was finished has become longer."""
+        if self.found and when in self.found[0]:
+            self.found = [{key: text for key, text in sample.items() if key != when} for sample in self.found]
+            self._write()
+
+    def _write(self) -> None:
         if processes.is_first():
             atomic_write(self._file, json.dumps(self.found, ensure_ascii=False, indent=1))

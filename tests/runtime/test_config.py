@@ -3,8 +3,9 @@
 import pytest
 
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.runtime.config import Config, Task, changes_of_a_run, differences, with_later_keys
+from elbo_kto_jax.runtime.config import Config, Task, differences, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run
 from elbo_kto_jax.runtime.grid import SweepConfig
 from tests.conftest import PROJECT_ROOT
 
@@ -186,6 +187,29 @@ def test_sampler_keys_are_replaced_and_checked_together():
 def test_a_grid_may_grow_and_no_more(key, before, now, said):
     old, new = ({"seed": 0, "sweep": {"limit": 0, "tasks": ["elbo"], key: value}} for value in (before, now))
     assert changes_of_a_run(old, new) == said
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "free"),
+    [
+        ("train.steps", 5, 8, True),
+        ("train.steps", 8, 5, False),
+        ("train.steps", 5, 0, False),
+        ("train.steps", 0, 5, False),
+        ("train.epochs", 1, 2, True),
+        ("mesh.fsdp", 1, -1, True),
+        ("train.keep_best", "eval_loss", "", True),
+        ("train.microbatch_tokens", 64, 32, False),
+        ("optimizer.schedule", "cosine", "constant", False),
+    ],
+)
+def test_what_a_run_may_change(key, old, new, free):
+    before, after = parse().to_dict(), parse().to_dict()
+    group, name = key.split(".")
+    before[group][name], after[group][name] = old, new
+    assert changes_of_a_run(before, after) == ([] if free else [f"config.{key}: {old!r} -> {new!r}"])
+    named = name in MAY_CHANGE or group in MAY_CHANGE.replace("train", "")
+    assert named or not free
 
 
 def test_only_a_sweep_has_a_grid():

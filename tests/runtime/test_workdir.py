@@ -480,11 +480,13 @@ def test_nothing_is_deleted_before_the_new_run_is_known_to_be_right(folder, stop
 
 
 def test_what_no_result_depends_on_may_change(folder, stop_at):
-    """The log, the checkpoints between, the judge: the run goes on, and config.json tells what it went on with."""
+    """The log, the checkpoints between, the devices, the judge: the run goes on, and config.json tells with what."""
     stopped(folder, stop_at)
     free = {
         "train.log_every": 2,
         "train.checkpoint_every": 2,
+        "train.keep_checkpoints": 1,
+        "mesh.tensor": 2,
         "judge.name": "chat",
         "benchmarks.limit": 3,
         "tasks": "gsm8k",
@@ -493,8 +495,10 @@ def test_what_no_result_depends_on_may_change(folder, stop_at):
     found = json.loads((folder / "run" / "config.json").read_text())["config"]
     assert (found["train"]["log_every"], found["judge"]["name"], found["trackers"]) == (2, "chat", [])
     message = refusal(flags(folder, **free, **{"optimizer.learning_rate": 0.5}))
-    assert "optimizer.learning_rate" in message
-    assert "log_every" not in message
+    changed, may_change = message.split("\n")
+    assert "optimizer.learning_rate" in changed
+    assert "log_every" not in changed
+    assert "a run may go on with other train.steps or train.epochs (upward), train.{eval_every, log_every" in may_change
 
 
 def test_a_run_without_trackers_writes_metrics_alone(folder):

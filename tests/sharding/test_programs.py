@@ -34,7 +34,7 @@ class Compiled:
     def __init__(self, sizes: config.Mesh):
         model = MaskPredictor(MODEL, jnp.float32, jnp.float32, "none")
         self.mesh = rules.make_mesh(sizes, jax.devices()[:8])
-        tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0), 10)
+        tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0, "float32"), 10)
         self.shardings = train_state.state_shardings(tx, abstract_params(model), self.mesh, model.config)
         self.scorer = Scorer(model, self.mesh, size=8)
         objective = objectives.build(tiny.KTO)

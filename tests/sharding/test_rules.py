@@ -74,7 +74,7 @@ def test_matrices_are_split_over_fsdp_and_tensor_and_scales_are_whole(abstract):
 
 
 def test_moments_of_adam_lie_where_their_parameters_do(abstract):
-    tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0), 10)
+    tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0, "float32"), 10)
     shardings = train_state.state_shardings(tx, abstract, mesh_of(2, 2, 2), tiny.MODEL)
     expected, found = leaves_by_name(shardings.params), 0
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings.opt_state):

@@ -233,7 +233,7 @@ def test_adapters_on_an_int8_base_are_the_merged_model(family):
 
 @pytest.mark.parametrize("family", ["dream"], indirect=True)
 def test_neither_norms_nor_biases_decay(family):
-    options = config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.5, 1.0)
+    options = config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.5, 1.0, "float32")
     tx, params = train_state.optimizer(options, 10), tiny.params(0)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):

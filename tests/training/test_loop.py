@@ -13,10 +13,12 @@ import pytest
 
 from elbo_kto_jax import precompute, score, to_hf, train
 from elbo_kto_jax.checkpoints.load import load_model
+from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.training import loop
 from elbo_kto_jax.training.reference import ReferenceCache
+from elbo_kto_jax.training.state import learning_rate
 from tests import runs
 
 STEPS = runs.SMALL["train.steps"]
@@ -80,6 +82,10 @@ def assert_same_run(workdir, other):
     for a, b in zip(jax.tree.leaves(mine.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert metrics_of(workdir) == metrics_of(other)
+
+
+def recorded(workdir) -> dict:
+    return json.loads((workdir / "config.json").read_text())
 
 
 # ---- what a run leaves ----
@@ -207,6 +213,35 @@ def test_a_finished_run_is_not_repeated(whole, settings, in_step):
         key: summary[key] for key in ("steps", "loss", "checkpoint")
     }
     assert metrics_of(workdir, without=()) == before
+
+
+def test_a_finished_run_with_more_steps_goes_on(whole, settings, tmp_path, caplog):
+    caplog.set_level("INFO")
+    workdir = shutil.copytree(whole[0], tmp_path / "longer")
+    samples = json.loads((workdir / "samples.json").read_text())
+    argv = runs.flags({**settings, "train.samples": 2, "train.steps": STEPS + 1}, f"--workdir={workdir}")
+    summary = train.main(argv)
+    assert (summary["steps"], summary["checkpoint"]) == (STEPS + 1, str(workdir / "checkpoints" / str(STEPS + 1)))
+    assert f"the run becomes longer (config.train.steps: {STEPS} -> {STEPS + 1}); the rate now" in caplog.text
+    assert "sampling 2 answers after training" in caplog.messages
+    again = json.loads((workdir / "samples.json").read_text())
+    assert [sample["before"] for sample in again] == [sample["before"] for sample in samples]
+    rows = metrics_of(workdir)
+    assert rows[:STEPS] == metrics_of(whole[0])
+    schedule = learning_rate(Config.from_mapping(recorded(workdir)["config"]).optimizer, STEPS + 1)
+    assert [row["learning_rate"] for row in rows[STEPS:]] == [float(schedule(STEPS))] > [0.0]
+    assert recorded(workdir)["longer"] == [f"config.train.steps: {STEPS} -> {STEPS + 1}"]
+    with pytest.raises(UserError, match=rf"steps: {STEPS + 1} -> {STEPS}\).*\n.*train.epochs \(upward\)"):
+        train.main(runs.flags({**settings, "train.samples": 2}, f"--workdir={workdir}"))
+
+
+def test_at_a_constant_rate_a_longer_run_is_the_same_as_one_in_a_single_go(settings, tmp_path):
+    constant = {"optimizer.schedule": "constant", "optimizer.warmup_fraction": 0.0}
+    constant |= {"objective.name": "sft", "train.eval_every": 0}
+    for steps, folder in ((2, "longer"), (STEPS, "longer"), (STEPS, "single")):
+        argv = runs.flags({**settings, **constant, "train.steps": steps}, f"--workdir={tmp_path / folder}")
+        assert train.main(argv)["steps"] == steps
+    assert_same_run(tmp_path / "longer", tmp_path / "single")
 
 
 def test_another_config_is_refused_and_overwrite_starts_again(settings, tmp_path):

@@ -127,7 +127,7 @@ def test_the_gradient_is_autodiff_of_the_merged_model(quantize, rows, one_pass_m
 
 
 def trajectory(sizes: config.Mesh):
-    tx = train_state.optimizer(config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0), 100)
+    tx = train_state.optimizer(config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0, "float32"), 100)
     programs, state, base = setup(tx, quantize=True, sizes=sizes)
     start, found = jax.device_get(state.params), []
     for _ in range(3):

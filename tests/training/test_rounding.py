@@ -55,7 +55,7 @@ def test_bits_depend_on_key_and_leaf_and_on_nothing_else(cpu_devices):
 
 def descend(param_dtype: str, moments_dtype: str, steps: int) -> list[float]:
     """Half the mean square of 4,096 weights of size 0.02 as AdamW moves them at rate 1e-6: the loss of every step."""
-    options = config.Optimizer(1e-6, 0.0, 0.9, 0.95, 0.0, 1e9, moments_dtype=moments_dtype)
+    options = config.Optimizer(1e-6, "cosine", 0.0, 0.9, 0.95, 0.0, 1e9, moments_dtype)
     adam = train_state.optimizer(options, steps)
     start = np.random.default_rng(0).normal(0.02, 0.004, 4096).astype(np.float32)
     params = {"w": {"kernel": jnp.asarray(start).astype(param_dtype)}}

@@ -15,7 +15,7 @@ from elbo_kto_jax.training import state as train_state
 def test_noise_scale(ratio, clip_norm):
     """Gradients g = signal + noise with tr Cov = `ratio` |signal|^2 in 4,000 dimensions, where a mean over ten steps
     tells a good deal; clipped to a fixed length they have the same ratio."""
-    options = config.Optimizer(1e-3, "cosine", 0.0, 0.9, 0.95, 0.0, clip_norm)
+    options = config.Optimizer(1e-3, "cosine", 0.0, 0.9, 0.95, 0.0, clip_norm, "float32")
     tx = train_state.optimizer(options, 100)
     params = {"a": {"kernel": jnp.zeros((40, 50))}, "b": {"scale": jnp.zeros(2000)}}
     opt_state = tx.init(params)
@@ -33,7 +33,7 @@ def test_noise_scale(ratio, clip_norm):
 
 
 def rates(schedule: str, warmup_fraction: float, steps: int) -> list[float]:
-    options = config.Optimizer(0.5, schedule, warmup_fraction, 0.9, 0.95, 0.0, 1.0)
+    options = config.Optimizer(0.5, schedule, warmup_fraction, 0.9, 0.95, 0.0, 1.0, "float32")
     rate = train_state.learning_rate(options, steps)
     return [float(rate(step)) for step in range(steps + 1)]
 

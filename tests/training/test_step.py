@@ -168,7 +168,7 @@ def test_each_program_is_compiled_once(reference_mode, one_pass_microbatches, us
     """Over steps that differ in lengths, in targets, in the number of micro-batches and in the number of examples."""
     estimator = config.Estimator(3, "complementary")
     data = TrainingData(tiny.examples(7), tiny.layout(1), estimator=estimator, batch_size=3, seed=0)
-    tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0), 10)
+    tx = train_state.optimizer(config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0, "float32"), 10)
     programs, state = setup(
         tiny.model(),
         tiny.params(0),

@@ -19,7 +19,7 @@ from tests.training.steps import (
 )
 
 GOLDEN_KTO = config.Objective("elbo_kto", 0.1, 1.0, 1.0, "global_mean", 0.0)
-GOLDEN_ADAMW = config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0)
+GOLDEN_ADAMW = config.Optimizer(1e-3, "cosine", 0.1, 0.9, 0.95, 0.01, 1.0, "float32")
 
 
 @pytest.fixture(scope="module")

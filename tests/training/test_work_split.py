@@ -41,7 +41,7 @@ def trajectory(
 ):
     """Losses, gradient norms and total update of a few AdamW steps, and the number of micro-batches."""
     start = tiny.params(0)
-    tx = train_state.optimizer(config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0), 100)
+    tx = train_state.optimizer(config.Optimizer(1e-2, "cosine", 0.0, 0.9, 0.95, 0.01, 1.0, "float32"), 100)
     programs, state = setup(
         tiny.model(),
         start,
