@@ -1,8 +1,11 @@
-"""What the figures of a run say about its health, in lines for the log that name what to change."""
+"""What the figures of a run say about its health, in lines that name what to change, and whether it has diverged."""
 
 import collections
 import math
 import statistics
+
+import numpy as np
+from jaxtyping import Float
 
 from elbo_kto_jax.objectives.rewards import SATURATED
 
@@ -11,6 +14,26 @@ _ENOUGH = 20  # steps before there is anything to compare with
 _SPREADS = 10.0  # a spike stands that many robust standard deviations above the median: Gaussian noise never does
 _LEAST_SPREAD = 0.02  # of the median; early losses of ELBO-KTO are all but equal
 _MOSTLY_SATURATED = 0.5  # mean fraction of the batch over the last `_ENOUGH` steps
+_LARGEST_RMS = 100.0  # of the weights; those of language models are about 0.02, and their norms' scales about 1
+_LOST_GUESSES = 5.0  # per token, in the nats that a guess costs, log(vocabulary): a model that learns is far above
+
+
+def divergence(per_token: Float[np.ndarray, " n"], weights_rms: float, vocab_size: int) -> str:
+    """What says that training has plainly diverged, all numbers being finite; "" if nothing does.
+
+    A bounded loss does not tell: it is as good as guessing where weights are so large that norms overflow to zeros.
+
+    Args:
+      per_token: ELBO or reward of each completion to learn, in nats per token. Either is at least the policy's ELBO.
+      weights_rms: root mean square of the weights that are trained.
+    """
+    if not weights_rms < _LARGEST_RMS:
+        return f"the weights have grown to a root mean square of {weights_rms:.3g}"
+    guess, typical = math.log(vocab_size), float(np.median(per_token)) if len(per_token) else 0.0
+    if typical < -_LOST_GUESSES * guess:
+        of_batch = f"{typical:.3g} nats per token (the batch's median)"
+        return f"good completions have come down to {of_batch}, where guessing gets {-guess:.3g}"
+    return ""
 
 
 class Health:

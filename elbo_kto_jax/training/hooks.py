@@ -27,7 +27,7 @@ from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.runtime.workdir import MetricsLog
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.training import state as train_state
-from elbo_kto_jax.training.health import Health
+from elbo_kto_jax.training.health import Health, divergence
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.references import RunReference
 from elbo_kto_jax.training.setup import Setup
@@ -185,6 +185,33 @@ class BadNumbers(Hook):
             )
         inspected.close()
         return folder / str(number)
+
+
+class Divergence(Hook):
+    """Ends a run that has plainly diverged, before its state is saved."""
+
+    def __init__(self, setup: Setup, checkpoints: TrainingCheckpoints):
+        self._rate, self._checkpoints, needs = setup.config.optimizer.learning_rate, checkpoints, setup.objective.needs
+        self._knows_good, self._vocab_size = needs.labels or needs.pairs, setup.model.config.vocab_size
+        self._rms = jax.jit(train_state.root_mean_square)
+
+    def measure(self, step: Step, state: TrainState) -> Measured:
+        return {"weights_rms": self._rms(state.params)}
+
+    def tell(self, step: Step, values: dict[str, float], state: TrainState) -> None:
+        """Raises UserError where the run has diverged."""
+        feedback, (_, each) = step.batch.feedback, of_each(step.metrics)
+        good = feedback.is_example & (feedback.is_desirable | (not self._knows_good))
+        per_token = each[good] / np.maximum(feedback.completion_length[good], 1)
+        what = divergence(per_token, values["weights_rms"], self._vocab_size) if values["applied"] else ""
+        if what:
+            self._checkpoints.wait()
+            latest = self._checkpoints.latest_step()
+            saved = "none yet" if latest is None else f"the last one, of step {latest}, may have suffered already"
+            raise UserError(
+                f"step {step.number}: training diverged: {what}; its checkpoints are as they were ({saved})\n"
+                f"Lower --config.optimizer.learning_rate ({self._rate:g}) and train again with another --workdir"
+            )
 
 
 class Bar(Hook):

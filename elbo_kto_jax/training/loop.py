@@ -87,6 +87,7 @@ def hooks_of(
         hooks.HeldOut(setup, trainer.programs, trainer.policy, held_out),
         hooks.HealthWarnings(),
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
+        hooks.Divergence(setup, checkpoints),
         hooks.Bar(setup.total_steps, progress.step),
         hooks.Journal(setup, MetricsLog(workdir, progress.step, setup.config.trackers)),
         hooks.Checkpoints(setup.config.train, setup.assets, checkpoints, progress),

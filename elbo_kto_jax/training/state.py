@@ -141,6 +141,12 @@ def steps_taken(opt_state: Any) -> Int[Array, ""]:
     return adam[0][1] if adam else jnp.int32(0)
 
 
+def root_mean_square(params: Params) -> Float32[Array, ""]:
+    """Of all parameters together."""
+    squares = jax.tree.map(lambda p: jnp.square(p.astype(jnp.float32)), params)
+    return jnp.sqrt(_sum(squares) / sum(p.size for p in jax.tree.leaves(params)))
+
+
 def _sum(tree: Any) -> Float32[Array, ""]:
     """The sum of all elements of a tree, in float32."""
     return cast(Array, sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)))  # there are some

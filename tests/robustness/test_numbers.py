@@ -11,7 +11,7 @@ from elbo_kto_jax import train
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.training import loop
-from elbo_kto_jax.training.health import Health
+from elbo_kto_jax.training.health import Health, divergence
 from tests import runs
 from tests.published import same_bits
 
@@ -144,3 +144,22 @@ def test_saturation_is_told_every_fifty_steps_with_what_to_change():
     assert [warning.split(":")[0] for warning in warnings] == ["step 20", "step 70"]
     assert "75% of the examples are saturated" in warnings[0]
     assert "config.objective.beta" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("per_token", "weights_rms", "said"),
+    [
+        ([-1.0, -2.0, -3.0], 0.02, ""),
+        ([-1.0, -2.0, -3000.0], 0.02, ""),  # one draw of a scheme with heavy tails
+        ([-20.0, -24.0, -22.0], 1.0, ""),  # log(128) is 4.85
+        ([-20.0, -25.0, -30.0], 1.0, "-25 nats per token"),
+        ([], 0.02, ""),  # a batch without good completions
+        ([-4.85, -4.85], 500.0, "root mean square of 500"),
+        ([-4.85, -4.85], np.inf, "root mean square of inf"),
+        ([-4.85, -4.85], np.nan, "root mean square of nan"),
+    ],
+)
+def test_what_counts_as_diverged(per_token, weights_rms, said):
+    found = divergence(np.array(per_token), weights_rms, 128)
+    assert said in found
+    assert bool(found) == bool(said)

@@ -296,10 +296,13 @@ def test_sft_needs_no_labels_and_no_reference(settings, tmp_path):
     assert not (workdir / "reference").exists()
 
 
-def test_divergence_is_named(settings, tmp_path):
-    diverging = {**settings, "optimizer.learning_rate": 1e30, "train.eval_every": 0}
-    with pytest.raises(UserError, match=r"diverged.*\n?.*config\.optimizer\.learning_rate"):
-        train.main(runs.flags(diverging, f"--workdir={tmp_path}"))
+@pytest.mark.parametrize("rate", [1e3, 1e30])  # the first makes every number finite and every token equally likely
+def test_divergence_is_named_and_what_was_saved_stays(settings, tmp_path, rate):
+    diverging = {"optimizer.learning_rate": rate, "train.eval_every": 0, "train.checkpoint_every": 1}
+    with pytest.raises(UserError, match=r"^step 2: training diverged: .*\nLower --config\.optimizer\.learning_rate"):
+        train.main(runs.flags({**settings, **diverging}, f"--workdir={tmp_path}"))
+    assert [step.name for step in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    load_model(tmp_path)
 
 
 def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
