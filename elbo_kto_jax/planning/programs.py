@@ -68,7 +68,7 @@ class DoesNotFit(Exception):
 
 
 def versions() -> dict[str, str]:
-    """The jax and the libtpu that compile: with another libtpu a program may need a fifth more memory, or less."""
+    """The jax and the libtpu that compile: with another libtpu a program may need a quarter more memory, or less."""
     try:
         libtpu = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

@@ -191,6 +191,7 @@ def test_the_largest_program_decides_whether_it_fits(config):
     assert two_pass_result(config)["fits"]
     found = two_pass_result(config, sizes=(1, usable, 1))
     assert not found["fits"]
+    assert found["tallest"] == "grad"
     assert found["bytes_per_chip"] == usable + 5 + 7  # temporaries, and what lies beside the program
 
 
