@@ -13,8 +13,10 @@ that it gives no verdict are counted and left out; equal answers are ties that n
 
 Tasks (extra `eval`): names that lm_eval knows, or YAML files of tasks, run as configs/tasks.py says.
 
+    DIR/results.json        all that was found (win rate, interval, accuracies, metrics of tasks), and from what
     DIR/comparisons.jsonl   per comparison: id, prompt, answer_a, answer_b, verdict ("A", "B", "tie" or "unparsable"),
-                            expected, and, where both orders were judged, first ("A" or "B")
+                            expected; correct_a and correct_b, where the record says what is right; first ("A" or "B"),
+                            where both orders were judged; reason, where the judge gives one
     DIR/report.html         win rate with its interval, and the answers side by side
     DIR/answers/            both models' answers
     DIR/judge/              the judge's replies; neither is made or asked for twice when an evaluation is started again

@@ -17,7 +17,6 @@ runs. --config.* go to the alignment, and --shuffle-labels takes the information
 folder goes on where it was interrupted.
 """
 
-import json
 import shlex
 import shutil
 import sys
@@ -25,8 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from elbo_kto_jax import cli, evaluate, from_hf, to_hf, train, verify
 from elbo_kto_jax.checkpoints import huggingface
@@ -102,7 +99,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
     """What the quickstart tells of its evaluation."""
     kept = {key: result[key] for key in ("adjusted_win_rate", "ci95", "comparisons")}
-    return kept | _accuracies(Path(result["comparisons_file"]))
+    return kept | {"aligned_accuracy": result["accuracy_a"], "base_accuracy": result["accuracy_b"]}
 
 
 def _parse(argv: list[str]) -> tuple[Any, list[str]]:
@@ -150,16 +147,6 @@ def _run(command: Callable[[list[str]], dict[str, Any]], name: str, *arguments: 
     """Runs a command of the project in this process, and shows how it is called by itself."""
     print(f"$ {command_line(name)} {shlex.join(arguments)}", file=sys.stderr, flush=True)
     return command(list(arguments))
-
-
-def _accuracies(comparisons: Path) -> dict[str, float]:
-    """The share of right answers of both models."""
-    rows = [json.loads(line) for line in comparisons.read_bytes().splitlines()]
-
-    def right(key: str) -> float:
-        return float(np.mean([row[key].strip() == row["expected"] for row in rows]))
-
-    return {"aligned_accuracy": right("answer_a"), "base_accuracy": right("answer_b")}
 
 
 def _closing_words(summary: dict[str, Any], aligned: dict[str, Any]) -> str:

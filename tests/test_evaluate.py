@@ -68,7 +68,9 @@ def test_output_files(command, tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "answers", functools.partial(known_answers, texts))
     summary = command(PROMPTS)
     rows = read_jsonl(tmp_path / "out" / "comparisons.jsonl")
-    assert [set(row) for row in rows] == [{"id", "prompt", "answer_a", "answer_b", "verdict", "expected"}] * 3
+    keys = {"id", "prompt", "answer_a", "answer_b", "verdict", "expected", "correct_a", "correct_b"}
+    assert [set(row) for row in rows] == [keys] * 3
+    assert [(row["correct_a"], row["correct_b"]) for row in rows] == [(True, True), (True, False), (False, True)]
     assert [(row["id"], row["prompt"], row["expected"], row["verdict"]) for row in rows] == [
         ("prompt 0", "Capitals 0", "0", "tie"),
         ("prompt 1", "Capitals 1", "1", "A"),
@@ -82,6 +84,41 @@ def test_output_files(command, tmp_path, monkeypatch):
     assert "Capitals 2" in report
     assert "of 3 comparisons" in report
     assert "Judge as expected" not in report  # `expected` of a prompt is its answer, not a verdict
+    assert report.count("<h3>Expected answer</h3>") == 3
+    assert "66.7% / 66.7%" in report
+
+
+def test_the_results_are_in_one_file(command, tmp_path, monkeypatch, tiny_checkpoint):
+    """Everything that the summary says, and what it depends on; what another command found there stays."""
+    monkeypatch.setattr(kept, "answers", functools.partial(known_answers, {"--checkpoint": "01x", "--baseline": "0xx"}))
+    file = tmp_path / "out" / "results.json"
+    summary = command(PROMPTS)
+    found = json.loads(file.read_text())
+    assert summary["results_file"] == str(file)
+    files = {"comparisons_file", "report", "results_file"}
+    assert {key: found[key] for key in summary.keys() - files} == {
+        key: value if key != "ci95" else list(value) for key, value in summary.items() if key not in files
+    }
+    assert (found["checkpoint"], found["baseline"]) == (str(tiny_checkpoint), str(tiny_checkpoint))
+    assert (found["prompts"], found["accuracy_a"], found["accuracy_b"]) == (
+        3,
+        pytest.approx(2 / 3),
+        pytest.approx(1 / 3),
+    )
+    assert found["judge"] == {"name": "verifiable"}
+    assert found["settings"]["sampler"]["temperature"] == 1.0
+    assert {"elbo_kto_jax", "jax", "python"} <= found["versions"].keys()
+    file.write_text(json.dumps({**found, "tasks": {"other": {"metrics": {"acc": 1.0}}}}))
+    command(PROMPTS, "--overwrite")
+    assert json.loads(file.read_text()) == {**found, "tasks": {"other": {"metrics": {"acc": 1.0}}}}
+
+
+def test_a_results_file_of_somebody_else_stays(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("mine")
+    with pytest.raises(UserError, match=r"results\.json exists already.*--overwrite"):
+        command(PROMPTS)
+    assert (tmp_path / "out" / "results.json").read_text() == "mine"
 
 
 # ---- a chat model as the judge ----
@@ -126,6 +163,16 @@ def test_chat_judge_sees_both_orders(chat, tmp_path):
         *[("A", "tie"), ("B", "tie")],
     ]
     assert chat(longer, "--overwrite") == (summary, [])  # nothing is asked twice
+
+
+def test_the_reasons_of_the_judge_are_shown(chat, tmp_path):
+    chat(lambda first, second: f"<think>Hm.</think>It is <longer>.\n{longer(first, second)}")
+    rows = read_jsonl(tmp_path / "out" / "comparisons.jsonl")
+    assert [row.get("reason") for row in rows[:2]] == ["It is <longer>.\n[[A]]", "It is <longer>.\n[[B]]"]
+    assert "reason" not in rows[-1]  # equal answers, which nobody judged
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("It is &lt;longer&gt;.") == 4
+    assert "Hm." not in report
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_never_guessed(chat, tmp_path):
@@ -299,7 +346,7 @@ def test_the_same_command_goes_on(
     answered.clear()
     summary = command(PROMPTS, *settings)
     assert len(answered) == left
-    names = ("comparisons_file", "report")
+    names = ("comparisons_file", "report", "results_file")
     assert {key: value for key, value in summary.items() if key not in names} == whole[0]
     assert (tmp_path / "out" / "comparisons.jsonl").read_text() == whole[1]
     assert "earlier" not in (tmp_path / "out" / "report.html").read_text()
@@ -312,7 +359,7 @@ def whole(tiny_checkpoint, other_checkpoint, tmp_path_factory):
     prompts = write_jsonl(folder / "prompts.jsonl", PROMPTS)
     flags = [f"--checkpoint={tiny_checkpoint}", f"--baseline={other_checkpoint}", f"--prompts={prompts}"]
     summary = evaluate.main([f"--config={CONFIG}", "--config.sampler.batch_size=1", *flags, f"--out={folder / 'out'}"])
-    del summary["report"]
+    del summary["report"], summary["results_file"]
     return summary, Path(summary.pop("comparisons_file")).read_text()
 
 

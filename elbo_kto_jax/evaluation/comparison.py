@@ -5,13 +5,14 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.evaluation import judges, kept
+from elbo_kto_jax.evaluation.judges.verifiable import Expected
 from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
-from elbo_kto_jax.evaluation.winrate import win_rate
+from elbo_kto_jax.evaluation.winrate import Opinion, Verdict, win_rate
 from elbo_kto_jax.reports.winrate import write_winrate_report
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.config import Config
@@ -64,7 +65,7 @@ def compare(comparison: Comparison, judge: judges.Judge, out: Path) -> dict[str,
             title=" against ".join(comparison.names),
             summary=result,
             # The report's `expected` is the verdict that a judge should have given, not the answer to the task.
-            examples=[{key: value for key, value in row.items() if key != "expected"} for row in rows],
+            examples=[{**row, "expected": None, "expected_answer": row["expected"]} for row in rows],
             names=comparison.names,
         )
     log.info("report: %s", report_file)
@@ -72,9 +73,30 @@ def compare(comparison: Comparison, judge: judges.Judge, out: Path) -> dict[str,
 
 
 def result_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The win rate over the lines of a comparisons.jsonl, and `not_judged`: the comparisons of equal answers."""
-    verdicts = [tuple(row["verdict"] for row in of_prompt) for _, of_prompt in _by_prompt(rows)]
-    return {**dataclasses.asdict(win_rate(verdicts)), "not_judged": sum(not _was_asked(row) for row in rows)}
+    """The win rate over the lines of a comparisons.jsonl, with these numbers beside it.
+
+    prompts: how many there are.
+    not_judged: the comparisons of equal answers.
+    accuracy_a, accuracy_b: the share of right answers among the `checked` prompts, those whose record says what is
+      right; None where there are none.
+    """
+    prompts = [list(of_prompt) for _, of_prompt in _by_prompt(rows)]
+    verdicts = [tuple(row["verdict"] for row in of_prompt) for of_prompt in prompts]
+    checked = [of_prompt[0] for of_prompt in prompts if "correct_a" in of_prompt[0]]
+    return {
+        **dataclasses.asdict(win_rate(verdicts)),
+        "prompts": len(prompts),
+        "not_judged": sum(not _was_asked(row) for row in rows),
+        "accuracy_a": _share(row["correct_a"] for row in checked),
+        "accuracy_b": _share(row["correct_b"] for row in checked),
+        "checked": len(checked),
+    }
+
+
+def _share(which: Iterable[bool]) -> float | None:
+    """The fraction that is true; None of nothing."""
+    found = list(which)
+    return sum(found) / len(found) if found else None
 
 
 def _check_judged(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -108,18 +130,26 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _comparison_rows(comparison: Comparison, verdicts: list[tuple[judges.Verdict, ...]]) -> Iterator[dict[str, Any]]:
-    """One row per verdict; where both orders were judged, `first` is the answer that the judge saw first."""
+def _comparison_rows(comparison: Comparison, verdicts: list[tuple[Verdict | Opinion, ...]]) -> Iterator[dict[str, Any]]:
+    """One row per verdict; where both orders were judged, `first` is the answer that the judge saw first.
+
+    Where the record says what is right, `correct_a` and `correct_b` say whose answer is; `reason` is the judge's.
+    """
     prompts = comparison.prompts
     together = zip(prompts.records, prompts.rows, comparison.answers_a, comparison.answers_b, verdicts, strict=True)
     for record, row, a, b, given in together:
-        for first, verdict in zip("AB", given, strict=False):
+        expected = Expected.where_stated(row)
+        checked = {} if expected is None else {"correct_a": expected.is_met_by(a), "correct_b": expected.is_met_by(b)}
+        for first, said in zip("AB", given, strict=False):
+            opinion = said if isinstance(said, Opinion) else Opinion(said)
             yield {
                 "id": record.id,
                 "prompt": prompt_text(record.prompt),
                 "answer_a": a,
                 "answer_b": b,
-                "verdict": verdict,
+                "verdict": opinion.verdict,
                 "expected": row.get("answer"),
+                **checked,
                 **({"first": first} if len(given) == 2 else {}),
+                **({"reason": opinion.reason} if opinion.reason else {}),
             }

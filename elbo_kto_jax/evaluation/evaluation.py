@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from elbo_kto_jax.evaluation import benchmarks, comparison, judges, kept
+from elbo_kto_jax.evaluation import benchmarks, comparison, judges, kept, results
 from elbo_kto_jax.evaluation.prompts import Prompts, read_prompts
 from elbo_kto_jax.runtime import lock
 from elbo_kto_jax.runtime.config import Config
@@ -58,6 +58,8 @@ class _Evaluation:
         self._planned = [self._out / comparison.COMPARISONS, self._out / comparison.REPORT] if request.prompts else []
         for file in [*self._planned, *(benchmarks.task_file(self._out, task) for task in tasks)]:
             refuse_existing(file, request.overwrite or kept.is_unfinished(self._out))
+        if not kept.is_of_evaluation(self._out):  # or results.json is kept, and what is new is added
+            refuse_existing(self._out / results.RESULTS, request.overwrite)
         self._benchmarks = benchmarks.load(tasks, config, allow_code=request.allow_code, flag="--config.tasks")
         self._prompts = self._judge = None
         if request.prompts:
@@ -74,13 +76,14 @@ class _Evaluation:
     def _win_rate(self) -> dict[str, Any]:
         if self._prompts is None or self._judge is None:
             return {}
+        file, report = self._planned
         if WIN_RATE not in self._progress.done:
             answers = comparison.answered(self._prompts, self._models, self._config, self._out)
-            comparison.compare(answers, self._judge, self._out)
+            result = comparison.compare(answers, self._judge, self._out)
+            results.write_win_rate(self._out, self._sources() | result | self._asked())
             self._progress.finish(WIN_RATE)
-        file, report = self._planned
         result = comparison.result_of(comparison.read_rows(file))
-        return {**result, "comparisons_file": str(file), "report": str(report)}
+        return {**result, "comparisons_file": str(file), "report": str(report)} | self._results_file()
 
     def _tasks(self) -> dict[str, Any]:
         if not self._benchmarks:
@@ -91,25 +94,49 @@ class _Evaluation:
             file, name = benchmarks.task_file(self._out, benchmark.name), _part_name(benchmark)
             if name not in self._progress.done:
                 benchmarks.run(benchmark, checkpoint, self._config, allow_code=self._request.allow_code, out=file)
-                self._progress.finish(name)
             metrics[benchmark.name] = benchmarks.import_harness("tasks").read_metrics(file, benchmark.name)
-        results = {name: str(benchmarks.task_file(self._out, name)) for name in metrics}
-        return {"tasks": metrics, "results": results}
+            if name not in self._progress.done:
+                settings = {**self._settings(), **self._settings_of(benchmark)}
+                model = {"checkpoint": self._models[0].source, "digest": self._models[0].content}
+                found = {"metrics": metrics[benchmark.name], **model, "settings": settings}
+                results.write_task(self._out, benchmark.name, found)
+                self._progress.finish(name)
+        files = {name: str(benchmarks.task_file(self._out, name)) for name in metrics}
+        return {"tasks": metrics, "results": files} | self._results_file()
+
+    def _sources(self) -> dict[str, Any]:
+        """Which models are compared, for results.json."""
+        names = ("checkpoint", "baseline")
+        named = {name: model.source for name, model in zip(names, self._models, strict=True)}
+        return {**named, "digests": {name: model.content for name, model in zip(names, self._models, strict=True)}}
+
+    def _asked(self) -> dict[str, Any]:
+        """How the models were asked and judged, for results.json."""
+        judge = {"name": self._config.judge.name, **judges.describe(self._config.judge)}
+        return {"prompts_file": self._request.prompts, "judge": judge, "settings": self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        """The keys of the config on which every result depends."""
+        tree = self._config.to_dict()
+        return {key: tree[key] for key in ("seed", "model", "sampler")}
+
+    def _settings_of(self, benchmark: Any) -> dict[str, Any]:
+        return {**benchmarks.settings_of(benchmark), "limit": self._config.benchmarks.limit}
+
+    def _results_file(self) -> dict[str, str]:
+        return {"results_file": str(self._out / results.RESULTS)}
 
     def _parts(self, prompts: Prompts | None) -> dict[str, kept.Part]:
         """The results that are asked for, by name, with all that they depend on."""
-        tree = self._config.to_dict()
-        base = {"checkpoint": self._models[0].content, **{key: tree[key] for key in ("seed", "model", "sampler")}}
+        base = {"checkpoint": self._models[0].content, **self._settings()}
         parts = {}
         if prompts:
             judge = judges.describe(self._config.judge)
             settings: dict[str, Any] = {"baseline": self._models[1].content, "prompts": prompts.digest, "judge": judge}
             parts[WIN_RATE] = kept.Part(self._planned, {**base, **settings})
         for benchmark in self._benchmarks:
-            settings = {**benchmarks.settings_of(benchmark), "limit": self._config.benchmarks.limit}
-            parts[_part_name(benchmark)] = kept.Part(
-                [benchmarks.task_file(self._out, benchmark.name)], {**base, **settings}
-            )
+            files = [benchmarks.task_file(self._out, benchmark.name)]
+            parts[_part_name(benchmark)] = kept.Part(files, {**base, **self._settings_of(benchmark)})
         return parts
 
 

@@ -155,6 +155,11 @@ def as_json(value: Any) -> Any:
 # Parts of an evaluation.
 
 
+def is_of_evaluation(out: Path) -> bool:
+    """Whether an evaluation, finished or not, has written into the folder."""
+    return (out / _STATE).is_file()
+
+
 def is_unfinished(out: Path) -> bool:
     """Whether an evaluation in the folder ended early, so that the same command goes on."""
     asked, done = _names(read_json(out / _STATE))

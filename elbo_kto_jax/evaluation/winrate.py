@@ -2,12 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 Verdict = Literal["A", "B", "tie", "unparsable"]
+
+
+class Opinion(NamedTuple):
+    """A verdict with the judge's reason, in its own words; "": it gives none."""
+
+    verdict: Verdict
+    reason: str = ""
+
 
 RESAMPLES = 10_000
 _SEED = 0  # of the resamples: the same verdicts always have the same interval

@@ -70,12 +70,14 @@ class Sample:
       answers: (name, text) of each; a text that is None or blank is shown as empty.
       badges: (text, whether it is a warning), shown under the prompt.
       chosen: index of the answer to set off.
+      notes: (heading, text) of what else there is to say, shown under the badges.
     """
 
     prompt: Sequence[tuple[object, object]]
     answers: Sequence[tuple[str, object]]
     badges: Sequence[tuple[str, bool]] = ()
     chosen: int | None = None
+    notes: Sequence[tuple[str, object]] = ()
 
 
 def write_page(

@@ -25,10 +25,11 @@ def write_winrate_report(
         title: heading of the page.
         summary: `adjusted_win_rate` and `ci95` (pair) of A against B as fractions of 1, and the counts `wins`, `ties`,
             `losses`, `comparisons`. Missing or NaN numbers are shown as such. `unparsable` comparisons, and the prompts
-            that are `left_out` on their account, and ties of equal answers, which were `not_judged`, are reported where
-            there are any.
+            that are `left_out` on their account, ties of equal answers, which were `not_judged`, and `accuracy_a` and
+            `accuracy_b`, fractions of 1 over the `checked` prompts, are reported where there are any.
         examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B", "tie" or "unparsable", and
-            optionally "expected", the verdict that is known to be right, and "first", the answer the judge saw first.
+            optionally "expected", the verdict that is known to be right, "first", the answer the judge saw first,
+            "expected_answer" (text, or a list of which one is enough), "correct_a" and "correct_b", and "reason".
         names: of A and of B.
 
     Raises:
@@ -110,6 +111,10 @@ def _key_numbers(summary: Mapping, examples: Sequence[Mapping], names: tuple[str
         KeyNumber("Losses", format_number(summary.get("losses")), f"{names[1]} preferred"),
         KeyNumber("Comparisons", format_number(summary.get("comparisons"))),
     ]
+    if summary.get("accuracy_a") is not None:
+        both = (_percent(number(summary.get(key))) for key in ("accuracy_a", "accuracy_b"))
+        note = f"{names[0]} / {names[1]}, of {format_number(summary.get('checked'))} prompts"
+        items.append(KeyNumber("Right answers", " / ".join(both), note))
     known = [example for example in examples if example.get("expected") is not None]
     if known:
         right = sum(example["verdict"] == example["expected"] for example in known)
@@ -152,9 +157,27 @@ def _sample(example: Mapping, names: tuple[str, str]) -> Sample:
         badges.append((f"{names['AB'.index(example['first'])]} shown first", False))
     if expected is not None and expected != verdict:
         badges.append((f"expected: {said[expected]}", True))
+    for name, key in zip(names, ("correct_a", "correct_b"), strict=True):
+        if example.get(key) is not None:
+            badges.append((f"{name}: {'right' if example[key] else 'wrong'}", False))
     return Sample(
         conversation(example.get("prompt")),
         [(names[0], example.get("answer_a")), (names[1], example.get("answer_b"))],
         badges,
         chosen={"A": 0, "B": 1}.get(verdict),
+        notes=_notes(example, names),
     )
+
+
+def _notes(example: Mapping, names: tuple[str, str]) -> list[tuple[str, object]]:
+    """The answer that was expected, and why the judge decided as it did, where they are known."""
+    notes: list[tuple[str, object]] = []
+    answer, reason, first = (example.get(key) for key in ("expected_answer", "reason", "first"))
+    if answer is not None:
+        several = isinstance(answer, (list, tuple))
+        text = "\n".join(map(str, answer)) if several else answer
+        notes.append(("Expected answer, one of" if several and len(answer) > 1 else "Expected answer", text))
+    if reason:
+        shown = "" if first is None else f"; its answer A is that of {names['AB'.index(first)]}"
+        notes.append((f"The judge's reason{shown}", reason))
+    return notes

@@ -5,6 +5,7 @@ import pytest
 from elbo_kto_jax.evaluation.judges.chat import chat, check_template
 from elbo_kto_jax.evaluation.judges.verifiable import verifiable
 from elbo_kto_jax.evaluation.verdicts import read_verdict
+from elbo_kto_jax.evaluation.winrate import Opinion
 from elbo_kto_jax.runtime.errors import UserError
 
 
@@ -83,7 +84,13 @@ def chat_judge(verdict_of, prompts=("p", "q")):
         asked.extend(texts)
         return [verdict_of(*text.split("|")[1:]) for text in texts]
 
-    return chat(prompts, ask, TEMPLATE), asked
+    judge = chat(prompts, ask, TEMPLATE)
+
+    def verdicts(answers_a, answers_b):
+        given = judge(answers_a, answers_b)
+        return [tuple(one.verdict if isinstance(one, Opinion) else one for one in of_prompt) for of_prompt in given]
+
+    return verdicts, asked
 
 
 def test_both_orders_are_judged_and_the_verdict_names_the_model():

@@ -10,7 +10,7 @@ A file NAME.py is the judge config.judge.name = "NAME". It has two functions:
 A judge is called with the answers of A and B. For each prompt it returns one verdict per comparison that it made: one
 where the order in which it sees the answers cannot matter, two where it can and both orders were judged. A verdict
 always names the model, never the place in which the judge saw it. "unparsable": the reply states none; it counts for
-nobody.
+nobody. A judge that gives reasons returns an Opinion in place of a bare verdict.
 """
 
 import importlib
@@ -22,11 +22,11 @@ from typing import Any
 
 from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import Prompts
-from elbo_kto_jax.evaluation.winrate import Verdict
+from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 
-Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict, ...]]]
+Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict | Opinion, ...]]]
 
 
 def make(

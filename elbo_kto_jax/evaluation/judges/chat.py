@@ -13,8 +13,8 @@ from elbo_kto_jax.evaluation.judges import Judge
 from elbo_kto_jax.evaluation.kept import digest
 from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
-from elbo_kto_jax.evaluation.verdicts import read_verdict
-from elbo_kto_jax.evaluation.winrate import Verdict
+from elbo_kto_jax.evaluation.verdicts import read_verdict, without_reasoning
+from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -82,7 +82,8 @@ def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], temp
     """A chat model as the judge; each prompt is judged in both orders.
 
     Equal answers are a tie without being judged: the two orders would be the same question, and its one answer would
-    count once for A and once for B.
+    count once for A and once for B. The reason of a verdict is what the reply says, verdict included: its "Answer A" is
+    the one that the judge saw first.
 
     Args:
       prompts: the texts that were answered.
@@ -94,7 +95,7 @@ def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], temp
     """
     check_template(template, "template")
 
-    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict, ...]]:
+    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict | Opinion, ...]]:
         asked = [
             _fill(template, prompt=prompt, answer_a=first, answer_b=second)
             for prompt, a, b in zip(prompts, answers_a, answers_b, strict=True)
@@ -102,13 +103,13 @@ def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], temp
             for first, second in ((a, b), (b, a))
         ]
         replies = iter(ask(asked))
-        verdicts: list[tuple[Verdict, ...]] = []
+        verdicts: list[tuple[Verdict | Opinion, ...]] = []
         for a, b in zip(answers_a, answers_b, strict=True):
             if a == b:
                 verdicts.append(("tie", "tie"))
             else:
-                a_first, b_first = read_verdict(next(replies)), read_verdict(next(replies))
-                verdicts.append((a_first, _OTHER[b_first]))
+                a_first, b_first = _opinion(next(replies)), _opinion(next(replies))
+                verdicts.append((a_first, b_first._replace(verdict=_OTHER[b_first.verdict])))
         return verdicts
 
     return judge
@@ -116,6 +117,10 @@ def chat(prompts: Sequence[str], ask: Callable[[Sequence[str]], list[str]], temp
 
 _FIELDS = ("prompt", "answer_a", "answer_b")
 _OTHER: dict[Verdict, Verdict] = {"A": "B", "B": "A", "tie": "tie", "unparsable": "unparsable"}
+
+
+def _opinion(reply: str) -> Opinion:
+    return Opinion(read_verdict(reply), without_reasoning(reply).strip())
 
 
 def check_template(template: str, where: str) -> None:

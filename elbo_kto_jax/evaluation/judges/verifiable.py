@@ -10,7 +10,7 @@ from typing import Any
 from elbo_kto_jax.evaluation.judges import Judge
 from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import Prompts
-from elbo_kto_jax.evaluation.winrate import Verdict
+from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -64,6 +64,14 @@ class Expected:
                     ) from None
         return cls(tuple(answers), match)
 
+    @classmethod
+    def where_stated(cls, record: Mapping[str, Any]) -> "Expected | None":
+        """The same, or None where the record does not say what is right."""
+        try:
+            return cls.from_record(record, "")
+        except UserError:
+            return None
+
     def is_met_by(self, answer: str) -> bool:
         return any(_MATCHES[self.match](expected, answer) for expected in self.answers)
 
@@ -95,8 +103,8 @@ def verifiable(records: Sequence[Mapping[str, Any]], where: Sequence[str]) -> Ju
     """
     expected = [Expected.from_record(record, place) for record, place in zip(records, where, strict=True)]
 
-    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict, ...]]:
-        verdicts: list[tuple[Verdict, ...]] = []
+    def judge(answers_a: Sequence[str], answers_b: Sequence[str]) -> list[tuple[Verdict | Opinion, ...]]:
+        verdicts: list[tuple[Verdict | Opinion, ...]] = []
         for wanted, a, b in zip(expected, answers_a, answers_b, strict=True):
             a_is_right, b_is_right = wanted.is_met_by(a), wanted.is_met_by(b)
             verdicts.append(("tie",) if a_is_right == b_is_right else ("A",) if a_is_right else ("B",))
