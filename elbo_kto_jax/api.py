@@ -17,6 +17,7 @@ from elbo_kto_jax.runtime.files import to_json
 from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.runtime.workdir import read_metrics
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
+from elbo_kto_jax.sampling.settings import settings_of
 from elbo_kto_jax.scoring.records import Request, score_records
 from elbo_kto_jax.training import loop
 
@@ -96,12 +97,12 @@ def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> Mo
 
     Args:
       path: where the model is.
-      config: as of `recipe`; None: that of "kto_mix".
+      config: as of `recipe`; None: that of the run to which the model belongs, or what suits the model.
 
     Raises:
-      UserError: a key of the config is unknown or has a value that does not fit.
+      UserError: there is no model, or a key of the config is unknown or has a value that does not fit.
     """
-    return Model(str(path), Config.from_mapping(recipe() if config is None else config))
+    return Model(str(path), Config.from_mapping(settings_of(str(path), "path") if config is None else config))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 Every line of the input is a message; Ctrl-D or Ctrl-C ends the conversation. In a terminal the answer is rewritten in
 place after every step, with a light mark where a token is still masked; elsewhere only finished answers are printed.
-Without --config the settings are those of the recipe `chat`. Where a conversation grows too long for the model, the
+Without --config the settings are those of the run to which the checkpoint belongs; for other models they are those of
+the recipe `chat`, which is quick. Where a conversation grows too long for the model, the
 oldest messages are left out.
 """
 
@@ -19,7 +20,7 @@ from elbo_kto_jax.sampling import conversation
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = cli.Flags("elbo_kto_jax.chat", "A conversation in which the answer is seen to form.")
-    parser.add_config(default="chat")
+    parser.add_config_of_model("chat")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model to talk to")
     flags, config = parser.parse(argv)
     talk = conversation.begin(flags.checkpoint, config, sys.stdout)

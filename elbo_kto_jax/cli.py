@@ -49,6 +49,24 @@ COMMANDS = {
 class Flags(flags.Flags):
     """Flags of a command. With a config, the names in it are checked, and the processes of the job are joined."""
 
+    def add_config_of_model(self, recipe: str = "") -> None:
+        """Adds --config, by default that of the run that made --checkpoint; `recipe`: see `settings_of`."""
+        self._recipe = recipe
+        other = recipe or "what suits the model"
+        self.add_config(default=f"that of the run to which the checkpoint belongs, else {other}")
+
+    def default_settings(self, flags: Namespace) -> dict[str, Any]:
+        """The settings that `settings_of` finds for --checkpoint.
+
+        Raises:
+          UserError: there is no such model, or no --checkpoint either.
+        """
+        if not flags.checkpoint:
+            self.error("--checkpoint: missing; name a model, or a --config whose model.path is one")
+        from elbo_kto_jax.sampling.settings import settings_of  # here: other commands need not wait for its imports
+
+        return settings_of(flags.checkpoint, "--checkpoint", self._recipe)
+
     def parse(self, argv: list[str]) -> tuple[Namespace, Config]:
         """The flags and the resolved config of a command that called `add_config`.
 

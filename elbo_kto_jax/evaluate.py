@@ -1,8 +1,10 @@
 """Win rate of one checkpoint against another under a judge, and benchmarks; either or both.
 
-    python -m elbo_kto_jax.evaluate --config=FILE.py --checkpoint=A --out=DIR
+    python -m elbo_kto_jax.evaluate --checkpoint=A --out=DIR
         --baseline=B --prompts=FILE.jsonl [--judge=chat --judge-model=NAME]      the win rate
         --config.tasks=gsm8k,arc_challenge                                       tasks of lm-evaluation-harness
+
+Without --config the settings are those of the run to which A belongs, or those that suit the model.
 
 Win rate: both checkpoints answer the same prompts under identical decoding: options config.sampler.*, and random draws
 that depend on config.seed and the prompt's id alone. The judge "verifiable" needs, in each prompt record, the checkable
@@ -70,7 +72,7 @@ def add_task_flags(parser: cli.Flags) -> None:
 
 def _parser() -> cli.Flags:
     parser = cli.Flags("elbo_kto_jax.evaluate", "Win rate of a checkpoint against another under a judge; benchmarks.")
-    parser.add_config()
+    parser.add_config_of_model()
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model A, which is evaluated")
     parser.add_argument("--baseline", default="", metavar="DIR", help="win rate: model B")
     parser.add_argument(

@@ -1,6 +1,8 @@
 """Samples responses.
 
-    python -m elbo_kto_jax.generate --config=FILE.py --checkpoint=DIR --prompts=FILE.jsonl --out=FILE.jsonl
+    python -m elbo_kto_jax.generate --checkpoint=DIR --prompts=FILE.jsonl --out=FILE.jsonl
+
+Without --config the settings are those of the run to which the checkpoint belongs, or those that suit the model.
 
 With --prompt="..." (repeatable) instead of --prompts the responses are printed, and --out may be left out. The options
 of the sampler are config.sampler.* (docs/method.md 6). Per output line: id, prompt_ids, response_ids (all of it) and
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 def _parser() -> cli.Flags:
     parser = cli.Flags("elbo_kto_jax.generate", "Samples responses to prompts.")
-    parser.add_config()
+    parser.add_config_of_model()
     parser.add_argument("--checkpoint", metavar="DIR", help="model (default: config.model.path)")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompts", metavar="FILE.jsonl", help="records with a `prompt`")

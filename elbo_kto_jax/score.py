@@ -1,4 +1,6 @@
-"""python -m elbo_kto_jax.score --config=... --checkpoint=DIR --data=FILE.jsonl --out=FILE.jsonl: the ELBO of records.
+"""python -m elbo_kto_jax.score --checkpoint=DIR --data=FILE.jsonl --out=FILE.jsonl: the ELBO of records.
+
+Without --config the settings are those of the run to which the checkpoint belongs, or those that suit the model.
 
 With --exact every mask of a completion is enumerated instead of drawn (completions of up to 12 tokens).
 """
@@ -15,7 +17,7 @@ from elbo_kto_jax.scoring.records import Request, score_records
 
 def main(argv: list[str]) -> dict:
     flags = cli.Flags("elbo_kto_jax.score", "Estimate, or enumerate, the ELBO of records under a checkpoint, in nats.")
-    flags.add_config()
+    flags.add_config_of_model()
     flags.add_argument("--checkpoint", required=True, help="Hugging Face folder, converted checkpoint or training run")
     flags.add_argument("--data", required=True, help="records; labels are not needed")
     flags.add_argument("--out", required=True, help="JSON lines: id, elbo, stderr (nats), tokens")

@@ -66,4 +66,5 @@ ARCHITECTURE = Architecture(
     published=published,
     sizes={"7b": _7B},
     mask_ids={152064: 151666},
+    recipe="dream_kto_mix",
 )

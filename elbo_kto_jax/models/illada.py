@@ -53,4 +53,5 @@ ARCHITECTURE = Architecture(
     published=published,
     sizes={"8b": _8B},
     mask_ids={155136: 5},
+    recipe="illada_kto_mix",
 )

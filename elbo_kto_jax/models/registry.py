@@ -30,6 +30,7 @@ class Architecture:
       sizes: name -> the dimensions of a published model, the first being the one to plan for by default.
       mask_ids: vocab_size -> the mask token of the published model with so many tokens, where only its authors' text
         says it.
+      recipe: the one of configs/ whose settings suit it, for commands that are given none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Architecture:
     published: Callable[[ModelConfig], dict[str, Any]]
     sizes: Mapping[str, ModelConfig]
     mask_ids: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    recipe: str = "kto_mix"
 
 
 @functools.cache

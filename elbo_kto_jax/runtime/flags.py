@@ -65,13 +65,13 @@ class Flags(argparse.ArgumentParser):
     def add_config(self, workdir: bool = False, default: str = "", kind: type[Config] = Config) -> None:
         """Adds --config, whose file states a `kind`, and --workdir for commands that keep one.
 
-        With a `default`, --config may be left out.
+        With a `default`, which the help shows, --config may be left out; `default_settings` then says what is meant.
         """
         self._kind = kind
         self.add_argument(
             "--config",
             required=not default,
-            default=default,
+            default="",
             metavar="RECIPE[:ARG]",
             help="recipe, by name, or config file; --config.KEY=VALUE overrides a key"
             + (f" (default: {default})" if default else ""),
@@ -82,6 +82,14 @@ class Flags(argparse.ArgumentParser):
         several.add_argument("--coordinator", type=str, metavar="HOST:PORT", help="where process 0 listens")
         several.add_argument("--num-processes", type=int, metavar="N", help="of this job")
         several.add_argument("--process-id", type=int, metavar="I", help="of this process, 0 to N-1")
+
+    def default_settings(self, flags: argparse.Namespace) -> dict[str, Any]:
+        """The settings of a command that is given no --config.
+
+        Raises:
+          UserError: it needs one.
+        """
+        self.error("--config: missing; name a recipe or a config file")
 
     def add_short_form(self, flag: str, key: str, help: str) -> None:
         """Adds a flag that is short for --config.KEY: its value is read and checked as that of the key."""
@@ -138,7 +146,8 @@ class Flags(argparse.ArgumentParser):
         flags = self.parse_args(rest)
         short = {key: getattr(flags, name) for name, key in self._short.items()}
         overrides = {key: text for key, text in short.items() if text is not None} | overrides
-        config = ml_collections.ConfigDict(with_later_keys(load_config_file(flags.config).to_dict()))
+        settings = load_config_file(flags.config).to_dict() if flags.config else self.default_settings(flags)
+        config = ml_collections.ConfigDict(with_later_keys(settings))
         for key, text in overrides.items():
             _override(config, key, text)
         if hasattr(flags, "workdir") and not flags.workdir:
