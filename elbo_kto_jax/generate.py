@@ -5,8 +5,10 @@
 Without --config the settings are those of the run to which the checkpoint belongs, or those that suit the model.
 
 With --prompt="..." (repeatable) instead of --prompts the responses are printed, and --out may be left out. The options
-of the sampler are config.sampler.* (docs/method.md 6). Per output line: id, prompt_ids, response_ids (all of it) and
-response (its text up to the first end-of-text or end-of-turn token).
+of the sampler are config.sampler.* (docs/method.md 6). Per output line: id, prompt, prompt_ids, response_ids (all of
+it) and response (its text up to the first end-of-text or end-of-turn token).
+
+A command that was stopped goes on when it is started again: what it has lies in OUT.unfinished until OUT is written.
 
 With --infill the records' completions are templates: their mask tokens ("<|mdm_mask|>") are filled, the rest stays.
 With --html a page shows how the responses came about, step by step.
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         html=flags.html or "",
         infill=flags.infill,
         skip_bad=flags.skip_bad_records,
+        overwrite=flags.overwrite,
     )
     return write_responses(request, config)
 

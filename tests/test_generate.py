@@ -1,5 +1,6 @@
 """The command `generate`, on the policy of the golden folder."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,8 +10,11 @@ from elbo_kto_jax import generate
 from elbo_kto_jax.checkpoints.load import load_config
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.chat import encode_prompt
+from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.data.special import find_eot_id
-from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime import recipes
+from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.sampling import responses
 from elbo_kto_jax.sampling.generate import Responses
 from elbo_kto_jax.sampling.respond import Answers
@@ -63,6 +67,7 @@ def test_answers_every_record_in_order(command, tokenizer):
     stop_ids = [tokenizer.eos_token_id, find_eot_id(tokenizer, "tokenizer")]
     assert [line["id"] for line in lines[:2]] == ["a", "7"]
     for record, line in zip(RECORDS, lines, strict=True):
+        assert line["prompt"] == record["prompt"]
         assert line["prompt_ids"] == encode_prompt(tokenizer, record["prompt"])
         assert len(line["response_ids"]) == GEN_LENGTH
         assert line["response"] == to_text(np.array(line["response_ids"], np.int32), tokenizer, stop_ids)
@@ -118,6 +123,81 @@ def test_an_existing_file_is_replaced_only_on_demand(command, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "precious"
     _, lines = command("--overwrite", records=RECORDS)
     assert len(lines) == len(RECORDS)
+
+
+@pytest.fixture
+def stopped(command, monkeypatch, tmp_path):
+    """Runs the command, which is stopped while it answers the third of four records; two more flags than it has."""
+    asked = []
+
+    def run(*flags):
+        respond = responses.respond
+
+        def stop(checkpoint, records, *arguments, **options):
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            asked.append(records[0].id)
+            return respond(checkpoint, records, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(responses, "respond", stop)
+            with pytest.raises(Interrupted, match="2 of 4 responses are kept; the same command goes on"):
+                command(*LOT, *flags, records=FOUR)
+        return asked
+
+    return run
+
+
+FOUR = [*RECORDS, {"id": "long", "prompt": "Once upon a time there was a prompt"}]
+LOT = ["--config.sampler.batch_size=1", "--config.sampler.temperature=1"]
+
+
+def test_a_stopped_command_goes_on_and_writes_the_same(command, stopped, monkeypatch, tmp_path):
+    pages = [tmp_path / "whole.html", tmp_path / "resumed.html"]
+    summary, _ = command(*LOT, f"--html={pages[0]}", records=FOUR)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    asked = stopped()
+    assert not (tmp_path / "out.jsonl").exists()
+    respond = responses.respond
+    monkeypatch.setattr(responses, "respond", lambda c, r, *a, **o: asked.append(r[0].id) or respond(c, r, *a, **o))
+    again, _ = command(*LOT, f"--html={pages[1]}", records=FOUR)
+    assert len(asked) == len(set(asked)) == 4  # none is answered twice
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+    for name in ("prompts", "forward_passes", "forward_tokens"):
+        assert again[name] == summary[name]
+    articles = [page.read_text().partition("<article")[2] for page in pages]
+    assert articles[0] == articles[1] != ""
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "out.jsonl", "prompts.jsonl", "resumed.html", "whole.html",
+    ]  # fmt: skip
+
+
+def test_a_stopped_command_with_other_settings_is_refused(command, stopped, tmp_path):
+    stopped()
+    other = [*LOT, "--config.sampler.temperature=0"]
+    with pytest.raises(UserError, match=r"unfinished has.*config\.sampler\.temperature: 1\.0 -> 0\.0.*\n.*--overwrite"):
+        command(*other, records=FOUR)
+    with pytest.raises(UserError, match=r"unfinished has.*another prompts"):
+        command(*LOT, records=FOUR[::-1])
+    assert len(command(*other, "--overwrite", records=FOUR)[1]) == 4
+    assert not (tmp_path / "out.jsonl.unfinished").exists()
+
+
+def test_a_folder_of_somebody_else_is_in_the_way(command, tmp_path):
+    (tmp_path / "out.jsonl.unfinished").mkdir()
+    (tmp_path / "out.jsonl.unfinished" / "mine").write_text("precious")
+    with pytest.raises(UserError, match=r"out\.jsonl\.unfinished is in the way.*remove it"):
+        command("--overwrite", records=RECORDS)
+    assert (tmp_path / "out.jsonl.unfinished" / "mine").read_text() == "precious"
+
+
+def test_lots_are_whole_batches():
+    records = [Record(str(length), "x" * length, None, None, "") for length in (1, 5, 3, 2, 4)]
+    sampler = Config.from_mapping(recipes.load("tiny").to_dict()).sampler
+    for early_stop, lots in ((False, [[1, 4], [2, 3, 0]]), (True, [[1, 4, 2, 3, 0]])):
+        options = dataclasses.replace(sampler, batch_size=2, early_stop=early_stop)
+        assert responses._lots(records, options) == lots
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import elbo_kto_jax
-from elbo_kto_jax.checkpoints.folders import files_in, locate
+from elbo_kto_jax.checkpoints.content import content_of
+from elbo_kto_jax.checkpoints.folders import locate
 from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.runtime import processes
@@ -67,22 +67,13 @@ class Pinned:
 
 
 def pin(source: str, flag: str) -> Pinned:
-    """The checkpoint at `source` with the digest of its files, hidden ones (a download's notes) aside.
+    """The checkpoint at `source` with the digest of its files.
 
     Raises:
       UserError: there is none.
     """
     folder = locate(source, flag, weights=True)
-    files = {str(file.relative_to(folder)): file for file in files_in(folder)}
-    total = hashlib.blake2b(digest_size=16)
-    shown = sorted(name for name in files if not any(part.startswith(".") for part in Path(name).parts))
-    for name in tqdm(shown, desc="checking files", unit="file", disable=None, leave=False):
-        part = hashlib.blake2b(digest_size=16)
-        with files[name].open("rb") as file:
-            while block := file.read(2**22):
-                part.update(block)
-        total.update(f"{name}\0{part.hexdigest()}\n".encode(errors="surrogateescape"))
-    return Pinned(source, str(folder), total.hexdigest(), flag)
+    return Pinned(source, str(folder), content_of(folder), flag)
 
 
 # Answers.

@@ -45,6 +45,23 @@ class Answers(NamedTuple):
     seconds: float
 
 
+class Questions(NamedTuple):
+    """What n records ask, in tokens.
+
+    Attributes:
+      prompts: of each record.
+      templates: what each answer starts as, for infilling; None: mask tokens.
+    """
+
+    prompts: list[Int32[np.ndarray, "_"]]
+    templates: list[Int32[np.ndarray, "_"]] | None
+
+    def of(self, some: Sequence[int]) -> "Questions":
+        """Those with these numbers."""
+        templates = None if self.templates is None else [self.templates[i] for i in some]
+        return Questions([self.prompts[i] for i in some], templates)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint that answers: its weights are read when they are first needed, and once."""
@@ -93,13 +110,36 @@ def answer(source: str, records: Sequence[Record], config: Config, *, flag: str)
     return respond(open_checkpoint(source, config, flag=flag), records, config)
 
 
-def respond(
+def encode(
     checkpoint: Checkpoint,
     records: Sequence[Record],
     config: Config,
     *,
     infill: bool = False,
     cut_prompts: bool = False,
+) -> Questions:
+    """The tokens of records; for the arguments see `respond`.
+
+    Raises:
+      UserError: a prompt or a completion to fill does not fit, or the sampler's options exclude each other.
+    """
+    tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
+    prompts = encode_prompts(checkpoint, records, config, cut=cut_prompts)
+    templates = None
+    if infill:
+        mask_id, most = model_config.mask_id, config.sampler.gen_length
+        templates = [_encode_template(tokenizer, record, mask_id, most) for record in records]
+    return Questions(prompts, templates)
+
+
+def respond(
+    checkpoint: Checkpoint,
+    records: Sequence[Record],
+    config: Config,
+    *,
+    cut_prompts: bool = False,
+    questions: Questions | None = None,
+    progress: Callable[[int], Any] | None = None,
     watch: Callable[[int, Int32[np.ndarray, " g"]], Any] | None = None,
 ) -> Answers:
     """Answers the prompts of `records` with the options `config.sampler`.
@@ -108,43 +148,39 @@ def respond(
 
     Args:
       checkpoint: the model that answers.
-      records: prompts, and for `infill` completions.
+      records: prompts.
       config: its `sampler` and `seed`.
-      infill: fill the mask tokens of the records' completions instead of writing new ones.
       cut_prompts: cut prompts that leave no room for the response from the left, with a word about it.
-      watch: see `generate.generate`; with it there is no progress bar.
+      questions: what `encode` made of the records, with `infill` perhaps: it fills the mask tokens of their completions
+        instead of writing new ones. None: it is called here.
+      progress: called with the number of prompts whenever some are done; None: there is a bar.
+      watch: see `generate.generate`; with it there is no bar.
 
     Raises:
-      UserError: the weights are not usable, or a prompt or a completion to fill does not fit.
+      UserError: the weights are not usable, or see `encode`.
     """
-    tokenizer, model_config = checkpoint.tokenizer, checkpoint.model.config
-    eot_id = special.end_of_turn(tokenizer)
-    prompts = encode_prompts(checkpoint, records, config, cut=cut_prompts)
-    templates = None
-    if infill:
-        mask_id, most = model_config.mask_id, config.sampler.gen_length
-        templates = [_encode_template(tokenizer, record, mask_id, most) for record in records]
+    questions = questions or encode(checkpoint, records, config, cut_prompts=cut_prompts)
     params = checkpoint.params
-
     start = time.perf_counter()
-    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=watch is not None) as bar:
+    hidden = watch is not None or progress is not None
+    with tqdm(total=len(records), desc="generate", unit="prompt", disable=hidden) as bar:
         responses = generate(
             checkpoint.model,
             params,
-            prompts,
+            questions.prompts,
             config.sampler,
             seed=config.seed,
             prompt_ids=[record.id for record in records],
-            templates=templates,
-            eot_id=eot_id,
+            templates=questions.templates,
+            eot_id=special.end_of_turn(checkpoint.tokenizer),
             mesh=checkpoint.mesh,
-            progress=bar.update,
+            progress=progress or bar.update,
             watch=watch,
         )
     seconds = time.perf_counter() - start
     _check_finite(checkpoint, records, responses)
-    texts = [to_text(response, tokenizer, checkpoint.stop_ids) for response in responses.tokens]
-    return Answers(prompts, responses, texts, seconds)
+    texts = [to_text(response, checkpoint.tokenizer, checkpoint.stop_ids) for response in responses.tokens]
+    return Answers(questions.prompts, responses, texts, seconds)
 
 
 def check_sampler(checkpoint: Checkpoint, config: Config) -> int:
