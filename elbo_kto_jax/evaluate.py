@@ -46,10 +46,18 @@ def main(argv: list[str]) -> dict[str, Any]:
     return evaluate(request, config)
 
 
+_VARIABLES = """environment, for --judge=chat:
+  OPENAI_API_KEY        key of the endpoint; it is sent to it, and written nowhere
+  OPENAI_BASE_URL       its address, before /chat/completions (default:
+                        https://api.openai.com/v1); a server of your own may need no key
+  JUDGE_MODEL           the judge's model, where --judge-model names none"""
+
+
 def add_judge_flags(parser: cli.Flags) -> None:
     """--judge and what belongs to it, short for config.judge."""
+    parser.epilog = _VARIABLES
     for key, what in (
-        ("name", "verifiable, chat, or a file of evaluation/judges/"),
+        ("name", "verifiable, chat (needs OPENAI_API_KEY or OPENAI_BASE_URL), or a file of evaluation/judges/"),
         ("model", "judge chat: the model's name; empty: JUDGE_MODEL"),
         ("prompt", "judge chat: a file, what to ask"),
         ("temperature", "judge chat: a number, or none to send none"),

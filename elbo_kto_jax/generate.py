@@ -48,6 +48,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     return write_responses(request, config)
 
 
+_INFILL = (
+    "fill the mask tokens of the records' completions, and keep the rest; a mask token is written as the tokenizer "
+    "has it: <|mdm_mask|> for LLaDA, <|mask|> for Dream"
+)
+
+
 def _parser() -> cli.Flags:
     parser = cli.Flags("elbo_kto_jax.generate", "Samples responses to prompts.")
     parser.add_config_of_model()
@@ -56,7 +62,7 @@ def _parser() -> cli.Flags:
     given.add_argument("--prompts", metavar="FILE.jsonl", help="records with a `prompt`")
     given.add_argument("--prompt", type=str, metavar="TEXT", action="append", help="one prompt; may be repeated")
     parser.add_argument("--out", metavar="FILE.jsonl", help="where the responses go")
-    parser.add_argument("--infill", action="store_true", help="fill the mask tokens of the records' completions")
+    parser.add_argument("--infill", action="store_true", help=_INFILL)
     parser.add_argument("--html", metavar="FILE.html", help=f"page that shows how the first {SHOWN} came about")
     parser.add_argument("--overwrite", action="store_true", help="replace --out and --html")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records instead of stopping")

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from elbo_kto_jax import evaluate
+from elbo_kto_jax import evaluate, sweep
 from elbo_kto_jax.evaluation import comparison, kept
+from elbo_kto_jax.evaluation.judges.chat import OPENAI_URL
 from elbo_kto_jax.runtime.errors import UserError
 from tests import runs
 from tests.evaluation.chat_server import serve
+from tests.reports.seen import Seen
 from tests.robustness import commands
 from tests.runs import CONFIG, read_jsonl, write_jsonl
 
@@ -156,6 +158,7 @@ def test_chat_judge_sees_both_orders(chat, tmp_path):
     assert len(asked) == 4  # equal answers are not asked about
     assert (summary["wins"], summary["ties"], summary["losses"], summary["comparisons"]) == (2, 2, 2, 6)
     assert (summary["adjusted_win_rate"], summary["unparsable"]) == (0.5, 0)
+    assert (summary["order_agreement"], summary["judged_twice"]) == (1.0, 2)  # equal answers say nothing
     rows = read_jsonl(tmp_path / "out" / "comparisons.jsonl")
     assert [(row["first"], row["verdict"]) for row in rows] == [
         *[("A", "A"), ("B", "A")],
@@ -173,6 +176,25 @@ def test_the_reasons_of_the_judge_are_shown(chat, tmp_path):
     report = (tmp_path / "out" / "report.html").read_text()
     assert report.count("It is &lt;longer&gt;.") == 4
     assert "Hm." not in report
+
+
+def test_how_often_the_orders_agree_is_reported(chat, tmp_path):
+    """This judge always picks the first of the answers to one prompt, and says nothing of the other in one order."""
+    verdicts = {"a long answer": "[[A]]", "brief": "[[A]]", "short": "hm", "rather long": "[[B]]"}
+    summary, _ = chat(lambda first, second: verdicts[first])
+    assert (summary["order_agreement"], summary["judged_twice"]) == (0.0, 1)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["order_agreement"] == 0.0
+    tiles = Seen(tmp_path / "out" / "report.html").key_numbers
+    assert tiles["Orders agree"] == "0.0%"
+
+
+def test_help_names_the_variables_of_the_judge(capsys):
+    for command in (evaluate, sweep):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(f" {name} " in text for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_MODEL"))
+        assert OPENAI_URL in text
 
 
 def test_verdicts_that_cannot_be_read_are_counted_and_never_guessed(chat, tmp_path):

@@ -253,6 +253,10 @@ def test_the_page_shows_messages_and_whole_characters(command, tokenizer, tmp_pa
     assert "👍" in text
 
 
+def test_help_says_how_a_mask_token_is_written():
+    assert "<|mdm_mask|> for LLaDA" in " ".join(generate._parser().format_help().split())
+
+
 def test_two_outputs_are_two_files(command, tmp_path):
     with pytest.raises(UserError, match=r"--html=.*the file of --out, too"):
         command(f"--html={tmp_path}/./out.jsonl", records=RECORDS)

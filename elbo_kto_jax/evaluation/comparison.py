@@ -77,12 +77,15 @@ def result_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     prompts: how many there are.
     not_judged: the comparisons of equal answers.
+    order_agreement: the share of the `judged_twice` prompts, those with a verdict in either order, in which the two
+      verdicts are the same; None where there are none. A judge that looks at the place alone has 0.
     accuracy_a, accuracy_b: the share of right answers among the `checked` prompts, those whose record says what is
       right; None where there are none.
     """
     prompts = [list(of_prompt) for _, of_prompt in _by_prompt(rows)]
     verdicts = [tuple(row["verdict"] for row in of_prompt) for of_prompt in prompts]
     checked = [of_prompt[0] for of_prompt in prompts if "correct_a" in of_prompt[0]]
+    twice = [verdict for verdict, of_prompt in zip(verdicts, prompts, strict=True) if _has_both_orders(of_prompt)]
     return {
         **dataclasses.asdict(win_rate(verdicts)),
         "prompts": len(prompts),
@@ -90,7 +93,15 @@ def result_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy_a": _share(row["correct_a"] for row in checked),
         "accuracy_b": _share(row["correct_b"] for row in checked),
         "checked": len(checked),
+        "order_agreement": _share(first == second for first, second in twice),
+        "judged_twice": len(twice),
     }
+
+
+def _has_both_orders(of_prompt: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a judge gave a verdict in both orders."""
+    judged = [row for row in of_prompt if "first" in row and _was_asked(row)]
+    return len(judged) == 2 and all(row["verdict"] != "unparsable" for row in judged)
 
 
 def _share(which: Iterable[bool]) -> float | None:

@@ -26,7 +26,8 @@ def write_winrate_report(
         summary: `adjusted_win_rate` and `ci95` (pair) of A against B as fractions of 1, and the counts `wins`, `ties`,
             `losses`, `comparisons`. Missing or NaN numbers are shown as such. `unparsable` comparisons, and the prompts
             that are `left_out` on their account, ties of equal answers, which were `not_judged`, and `accuracy_a` and
-            `accuracy_b`, fractions of 1 over the `checked` prompts, are reported where there are any.
+            `accuracy_b`, fractions of 1 over the `checked` prompts, and `order_agreement`, how often both orders of the
+            `judged_twice` prompts have one verdict, are reported where there are any.
         examples: {"prompt", "answer_a", "answer_b", "verdict"} with verdict "A", "B", "tie" or "unparsable", and
             optionally "expected", the verdict that is known to be right, "first", the answer the judge saw first,
             "expected_answer" (text, or a list of which one is enough), "correct_a" and "correct_b", and "reason".
@@ -111,6 +112,9 @@ def _key_numbers(summary: Mapping, examples: Sequence[Mapping], names: tuple[str
         KeyNumber("Losses", format_number(summary.get("losses")), f"{names[1]} preferred"),
         KeyNumber("Comparisons", format_number(summary.get("comparisons"))),
     ]
+    if summary.get("order_agreement") is not None:
+        note = f"one verdict whichever is shown first, of {format_number(summary.get('judged_twice'))} prompts"
+        items.append(KeyNumber("Orders agree", _percent(number(summary["order_agreement"])), note))
     if summary.get("accuracy_a") is not None:
         both = (_percent(number(summary.get(key))) for key in ("accuracy_a", "accuracy_b"))
         note = f"{names[0]} / {names[1]}, of {format_number(summary.get('checked'))} prompts"

@@ -55,7 +55,12 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, description: str):
-        super().__init__(prog=_program(command, "python"), description=description, allow_abbrev=False)
+        super().__init__(
+            prog=_program(command, "python"),
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an epilog keeps its lines
+        )
         self._kind: type[Config] = Config
         self._short: dict[str, str] = {}  # attribute of the flags -> config key
 
