@@ -2,7 +2,8 @@
 
     python -m elbo_kto_jax.chat --checkpoint=DIR
 
-Every line of the input is a message; Ctrl-D or Ctrl-C ends the conversation. In a terminal the answer is rewritten in
+Every line of the input is a message, or a command that begins with a slash: /help, /reset, /system TEXT, /save FILE.
+Ctrl-D or Ctrl-C ends the conversation. In a terminal the answer is rewritten in
 place after every step, with a light mark where a token is still masked; elsewhere only finished answers are printed.
 Without --config the settings are those of the run to which the checkpoint belongs; for other models they are those of
 the recipe `chat`, which is quick. Where a conversation grows too long for the model, the
@@ -15,19 +16,21 @@ from typing import Any
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.sampling import conversation
+from elbo_kto_jax.sampling import commands, conversation
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = cli.Flags("elbo_kto_jax.chat", "A conversation in which the answer is seen to form.")
     parser.add_config_of_model("chat")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model to talk to")
+    parser.epilog = commands.HELP
     flags, config = parser.parse(argv)
     talk = conversation.begin(flags.checkpoint, config, sys.stdout)
     try:
         for message in _messages():
             try:
-                talk.answer(message)
+                if not commands.obey(message, talk):
+                    talk.answer(message)
             except UserError as error:  # a message that is too long need not end the conversation
                 cli.log.warning("%s", error)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from elbo_kto_jax.reports.denoising import MASK
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import load_config_file
-from elbo_kto_jax.sampling import canvas, conversation
+from elbo_kto_jax.sampling import canvas, commands, conversation
 from elbo_kto_jax.sampling.respond import Answers, open_checkpoint
 
 MESH = ["--config.mesh.data=-1", "--config.mesh.tensor=1"]  # the tests have more devices than the model heads
@@ -195,3 +196,72 @@ def test_control_characters_of_an_answer_are_spelt_out(checkpoint, config, monke
     out = io.StringIO()
     assert conversation.Conversation(checkpoint, config, out).answer("hi") == hostile
     assert out.getvalue() == "\\x1b[2J\\x9bred\\r\\u202e\n"
+
+
+def chatted(tiny_checkpoint, monkeypatch, *lines) -> dict:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return chat.main([f"--checkpoint={tiny_checkpoint}", *MESH])
+
+
+def test_commands(tiny_checkpoint, monkeypatch, capsys, replies, tmp_path):
+    file = tmp_path / "talk.json"
+    lines = ["/help", "/system Be brief.", "one", "two", f"/save {file}", "/reset", "three", "/system", "four"]
+    assert chatted(tiny_checkpoint, monkeypatch, *lines)["turns"] == 4
+    assert capsys.readouterr().out.startswith(commands.HELP)
+    said = [[(message["role"], message["content"]) for message in asked] for asked in replies]
+    system = ("system", "Be brief.")
+    assert said[:2] == [[system, ("user", "one")], [system, ("user", "one"), ("assistant", "reply 1"), ("user", "two")]]
+    assert said[2:] == [[system, ("user", "three")], [("user", "three"), ("assistant", "reply 3"), ("user", "four")]]
+    saved = json.loads(file.read_text())
+    assert saved["checkpoint"] == str(tiny_checkpoint)
+    roles = ["system", *["user", "assistant"] * 2]
+    assert [message["role"] for message in saved["messages"]] == roles
+    assert saved["messages"][-1]["content"] == "reply 2"
+
+
+def test_save_never_overwrites_unasked(tiny_checkpoint, monkeypatch, caplog, replies, tmp_path):
+    file = tmp_path / "a talk.json"
+    file.write_text("precious")
+    chatted(tiny_checkpoint, monkeypatch, "one", f"/save {file}", "/save", f"/save {tmp_path}", f"/save {file}/x")
+    assert file.read_text() == "precious"
+    for words in (f"{file} exists already", "/save: name a file", "is a folder", "is a file, not a folder"):
+        assert words in caplog.text
+    chatted(tiny_checkpoint, monkeypatch, "/save --overwrite nothing.json", "one", f"/save --overwrite {file}")
+    assert "/save: nothing was said yet" in caplog.text
+    assert json.loads(file.read_text())["messages"][0] == {"role": "user", "content": "one"}
+
+
+def test_what_is_no_command(tiny_checkpoint, monkeypatch, caplog, replies):
+    assert chatted(tiny_checkpoint, monkeypatch, "/forget", "/reset now", " /forget")["turns"] == 1
+    assert replies[0][-1]["content"] == " /forget"
+    assert "there is no command '/forget'; /help lists them" in caplog.text
+    assert "/reset: takes nothing, got 'now'" in caplog.text
+
+
+def test_a_template_that_takes_no_system_message(checkpoint, config, replies):
+    checkpoint.tokenizer.chat_template = "{{ raise_exception('no system') if messages[0].role == 'system' }}x"
+    talk = conversation.Conversation(checkpoint, config, io.StringIO())
+    with pytest.raises(UserError, match=r"/system: .*no system"):
+        talk.set_system("Be brief.")
+    talk.answer("one")
+    assert [message["role"] for message in replies[0]] == ["user"]
+
+
+def test_all_that_was_said_is_saved_though_the_model_takes_less(checkpoint, config, replies):
+    talk = conversation.Conversation(checkpoint, config, io.StringIO())
+    talk.set_system("s")
+    for word in "abcdef":
+        talk.answer(word * 20)
+    assert len(talk.messages) == 13
+    assert len(replies[-1]) < 12
+    assert [message["role"] for message in replies[-1][:2]] == ["system", "user"]
+
+
+def test_an_empty_answer_is_shown_as_such(checkpoint, config, monkeypatch):
+    responses = SimpleNamespace(written_at=np.zeros((1, 3), int), forward_passes=1, forward_tokens=1)
+    monkeypatch.setattr(conversation, "respond", lambda *_, **__: Answers([], responses, [" \n"], 1))
+    out = io.StringIO()
+    talk = conversation.Conversation(checkpoint, config, out)
+    assert talk.answer("hi") == " \n"
+    assert out.getvalue() == "(empty answer)\n"
+    assert talk.messages[-1]["content"] == " \n"

@@ -21,6 +21,7 @@ from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
 from elbo_kto_jax.sampling.stops import cut_response, decoded
 
 log = logging.getLogger(__name__)
+EMPTY = "(empty answer)"  # shown for one that says nothing
 
 
 def begin(source: str, config: Config, out: TextIO | TextIOBase) -> "Conversation":
@@ -35,7 +36,7 @@ def begin(source: str, config: Config, out: TextIO | TextIOBase) -> "Conversatio
             f"--checkpoint={source}: its tokenizer has no chat template; use an instruct model, or `generate`"
         )
     sampler = fit(config.sampler, checkpoint.model.config.max_sequence_length)
-    log.info("answers of at most %d tokens; Ctrl-D ends the conversation", sampler.gen_length)
+    log.info("answers of at most %d tokens; /help lists the commands, Ctrl-D ends the conversation", sampler.gen_length)
     return Conversation(checkpoint, dataclasses.replace(config, sampler=sampler), out)
 
 
@@ -44,7 +45,9 @@ class Conversation:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, out: TextIO | TextIOBase):
         self._checkpoint, self._config, self._out = checkpoint, config, out
-        self._messages: list[Message] = []
+        self._system: list[Message] = []
+        self._said: list[Message] = []
+        self._start = 0  # of what the model still takes of it
         self._tokens = self._passes = self._forward_tokens = self._turns = 0
         self._seconds = 0.0
 
@@ -54,12 +57,10 @@ class Conversation:
         Raises:
           UserError: the message is not text or alone too long for the model, or the weights are not usable.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"this message is not UTF-8 text: {text}") from None
-        messages = self._that_fit([*self._messages, {"role": "user", "content": text}])
-        record = Record(f"turn {self._turns}", messages, None, None, "this message")
+        _check_text(text)
+        said: list[Message] = [*self._said, {"role": "user", "content": text}]
+        sent = self._that_fit(said[self._start :])
+        record = Record(f"turn {self._turns}", [*self._system, *sent], None, None, "this message")
         canvas = Canvas(self._out) if self._out.isatty() else None
         watch: Callable[[int, Any], None] | None = None
         if canvas:
@@ -74,14 +75,42 @@ class Conversation:
             if canvas:
                 canvas.erase()
         (answered,) = answers.texts
-        print(terminal.printable(answered), file=self._out, flush=True)
-        self._messages = [*messages, {"role": "assistant", "content": answered}]
+        print(terminal.printable(answered if answered.strip() else EMPTY), file=self._out, flush=True)
+        self._said, self._start = [*said, {"role": "assistant", "content": answered}], len(said) - len(sent)
         self._turns += 1
         self._tokens += int((answers.responses.written_at >= 0).sum())
         self._passes += answers.responses.forward_passes
         self._forward_tokens += answers.responses.forward_tokens
         self._seconds += answers.seconds
         return answered
+
+    @property
+    def source(self) -> str:
+        """The checkpoint."""
+        return self._checkpoint.source
+
+    @property
+    def messages(self) -> list[Message]:
+        """All that was said, the system message first; nothing where there was no answer yet."""
+        return [*self._system, *self._said] if self._said else []
+
+    def reset(self) -> None:
+        """Forgets what was said; the system message stays."""
+        self._said, self._start = [], 0
+
+    def set_system(self, text: str) -> None:
+        """Makes a text the system message from now on; "": there is none.
+
+        Raises:
+          UserError: it is not text, or the chat template takes no system message.
+        """
+        _check_text(text)
+        system: list[Message] = [{"role": "system", "content": text}] if text else []
+        try:
+            chat.encode_prompt(self._checkpoint.tokenizer, [*system, {"role": "user", "content": "x"}])
+        except UserError as error:
+            raise UserError(f"/system: {error}") from None
+        self._system = system
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -97,7 +126,8 @@ class Conversation:
         """The last messages, from one of the user's on, that leave room for the answer; at least the last one."""
         longest = self._checkpoint.model.config.max_sequence_length - self._config.sampler.gen_length
         dropped = 0
-        while len(messages) > 1 and len(chat.encode_prompt(self._checkpoint.tokenizer, messages)) > longest:
+        tokenizer = self._checkpoint.tokenizer
+        while len(messages) > 1 and len(chat.encode_prompt(tokenizer, [*self._system, *messages])) > longest:
             messages, dropped = messages[2:], dropped + 2
         if dropped:
             log.warning("the oldest %d messages are left out: the model takes no more", dropped)
@@ -112,6 +142,14 @@ class Conversation:
         runs = np.split(tokens, np.unique([*masked, *(masked + 1)])) if len(masked) else [tokens]
         text = "".join(MASK if len(run) == 1 and run[0] == mask_id else decode(run.tolist()) for run in runs)
         return text.replace("\ufffd", MASK)  # a character of which some tokens are still masked
+
+
+def _check_text(text: str) -> None:
+    """Raises UserError where a line of the input has bytes that are not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"this message is not UTF-8 text: {text}") from None
 
 
 def fit(sampler: Sampler, longest: int) -> Sampler:
