@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEW = 50  # values, of which one is a fiftieth of the picture and no outlier
 MAX_POINTS = 400  # drawn per series, before the extremes of each bucket are added: more than a screen has to show
 
 
@@ -44,6 +45,19 @@ def downsample(values: np.ndarray, max_buckets: int = MAX_POINTS) -> np.ndarray:
             picks = {0}
         kept += [int(bucket[pick]) for pick in sorted(picks)]
     return np.array(kept)
+
+
+def without_outliers(values: np.ndarray) -> tuple[float, float]:
+    """(lowest, highest) of the values but for outliers: those beyond the middle 98% by more than its whole width.
+
+    Args:
+        values: float64[n], NaN for gaps. At least one is finite; of fewer than `FEW` none is an outlier.
+    """
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, [0.01, 0.99]) if len(finite) >= FEW else (finite.min(), finite.max())
+    width = high - low
+    usual = finite[(finite >= low - width) & (finite <= high + width)]
+    return float(usual.min()), float(usual.max())
 
 
 def ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:

@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elbo_kto_jax.reports.axes import Axis, downsample, format_ticks, padded_range, round_step, ticks, value_range
+from elbo_kto_jax.reports.axes import (
+    Axis,
+    downsample,
+    format_ticks,
+    padded_range,
+    round_step,
+    ticks,
+    value_range,
+    without_outliers,
+)
 from elbo_kto_jax.reports.formatting import format_number, number
 
 WIDTH = 400.0
@@ -104,6 +113,7 @@ class Chart:
     height: float = HEIGHT
     legend: Sequence[str] = ()
     width: float = WIDTH
+    note: str = ""  # what the drawing leaves out
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_zero: bool = False) -> Chart:
@@ -125,7 +135,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     if not np.isfinite(y_values).any():
         return _nothing_to_draw()
 
-    y_range = padded_range(y_values, from_zero=y_from_zero)
+    drawn, note = _without_outliers(drawn)
+    y_range = padded_range(np.concatenate([v for one in drawn for v in one[2:]]), from_zero=y_from_zero)
     whole = bool(np.all(x_values == np.round(x_values)))
     x_axis, y_axis, shapes, texts = _frame(value_range(x_values), y_range, x_label, y_label, whole=whole, inset=6.0)
     for index, one in enumerate(drawn):
@@ -136,8 +147,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     for style, name in (("raw s", "raw"), ("s", "y")):  # all faint lines behind all others
         for index, one in enumerate(drawn):
             shapes += _lines(one.x, getattr(one, name), f"{style}{index}", x_axis, y_axis)
-    words = " ".join(_in_words(one, x_label, y_label) for one in drawn)
-    return Chart(words, shapes, texts, legend=[one.name for one in drawn] if len(drawn) > 1 else ())
+    words = " ".join(_in_words(_clean(one), x_label, y_label) for one in series)
+    return Chart(words, shapes, texts, legend=[one.name for one in drawn] if len(drawn) > 1 else (), note=note)
 
 
 def bar_chart(bars: Sequence[Bar], *, x_label: str, x_max: Number = None) -> Chart:
@@ -214,6 +225,22 @@ def _clean(series: Series) -> _Drawn:
     columns = [values[located] for values in columns]
     kept = np.unique(np.concatenate([downsample(values) for values in columns]))
     return _Drawn(series.name, x[located][kept], *(values[kept] for values in columns))
+
+
+def _without_outliers(drawn: list[_Drawn]) -> tuple[list[_Drawn], str]:
+    """The series with outliers moved to the edge of the others, and words for them; "" without any."""
+    values = np.concatenate([one.raw if np.isfinite(one.raw).any() else one.y for one in drawn])
+    if not np.isfinite(values).any():
+        return drawn, ""
+    low, high = without_outliers(values)
+    outside = values[(values < low) | (values > high)]
+    if not outside.size:
+        return drawn, ""
+    farthest = format_number(float(outside[np.argmax(np.abs(outside))]))
+    note = f"{outside.size} values lie outside the picture and are drawn at its edge; the farthest is {farthest}."
+    if outside.size == 1:
+        note = f"One value lies outside the picture and is drawn at its edge: {farthest}."
+    return [_Drawn(one.name, one.x, *(np.clip(column, low, high) for column in one[2:])) for one in drawn], note
 
 
 def _runs(finite: np.ndarray) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ A report prepares plain values and calls `write_page`; its template, which exten
 out. Templates escape all text, and what neither HTML nor UTF-8 can carry is replaced.
 """
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 from elbo_kto_jax import __version__
 from elbo_kto_jax.reports.charts import Chart
@@ -26,6 +28,23 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_BETWEEN_PARTS = re.compile(r"(?<=[/_.\-=])(?=\w)")  # of a path or a key
+
+
+def _breakable(text: object) -> Markup:
+    """The text, escaped, where a line may be broken between the parts of a path or a key before it is inside one."""
+    return Markup("<wbr>").join(_BETWEEN_PARTS.split(str(text)))
+
+
+def _download(chart: Chart, heading: str) -> dict[str, str]:
+    """The chart as an SVG file of its own: `name` of the file and `address`, a data URL that holds it."""
+    drawing = _ENVIRONMENT.get_template("chart.svg.j2").render(chart=chart, heading=heading)
+    name = re.sub(r"\W+", "-", heading).strip("-").lower()[:60] or "chart"
+    content = _UNPRINTABLE.sub("\ufffd", drawing).encode("utf-8", "replace")
+    return {"name": f"{name}.svg", "address": f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"}
+
+
+_ENVIRONMENT.filters.update(breakable=_breakable, download=_download)
 
 
 class KeyNumber(NamedTuple):
@@ -59,6 +78,7 @@ class Table:
     rows: Sequence[Sequence[object]]
     caption: str = ""
     numeric: bool = False
+    stacked: bool = False  # on a narrow screen each row becomes a card, with the header beside every cell
 
 
 @dataclass(frozen=True)

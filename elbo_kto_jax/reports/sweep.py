@@ -163,7 +163,7 @@ def _table(rows: Sequence[Mapping]) -> Table:
         )
         for row in rows
     ]
-    return Table(header, cells, "All figures; the same in table.csv and table.md.")
+    return Table(header, cells, "All figures; the same in table.csv and table.md.", stacked=True)
 
 
 def _interval(low: float, high: float) -> str:

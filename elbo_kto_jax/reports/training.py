@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from elbo_kto_jax.reports.axes import without_outliers
 from elbo_kto_jax.reports.charts import Series, line_chart
 from elbo_kto_jax.reports.formatting import DASH, format_number, number
 from elbo_kto_jax.reports.page import Figure, KeyNumber, Notice, Sample, Table, conversation, flattened, write_page
 
 _SMOOTH_ABOVE = 60  # logged steps; a shorter run is drawn as it is
 _TABLE_ROWS = 40
+_END = 0.1  # of a run: what one step says is mostly noise, so the numbers on top are means over the end of each curve
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,13 @@ def _last(metrics: Sequence[Mapping], summary: Mapping, key: str) -> float:
     return value if math.isfinite(value) or not finite else finite[-1]
 
 
+def _end(metrics: Sequence[Mapping], key: str) -> tuple[float, int]:
+    """The mean of the last `_END` of the finite values logged, and of how many it is; (NaN, 0) without any."""
+    finite = [v for v in _column(metrics, key) if math.isfinite(v)]
+    last = finite[-math.ceil(_END * len(finite)) :] if finite else []
+    return (math.fsum(v / len(last) for v in last), len(last)) if last else (math.nan, 0)
+
+
 def _first(metrics: Sequence[Mapping], key: str) -> tuple[float, float]:
     """(value, step) of the first finite value logged."""
     for line in metrics:
@@ -196,7 +205,7 @@ def _in_one_sentence(metrics: Sequence[Mapping], summary: Mapping) -> str:
         return "No step has been logged yet."
     changes = []
     for key, name, unit in (("reward_margin", "the reward margin", " nats"), ("loss", "the loss", "")):
-        first, last = _first(metrics, key)[0], _last(metrics, summary, key)
+        first, last = _first(metrics, key)[0], _end(metrics, key)[0]
         if math.isfinite(last):
             start = f"went from {format_number(first)} to" if len(metrics) > 1 and math.isfinite(first) else "was"
             changes.append(f"{name} {start} {format_number(last)}{unit}")
@@ -219,10 +228,11 @@ def _whole(value: float) -> str:
 def _key_numbers(metrics: Sequence[Mapping], summary: Mapping) -> list[KeyNumber]:
     items = []
     for key, label, unit in (("reward_margin", "Reward margin", "nats"), ("loss", "Loss", "")):
-        last = _last(metrics, summary, key)
+        last, count = _end(metrics, key)
         first, step = _first(metrics, key)
         if math.isfinite(last):
-            note = f"{format_number(first)} at step {_whole(step)}" if len(metrics) > 1 and math.isfinite(first) else ""
+            mean = f"mean of the last {count} logged steps; " if count > 1 else ""
+            note = f"{mean}{format_number(first)} at step {_whole(step)}" if len(metrics) > 1 else ""
             items.append(KeyNumber(label, f"{format_number(last)} {unit}".strip(), note))
     items.append(KeyNumber("Steps", _whole(_steps(metrics, summary))))
     tokens = _last(metrics, summary, "tokens")
@@ -275,7 +285,9 @@ def _smoothed(name: str, steps: np.ndarray, values: np.ndarray, window: int) -> 
     """Running mean over a window (odd, centred, shorter at the ends) before the values themselves; gaps stay gaps."""
     if window == 1:
         return Series(name, steps, values)
-    windows = sliding_window_view(np.pad(values, window // 2, constant_values=np.nan), window)
+    # What the chart draws at its edge counts as much as the edge: else one outlier would be seen in a whole window.
+    usual = np.clip(values, *without_outliers(values)) if np.isfinite(values).any() else values
+    windows = sliding_window_view(np.pad(usual, window // 2, constant_values=np.nan), window)
     present = np.isfinite(windows)
     # Divided before the sum, so that values near the largest float do not overflow.
     mean = np.sum(np.where(present, windows, 0.0) / np.maximum(present.sum(axis=1, keepdims=True), 1), axis=1)

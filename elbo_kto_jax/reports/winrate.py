@@ -50,7 +50,8 @@ def write_winrate_report(
         names=names,
         outcomes=_outcomes(summary, names),
         lengths=_lengths(examples),
-        samples=[_sample(example, names) for example in examples],
+        comparisons=len(examples),
+        samples=[_sample(card, names) for card in _cards(examples)],
     )
 
 
@@ -148,40 +149,62 @@ def _words(text: object) -> int:
     return len(str(text or "").split())
 
 
-def _sample(example: Mapping, names: tuple[str, str]) -> Sample:
-    verdict, expected = example["verdict"], example.get("expected")
+def _cards(examples: Sequence[Mapping]) -> list[list[Mapping]]:
+    """The examples in lists of one, and the two orders of one pair of answers in a list of two."""
+    cards: list[list[Mapping]] = []
+    for example in examples:
+        before = cards[-1][0] if cards else {}
+        same = all(before.get(key) == example.get(key) for key in ("id", "prompt", "answer_a", "answer_b"))
+        orders = {before.get("first"), example.get("first")} == {"A", "B"}
+        if same and orders and len(cards[-1]) == 1:
+            cards[-1].append(example)
+        else:
+            cards.append([example])
+    return cards
+
+
+def _sample(card: Sequence[Mapping], names: tuple[str, str]) -> Sample:
+    """What is shown of one example, or of both orders of one pair of answers."""
     said = {
         "A": f"{names[0]} preferred",
         "B": f"{names[1]} preferred",
         "tie": "tie",
         "unparsable": "unparsable verdict, not counted",
     }
-    badges = [(said[verdict], verdict == "unparsable")]
-    if example.get("first") is not None:
-        badges.append((f"{names['AB'.index(example['first'])]} shown first", False))
-    if expected is not None and expected != verdict:
-        badges.append((f"expected: {said[expected]}", True))
+    badges = []
+    for example in card:
+        verdict, expected = example["verdict"], example.get("expected")
+        first = "" if example.get("first") is None else f"{names['AB'.index(example['first'])]} shown first: "
+        badges.append((f"{first}{said[verdict]}", verdict == "unparsable"))
+        if expected is not None and expected != verdict:
+            badges.append((f"expected: {said[expected]}", True))
+    verdicts = {example["verdict"] for example in card}
+    if len(verdicts) > 1:
+        badges.append(("the orders disagree", True))
     for name, key in zip(names, ("correct_a", "correct_b"), strict=True):
-        if example.get(key) is not None:
-            badges.append((f"{name}: {'right' if example[key] else 'wrong'}", False))
+        if card[0].get(key) is not None:
+            badges.append((f"{name}: {'right' if card[0][key] else 'wrong'}", False))
     return Sample(
-        conversation(example.get("prompt")),
-        [(names[0], example.get("answer_a")), (names[1], example.get("answer_b"))],
+        conversation(card[0].get("prompt")),
+        [(names[0], card[0].get("answer_a")), (names[1], card[0].get("answer_b"))],
         badges,
-        chosen={"A": 0, "B": 1}.get(verdict),
-        notes=_notes(example, names),
+        chosen={"A": 0, "B": 1}.get(verdicts.pop()) if len(verdicts) == 1 else None,
+        notes=[*_expected(card[0]), *(note for example in card for note in _reason(example, names))],
     )
 
 
-def _notes(example: Mapping, names: tuple[str, str]) -> list[tuple[str, object]]:
-    """The answer that was expected, and why the judge decided as it did, where they are known."""
-    notes: list[tuple[str, object]] = []
-    answer, reason, first = (example.get(key) for key in ("expected_answer", "reason", "first"))
-    if answer is not None:
-        several = isinstance(answer, (list, tuple))
-        text = "\n".join(map(str, answer)) if several else answer
-        notes.append(("Expected answer, one of" if several and len(answer) > 1 else "Expected answer", text))
-    if reason:
-        shown = "" if first is None else f"; its answer A is that of {names['AB'.index(first)]}"
-        notes.append((f"The judge's reason{shown}", reason))
-    return notes
+def _expected(example: Mapping) -> list[tuple[str, object]]:
+    """The answer that was expected, where it is known."""
+    answer = example.get("expected_answer")
+    if answer is None:
+        return []
+    several = isinstance(answer, (list, tuple))
+    text = "\n".join(map(str, answer)) if several else answer
+    return [("Expected answer, one of" if several and len(answer) > 1 else "Expected answer", text)]
+
+
+def _reason(example: Mapping, names: tuple[str, str]) -> list[tuple[str, object]]:
+    """Why the judge decided as it did, where it says so."""
+    reason, first = example.get("reason"), example.get("first")
+    shown = "" if first is None else f"; its answer A is that of {names['AB'.index(first)]}"
+    return [(f"The judge's reason{shown}", reason)] if reason else []

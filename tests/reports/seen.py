@@ -1,11 +1,12 @@
 """What a reader finds on a page: its texts, key numbers, charts and tables, read as a browser reads the markup."""
 
+import base64
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 HOSTILE = "</article></title><script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;"
-_FORBIDDEN = frozenset({"script", "img", "iframe", "link", "a", "base", "object", "embed", "form", "image", "use"})
+_FORBIDDEN = frozenset({"script", "img", "iframe", "link", "base", "object", "embed", "form", "image", "use"})
 _BLOCKS = frozenset(
     {"p", "dt", "dd", "div", "h1", "h2", "h3", "figcaption", "summary", "th", "td", "li", "title", "desc"}
 )
@@ -20,7 +21,7 @@ class _Builder(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tree.start(tag, {key: value or "" for key, value in attrs})
-        if tag == "meta":
+        if tag in ("meta", "wbr"):
             self.tree.end(tag)
 
     def handle_endtag(self, tag):
@@ -48,7 +49,9 @@ class Seen:
         assert not {element.tag for element in self.root.iter()} & _FORBIDDEN
         assert next(one["content"] for one in metas if "http-equiv" in one).startswith("default-src 'none'; style-src")
         keys = {key for element in self.root.iter() for key in element.keys()}  # noqa: SIM118
-        assert not [key for key in keys if key.startswith("on") or key in ("href", "src", "style")]
+        assert not [key for key in keys if key.startswith("on") or key in ("src", "style")]
+        self.downloads = {one.get("download"): _content(one.get("href")) for one in self.root.iter("a")}
+        assert {one.tag for one in self.root.iter() if one.get("href") is not None} <= {"a"}
         style = words(self.root.find("head/style"))
         assert not any(load in style for load in ("url(", "@import", "//"))
 
@@ -77,6 +80,13 @@ class Seen:
 
     def of_class(self, name: str) -> list[ElementTree.Element]:
         return [one for one in self.root.iter() if name in one.get("class", "").split()]
+
+
+def _content(address: str) -> ElementTree.Element:
+    """The SVG file that a download's address holds."""
+    kind, _, content = address.partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    return ElementTree.fromstring(base64.b64decode(content, validate=True))
 
 
 def words(element: ElementTree.Element) -> str:

@@ -32,7 +32,12 @@ document.querySelector("iframe").onload = event => {{
     const drawing = one.ownerSVGElement.getBoundingClientRect(), text = one.getBoundingClientRect();
     return text.left < drawing.left - 1 || text.right > drawing.right + 1;
   }}).map(one => one.textContent);
-  document.body.textContent = `scroll=${{root.scrollWidth}} client=${{root.clientWidth}} cut=[${{cut.join("|")}}]`;
+  const wide = [...inside.querySelectorAll("table.stacked")].filter(one => {{
+    const around = one.parentElement;
+    return around.scrollWidth > around.clientWidth + 1;
+  }}).length;
+  const sizes = `wide=${{wide}} scroll=${{root.scrollWidth}} client=${{root.clientWidth}}`;
+  document.body.textContent = `${{sizes}} cut=[${{cut.join("|")}}]`;
 }};
 </script>"""
 
@@ -104,10 +109,11 @@ def test_nothing_sticks_out(tmp_path, write, width):
     harness.write_text(_HARNESS.format(width=width, page=html.escape(report.read_text(encoding="utf-8"))))
     command = [CHROMIUM, *FLAGS, "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", harness.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    measured = re.search(r"scroll=(\d+) client=(\d+) cut=\[(.*)\]", shown)
+    measured = re.search(r"wide=(\d+) scroll=(\d+) client=(\d+) cut=\[(.*)\]", shown)
     assert measured, shown[-500:]
-    assert int(measured[1]) <= int(measured[2]) <= width
-    assert measured[3] == "", "labels that stick out of their drawing"
+    assert int(measured[1]) == 0, "tables of cards that have to be scrolled sideways"
+    assert int(measured[2]) <= int(measured[3]) <= width
+    assert measured[4] == "", "labels that stick out of their drawing"
 
 
 @IN_BROWSER

@@ -30,6 +30,26 @@ def test_gaps_split_the_line_and_lonely_points_are_dots():
     assert len(_points(chart, "dot s0")) == 1
 
 
+def test_outliers_are_drawn_at_the_edge_and_said():
+    """One value of 1e6 among values of 0 to 1: without it the picture is the same but for that point."""
+    usual = np.linspace(0.0, 1.0, 200)
+    spike = np.where(np.arange(200) == 100, 1e6, usual)
+    plain, chart = (line_chart([Series("a", range(200), y)], x_label="step", y_label="nats") for y in (usual, spike))
+    (expected,), (found,) = _points(plain, "line s0"), _points(chart, "line s0")
+    np.testing.assert_allclose(np.delete(found, 100, axis=0), np.delete(expected, 100, axis=0), atol=0.15)
+    assert found[100, 1] == found[:, 1].max()
+    assert plain.note == ""
+    assert chart.note == "One value lies outside the picture and is drawn at its edge: 1,000,000."
+    assert "highest 1,000,000" in chart.words  # nothing is kept from who cannot see it
+    two = line_chart([Series("a", range(200), np.where(np.arange(200) < 2, -1e6, usual))], x_label="x", y_label="y")
+    assert two.note == "2 values lie outside the picture and are drawn at its edge; the farthest is −1,000,000."
+
+
+@pytest.mark.parametrize("values", [[*[1.0] * 20, 1e6], np.exp(-np.arange(200) / 40), np.linspace(-5, 5, 200)])
+def test_few_values_and_smooth_curves_have_no_outliers(values):
+    assert line_chart([Series("a", range(len(values)), values)], x_label="x", y_label="y").note == ""
+
+
 def test_line_follows_the_values():
     values = np.array([0.0, 1.0, 3.0, 2.5])
     (run,) = _points(line_chart([Series("a", [0, 1, 2, 5], values)], x_label="x", y_label="y"), "line s0")

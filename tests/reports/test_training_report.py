@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.reports.training import _smoothed, write_training_report
-from tests.reports.seen import Seen
+from tests.reports.seen import Seen, words
 
 
 def _kto_line(step):
@@ -44,6 +44,29 @@ def test_structure(tmp_path):
     assert "1 of 1 answers changed" in seen.text
     assert seen.table("Key") == {"seed": ["0"], "model.path": ["m"]}
     assert seen.table("step")["10"][:2] == ["0.490", "0.200"]
+
+
+def test_numbers_on_top_are_means_over_the_end(tmp_path):
+    """The last 3 of 30 margins are 9, 10 and 11: whatever a single step says, the headline is 10."""
+    margins = [*[0.0] * 27, 9.0, 10.0, 11.0]
+    metrics = [{"step": i + 1, "loss": 0.5, "reward_margin": margin} for i, margin in enumerate(margins)]
+    seen = _report(tmp_path, metrics=metrics, summary={"reward_margin": 11.0})
+    assert seen.key_numbers["Reward margin"] == "10.0 nats"
+    assert "mean of the last 3 logged steps; 0 at step 1" in seen.text
+    assert "the reward margin went from 0 to 10.0 nats" in seen.text
+
+
+def test_every_chart_can_be_downloaded(tmp_path):
+    seen = _report(tmp_path)
+    assert len(seen.downloads) == len(seen.charts)
+    drawing = seen.downloads["reward-margin.svg"]
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    style = words(drawing.find("{*}style"))
+    assert "#0072b2" in style
+    assert "var(" not in style  # the file stands alone
+    assert "Reward margin" in words(drawing)
+    drawn = next(one for one in seen.root.iter("svg") if one.get("aria-label", "").startswith("Reward margin"))
+    assert len(drawing.findall(".//{*}path")) == len(list(drawn.iter("path")))
 
 
 def test_sft_has_no_rewards(tmp_path):

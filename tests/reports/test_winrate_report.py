@@ -51,6 +51,26 @@ def test_structure(tmp_path):
     }
 
 
+def test_both_orders_are_on_one_card(tmp_path):
+    answers = {"id": "0", "prompt": "p", "answer_a": "x", "answer_b": "y"}
+    other = {**answers, "id": "1"}
+    examples = [
+        {**answers, "first": "A", "verdict": "A", "reason": "because"},
+        {**answers, "first": "B", "verdict": "A"},
+        {**other, "first": "A", "verdict": "A"},
+        {**other, "first": "B", "verdict": "B"},
+    ]
+    seen = _report(tmp_path, examples=examples)
+    agree, disagree = (words(one) for one in seen.of_class("sample"))
+    assert "tuned shown first: tuned preferred" in agree
+    assert "base shown first: tuned preferred" in agree
+    assert "because" in agree
+    assert "✓ tuned" in agree
+    assert "the orders disagree" in disagree
+    assert "✓" not in disagree
+    assert "over the 4 comparisons below" in seen.text
+
+
 def test_what_was_not_judged_is_reported(tmp_path):
     assert "the two answers are equal" not in _report(tmp_path).text
     text = _report(tmp_path, {**SUMMARY, "not_judged": 16, "unparsable": 3, "left_out": 2}).text
