@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.data.chat import Encoded, encode_batch, writes_special_tokens
+from elbo_kto_jax.data.counts import Counts
 from elbo_kto_jax.data.pairs import whole_pairs
-from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.reading import RecordFile, read_records
 from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.runtime.errors import UserError
@@ -39,6 +40,7 @@ class Examples:
       report: what was read, left out and why, in lines for the log; not part of the digest.
       prompts: the prompts of the first examples, as their records have them, for people; not part of the digest.
       files: where they were read; not part of the digest.
+      counts: what became of the records; not part of the digest.
     """
 
     tokens: Int32[np.ndarray, "total"]
@@ -51,6 +53,7 @@ class Examples:
     report: str
     prompts: list[list[Message] | str] = dataclasses.field(default_factory=list)
     files: tuple[Path, ...] = ()
+    counts: Counts = dataclasses.field(default_factory=Counts)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,8 +133,20 @@ def load_examples(
     notes += _special(tokenizer, source.records, exact_window)
     notes += _warnings(rows, is_desirable[kept]) if needs_label else []
     report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    first = [record.prompt for record, _ in rows[:prompts]]
-    return dataclasses.replace(_pack(rows, is_desirable[kept], report, first), files=tuple(source.files))
+    packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
+    return dataclasses.replace(packed, files=tuple(source.files), counts=_counts(source, len(kept), rows, max_length))
+
+
+def _counts(source: RecordFile, scorable: int, rows: list[tuple[Record, Encoded]], max_length: int) -> Counts:
+    """What became of the records, of which `scorable` have a token to score, and `rows` are used."""
+    return Counts(
+        records=len(source.records),
+        skipped=len(source.skipped),
+        dropped=len(source.records) - scorable,
+        left_out=scorable - len(rows),
+        cut=sum(row.text_length > max_length for _, row in rows),
+        examples=len(rows),
+    )
 
 
 def _check_any(kept: Bool[np.ndarray, " n"], message: str, max_length: int) -> None:

@@ -238,6 +238,10 @@ def _key_numbers(metrics: Sequence[Mapping], summary: Mapping) -> list[KeyNumber
     tokens = _last(metrics, summary, "tokens")
     note = f"{_whole(tokens)} tokens" if math.isfinite(tokens) else ""
     items.append(KeyNumber("Examples", _whole(_last(metrics, summary, "examples")), note))
+    if math.isfinite(number(summary.get("epochs"))):
+        counts = summary.get("data") or {}
+        note = f"over {_whole(number(counts['examples']))} examples" if "examples" in counts else ""
+        items.append(KeyNumber("Epochs", format_number(summary["epochs"]), note))
     for key, label in (("examples_per_second", "Examples / second"), ("tokens_per_second", "Tokens / second")):
         value = number(summary.get(key))
         if math.isfinite(value):
@@ -250,6 +254,9 @@ def _notices(metrics: Sequence[Mapping], summary: Mapping) -> list[Notice]:
     if summary.get("interrupted"):
         text = "The run was saved before its end; the same command goes on from there."
         notices.append(Notice("Interrupted.", text))
+    for key, name in (("data", "Training data"), ("eval_data", "Held-out data")):
+        if lost := _lost(summary.get(key) or {}):
+            notices.append(Notice(f"{name}: not all of it was used.", f"{lost}; the log says why."))
     for key in _OBJECTIVE:
         logged = [line for line in metrics if key in line]
         bad = [line for line in logged if not math.isfinite(number(line[key]))]
@@ -258,6 +265,17 @@ def _notices(metrics: Sequence[Mapping], summary: Mapping) -> list[Notice]:
             where = f"at {len(bad)} of {len(logged)} logged steps, first at step {_whole(number(bad[0]['step']))}"
             notices.append(Notice("Not finite.", f"{key} is missing, NaN or infinite {where}."))
     return notices
+
+
+def _lost(counts: Mapping) -> str:
+    """What of a data set was lost without having been asked for, in words."""
+    records, examples = (_whole(number(counts.get(key))) for key in ("records", "examples"))
+    words = {
+        "skipped": "{} bad records were skipped",
+        "dropped": f"{{}} of {records} records were dropped",
+        "cut": f"{{}} of {examples} examples were cut at data.max_length",
+    }
+    return ", ".join(text.format(_whole(number(counts[key]))) for key, text in words.items() if counts.get(key))
 
 
 def _curves(metrics: Sequence[Mapping]) -> list[Figure]:

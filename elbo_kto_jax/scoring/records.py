@@ -113,6 +113,8 @@ def _read(request: Request, config: Config, opened: Opened) -> Examples:
         limit=request.limit,
     )
     log.info("%s: %s", request.data, examples.report)
+    if loss := examples.counts.warning(config.data.max_length):
+        log.warning("%s: %s", request.data, loss)
     if request.exact and examples.completion_length.max() > MAX_LENGTH:
         i = int(np.argmax(examples.completion_length))
         raise UserError(

@@ -53,6 +53,11 @@ class TrainingData(DrawnExamples):
         self.steps_per_epoch = len(epoch)
         self._order = epoch.repeat()
 
+    @property
+    def most_examples(self) -> int:
+        """Examples of a full step: a small data set does not fill a batch, and the rest of it is padding."""
+        return min(self.batch_size, len(self.examples))
+
     def indices(self, step: int) -> Int[np.ndarray, " n"]:
         """Which examples step `step` (from 0) uses."""
         groups = np.asarray(self._order[step])

@@ -235,6 +235,7 @@ class Journal(Hook):
     def __init__(self, setup: Setup, metrics_log: MetricsLog):
         self._log, self._every = metrics_log, setup.config.train.log_every
         self._learning_rate = train_state.learning_rate(setup.config.optimizer, setup.total_steps)
+        self._num_examples, self._counts = len(setup.data.examples), setup.data.examples.counts
 
     def tell(self, step: Step, values: dict[str, float], state: TrainState) -> None:
         if step.number % self._every and step.number != 1 and not step.is_last:
@@ -244,6 +245,10 @@ class Journal(Hook):
             "step": step.number,
             **{name: value for name, value in values.items() if name != "applied"},
             **step.figures,
+            "epoch": step.figures["examples"] / self._num_examples,
+            "batch_examples": int(step.batch.feedback.is_example.sum()),
+            "records_dropped": self._counts.dropped + self._counts.skipped,
+            "examples_cut": self._counts.cut,
             "learning_rate": float(self._learning_rate(step.number - 1)),
             "real_token_fraction": step.batch.real_tokens / positions,
         }

@@ -21,7 +21,7 @@ from elbo_kto_jax.training.hooks import Hook, Step
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.references import RunReference, prepare_references
 from elbo_kto_jax.training.samples import Samples
-from elbo_kto_jax.training.setup import Setup, prepare
+from elbo_kto_jax.training.setup import Setup, check_held_out, prepare
 from elbo_kto_jax.training.state import TrainState
 from elbo_kto_jax.training.step import train_step
 from elbo_kto_jax.training.summary import finish
@@ -35,6 +35,7 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
       UserError: anything that the user has to mend.
       Interrupted: SIGTERM or SIGINT came; the state is saved and the summary so far is the second argument.
     """
+    check_held_out(config)
     with open_workdir(workdir, config, overwrite, "train") as folder:
         setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
         folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
@@ -83,7 +84,7 @@ def hooks_of(
     """What watches the steps, in the order in which each of them is told."""
     setup = trainer.setup
     return [
-        hooks.NoiseScale(setup.config.optimizer, setup.data.batch_size),
+        hooks.NoiseScale(setup.config.optimizer, setup.data.most_examples),
         hooks.HeldOut(setup, trainer.programs, trainer.policy, held_out),
         hooks.HealthWarnings(),
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),

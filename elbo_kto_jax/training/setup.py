@@ -127,6 +127,15 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
+def check_held_out(config: Config) -> None:
+    """Raises UserError where a run is to be evaluated on held-out data, and there are none."""
+    if config.train.eval_every and not config.data.eval:
+        raise UserError(
+            f"config.train.eval_every: {config.train.eval_every}, but config.data.eval names no held-out records; "
+            "name some, or set eval_every to 0"
+        )
+
+
 def prepare(
     config: Config,
     *,
@@ -196,6 +205,8 @@ def _read(
         prompts=config.train.samples,
     )
     log.info("%s: %s", path, examples.report)
+    if loss := examples.counts.warning(config.data.max_length):
+        log.warning("%s: %s", path, loss)
     return TrainingData(
         examples,
         layout,

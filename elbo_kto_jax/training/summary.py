@@ -1,5 +1,6 @@
 """The end of a start of a run: report.html, and the summary that the command prints."""
 
+import dataclasses
 import logging
 import shlex
 from pathlib import Path
@@ -32,6 +33,7 @@ def finish(
     summary = {
         "steps": progress.step,
         "examples": progress.examples,
+        "epochs": progress.examples / len(setup.data.examples),
         "loss": last.get("loss"),
         "reward_margin": last.get("reward_margin"),
         "examples_per_second": progress.examples / seconds,
@@ -42,7 +44,10 @@ def finish(
         "interrupted": interrupted,
         "skipped_steps": progress.skipped,
         "report": str(workdir / "report.html"),
+        "data": dataclasses.asdict(setup.data.examples.counts),
     }
+    if setup.eval_data is not None:
+        summary["eval_data"] = dataclasses.asdict(setup.eval_data.examples.counts)
     if not processes.is_first():
         return summary
     write_training_report(

@@ -69,11 +69,12 @@ class Trainer(NamedTuple):
         if self.adaptation is not None:
             weights.check(inputs.MODEL, self.adaptation.base_digest)
         log.info(
-            "%s on %s: %d steps of %d examples, %d draws each; %d rows of %d tokens at once",
+            "%s on %s: %d steps of %d of the %d examples, %d draws each; %d rows of %d tokens at once",
             setup.config.objective.name,
             ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
             setup.total_steps,
-            setup.data.batch_size,
+            setup.data.most_examples,
+            len(setup.data.examples),
             setup.config.estimator.draws,
             setup.data.layout.rows,
             setup.data.layout.length,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.data.chat import encode
+from elbo_kto_jax.data.counts import Counts
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.data.special import find_eot_id
@@ -84,13 +85,24 @@ def test_dropped_and_cut_rows_are_counted(load, write_jsonl):
     assert "1 dropped without a completion" in lines
     assert "1 dropped whose prompt fills max_length 64" in lines
     assert "1 completions cut at max_length 64" in lines
+    assert examples.counts == Counts(records=4, dropped=2, cut=1, examples=2)
+    assert examples.counts.warning(64) == (
+        "WARNING: dropped 2 of 4 records, cut 1 of 2 examples at config.data.max_length 64; "
+        "what is missing counts nowhere: mend the records or raise max_length"
+    )
+    few = load(write_jsonl([row(i) for i in range(4)], "few.jsonl"), desirable_fraction=0.5)
+    assert few.counts == Counts(records=4, left_out=2, examples=2)
+    assert few.counts.warning(64) == ""  # it was asked for
 
 
 def test_bad_records_are_counted_and_listed(load, write_jsonl):
     path = write_jsonl([row(0), {**row(1), "label": "yes"}])
     with pytest.raises(UserError, match="--skip-bad-records"):
         load(path)
-    report = load(path, skip_bad=True).report
+    examples = load(path, skip_bad=True)
+    report = examples.report
+    assert (examples.counts.skipped, examples.counts.records) == (1, 1)
+    assert "WARNING: skipped 1 bad records;" in examples.counts.warning(64)
     assert "1 bad records skipped:" in report
     assert f'{path}:2: field `label`: expected true or false, got "yes"' in report
 

@@ -77,6 +77,14 @@ def test_sft_has_no_rewards(tmp_path):
     assert "eward" not in seen.text
 
 
+def test_what_was_lost_of_the_data_is_told(tmp_path):
+    counts = {"records": 9, "skipped": 0, "dropped": 2, "left_out": 3, "cut": 1, "examples": 4}
+    seen = _report(tmp_path, summary={"epochs": 2.5, "data": counts, "eval_data": counts | {"dropped": 0, "cut": 0}})
+    assert "2 of 9 records were dropped, 1 of 4 examples were cut at data.max_length" in seen.text
+    assert "Held-out data" not in seen.text
+    assert seen.key_numbers["Epochs"] == "2.50"
+
+
 def test_values_that_are_not_finite_are_reported(tmp_path):
     metrics = [_kto_line(step) for step in range(1, 11)]
     metrics[3]["loss"], metrics[5]["loss"], metrics[7]["loss"] = math.nan, None, math.inf

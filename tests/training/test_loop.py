@@ -16,7 +16,7 @@ from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer
-from elbo_kto_jax.training import loop
+from elbo_kto_jax.training import inputs, loop
 from elbo_kto_jax.training.reference import ReferenceCache
 from elbo_kto_jax.training.state import learning_rate
 from tests import runs
@@ -34,11 +34,12 @@ SUMMARY = {  # INTERFACES: the last line of stdout
 
 @pytest.fixture(scope="module")
 def settings(tiny_checkpoint, tmp_path_factory):
-    """Six examples in batches of four: the second batch of an epoch is smaller."""
+    """Six examples in batches of four: the second batch of an epoch is smaller. A seventh record is dropped."""
     folder = tmp_path_factory.mktemp("data")
+    long = {**runs.records(1)[0], "id": "long", "prompt": "Sort 12345 " * 20}
     return {
         "model.path": tiny_checkpoint,
-        "data.train": runs.write_jsonl(folder / "train.jsonl", runs.records(6)),
+        "data.train": runs.write_jsonl(folder / "train.jsonl", [*runs.records(6), long]),
         "data.eval": runs.write_jsonl(folder / "eval.jsonl", runs.records(4, first=6)),
         "train.eval_every": 2,
     }
@@ -118,6 +119,9 @@ def test_metrics(whole, settings):
     assert [row["examples"] for row in rows] == [4, 6, 10, 12, 16]
     assert np.all(np.diff([row["tokens"] for row in rows]) > 0)
     assert all(0 < row["real_token_fraction"] <= 1 for row in rows)
+    assert [row["batch_examples"] for row in rows] == [4, 2, 4, 2, 4]
+    assert [row["epoch"] for row in rows] == [examples / 6 for examples in (4, 6, 10, 12, 16)]
+    assert {(row["records_dropped"], row["examples_cut"]) for row in rows} == {(1, 0)}
     first, *others = rows
     assert (first["learning_rate"], first["reward_margin"], first["reference_point"]) == (0, 0, 0)
     assert first["loss"] == 0.5  # weights 1 and every reward 0
@@ -136,6 +140,29 @@ def test_summary(whole):
     held_out = {row["step"]: row["eval_loss"] for row in metrics_of(workdir) if "eval_loss" in row}
     assert summary["best_step"] == min(held_out, key=held_out.get)
     assert summary["best_checkpoint"] == str(workdir / "checkpoints" / str(summary["best_step"]))
+    assert summary["epochs"] == 16 / 6
+    none = {"skipped": 0, "left_out": 0, "cut": 0}
+    assert summary["data"] == {"records": 7, "dropped": 1, "examples": 6, **none}
+    assert summary["eval_data"] == {"records": 4, "dropped": 0, "examples": 4, **none}
+    report = (workdir / "report.html").read_text()
+    assert "1 of 7 records were dropped" in report
+    assert "over 6 examples" in report
+
+
+@pytest.mark.parametrize("command", [train, precompute])
+def test_lost_records_are_a_warning(settings, tmp_path, caplog, command, monkeypatch):
+    monkeypatch.setattr(inputs.Weights, "load", lambda *_: pytest.fail("that is enough"))
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        command.main(runs.flags(settings, f"--workdir={tmp_path}"))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{settings['data.train']}: WARNING: dropped 1 of 7 records; ")
+
+
+@pytest.mark.parametrize("command", [train, precompute])
+def test_evaluating_without_held_out_data_is_refused(settings, tmp_path, command):
+    with pytest.raises(UserError, match=r"config\.train\.eval_every: 2, but config\.data\.eval names no"):
+        command.main(runs.flags({**settings, "data.eval": ""}, f"--workdir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_metrics_are_those_of_the_policy_at_that_step(whole, settings, tmp_path):
