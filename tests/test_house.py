@@ -121,6 +121,18 @@ def test_every_package_that_is_imported_is_declared():
     )  # google.colab and the like: not a package
 
 
+def test_what_imports_torch_is_imported_where_it_is_used():
+    """tensorboardX imports torch where that is installed: seconds at the start of every command."""
+    at_the_top = {
+        f"{name}: {module}"
+        for name, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in [getattr(node, "module", None) or node.names[0].name]
+    }
+    assert [line for line in at_the_top if "tensorboardX" in line] == []
+
+
 def test_the_console_script_lists_every_command():
     from elbo_kto_jax import cli
 

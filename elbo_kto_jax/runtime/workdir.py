@@ -14,18 +14,13 @@ import contextlib
 import datetime
 import json
 import logging
-import math
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes
@@ -33,13 +28,15 @@ from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
+from elbo_kto_jax.runtime.tensorboard import FOLDER as TENSORBOARD
+from elbo_kto_jax.runtime.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # What commands make in a working folder, those of `sweep` included.
 _FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
-_FOLDERS = ("checkpoints", "tensorboard", "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
+_FOLDERS = ("checkpoints", TENSORBOARD, "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
 @contextlib.contextmanager
@@ -240,15 +237,15 @@ def _shown(changes: Sequence[str]) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl, and tensorboard/ if that is a tracker: one entry per logged step.
+    """metrics.jsonl, and what TensorBoard is told: one entry per logged step.
 
     A restart drops those that it will write again.
 
     Processes other than the first write nothing.
     """
 
-    def __init__(self, workdir: Path, first_step: int, trackers: Sequence[str] = ("tensorboard",)):
-        self._writes = processes.is_first()
+    def __init__(self, workdir: Path, first_step: int, board: TensorBoard):
+        self._writes, self._board = processes.is_first(), board
         if not self._writes:
             return
         self._path = workdir / METRICS
@@ -257,12 +254,6 @@ class MetricsLog:
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
         atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard: EventsWriter | None = None
-        if "tensorboard" in trackers:
-            # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
-            (workdir / "tensorboard").mkdir(exist_ok=True)
-            self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
-        self._event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges what stands later
 
     def write(self, row: dict) -> None:
         if not self._writes:
@@ -270,25 +261,12 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
-            scalars = [
-                Summary.Value(tag=name, simple_value=value)
-                for name, value in row.items()
-                if name != "step" and value is not None and math.isfinite(value)
-            ]
-            self._event(step=row["step"], summary=Summary(value=scalars))
-
-    def _event(self, **content) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.write_event(Event(wall_time=time.time(), **content))
-            self._tensorboard.flush()
+        self._board.scalars(row)
 
     def close(self) -> None:
-        if not self._writes:
-            return
-        with writing(self._path):
-            self._file.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        if self._writes:
+            with writing(self._path):
+                self._file.close()
 
 
 def read_metrics(workdir: Path) -> list[dict]:

@@ -230,7 +230,7 @@ class Bar(Hook):
 
 
 class Journal(Hook):
-    """metrics.jsonl and tensorboard/."""
+    """metrics.jsonl, and what TensorBoard is told of it."""
 
     def __init__(self, setup: Setup, metrics_log: MetricsLog):
         self._log, self._every = metrics_log, setup.config.train.log_every

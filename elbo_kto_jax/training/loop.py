@@ -13,8 +13,10 @@ from pathlib import Path
 from jaxtyping import Array, Bool
 
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
+from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted
+from elbo_kto_jax.runtime.tensorboard import TensorBoard
 from elbo_kto_jax.runtime.workdir import MetricsLog, Workdir, open_workdir, stop_on_signal
 from elbo_kto_jax.training import hooks, inputs
 from elbo_kto_jax.training.hooks import Hook, Step
@@ -52,7 +54,13 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         folder.path / "checkpoints", adaptation=trainer.adaptation, model=trainer.setup.model.config
     )
     state, progress = trainer.start(weights, checkpoints)
-    samples = Samples(setup, folder.path / "samples.json")
+    board = TensorBoard(
+        folder.path,
+        progress.step,
+        setup.config.to_dict(),
+        writes="tensorboard" in setup.config.trackers and processes.is_first(),
+    )
+    samples = Samples(setup, folder.path / "samples.json", board)
     if progress.step < setup.total_steps:
         samples.forget("after")
 
@@ -60,22 +68,26 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         return finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)
 
     try:
-        samples.take("before", trainer.policy(state.params))
+        samples.take("before", trainer.policy(state.params), progress.step)
         references = prepare_references(
             trainer, state.params, weights, folder.path, stop_requested, fresh=progress.step == 0
         )
         weights.verify(inputs.MODEL)
-        watching = hooks_of(trainer, folder.path, checkpoints, references.held_out, progress, stop_requested)
+        journal = MetricsLog(folder.path, progress.step, board)
+        watching = hooks_of(trainer, folder.path, journal, checkpoints, references.held_out, progress, stop_requested)
         state = take_steps(trainer, state, references.training, watching, progress)
-        samples.take("after", trainer.policy(state.params))
+        samples.take("after", trainer.policy(state.params), progress.step)
     except Interrupted as stop:
         raise Interrupted(*stop.args, finished(interrupted=True)) from None
+    finally:
+        board.close()
     return finished(interrupted=False)
 
 
 def hooks_of(
     trainer: Trainer,
     workdir: Path,
+    journal: MetricsLog,
     checkpoints: TrainingCheckpoints,
     held_out: RunReference,
     progress: Progress,
@@ -90,7 +102,7 @@ def hooks_of(
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
         hooks.Divergence(setup, checkpoints),
         hooks.Bar(setup.total_steps, progress.step),
-        hooks.Journal(setup, MetricsLog(workdir, progress.step, setup.config.trackers)),
+        hooks.Journal(setup, journal),
         hooks.Checkpoints(setup.config.train, setup.assets, checkpoints, progress),
         hooks.Stop(setup.total_steps, stop_requested),
     ]

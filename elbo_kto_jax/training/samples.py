@@ -4,11 +4,13 @@ import json
 import logging
 from pathlib import Path
 
+from elbo_kto_jax.data.records import Message
 from elbo_kto_jax.data.special import end_of_turn
 from elbo_kto_jax.models import lora
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.runtime.tensorboard import TensorBoard
 from elbo_kto_jax.sampling.generate import generate
 from elbo_kto_jax.sampling.stops import to_text
 from elbo_kto_jax.scoring.scorer import Weights
@@ -20,13 +22,13 @@ log = logging.getLogger(__name__)
 class Samples:
     """The answers of a run, kept in a file so that a restart does not make them again."""
 
-    def __init__(self, setup: Setup, file: Path):
-        """Reads the file, if it is there.
+    def __init__(self, setup: Setup, file: Path, board: TensorBoard):
+        """Reads the file, if it is there; `board` is told of new answers.
 
         Raises:
           UserError: it is damaged.
         """
-        self._setup, self._file = setup, file
+        self._setup, self._file, self._board = setup, file, board
         self.found: list[dict] = []
         if file.is_file():
             try:
@@ -34,8 +36,8 @@ class Samples:
             except (ValueError, TypeError):
                 raise UserError(f"{file}: damaged; remove it (the report will lack the answers before)") from None
 
-    def take(self, when: str, weights: Weights) -> None:
-        """Answers the first prompts with the present weights, unless it was done in an earlier start."""
+    def take(self, when: str, weights: Weights, step: int) -> None:
+        """Answers the first prompts with the weights after `step`, unless it was done in an earlier start."""
         setup, count = self._setup, self._setup.config.train.samples
         if not count or (self.found and when in self.found[0]):
             return
@@ -70,3 +72,13 @@ class Samples:
     def _write(self) -> None:
         if processes.is_first():
             atomic_write(self._file, json.dumps(self.found, ensure_ascii=False, indent=1))
+        for number, sample in enumerate(self.found, start=1):
+            text = f"{_written(sample.get('prompt', ''))}\n\nanswer {when} training:\n{sample[when]}"
+            self._board.text(f"samples/{number}", text, step)
+
+
+def _written(prompt: list[Message] | str) -> str:
+    """A prompt as text for people."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}:\n{message['content']}" for message in prompt)

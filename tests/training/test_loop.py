@@ -1,20 +1,26 @@
 """training/loop.py: whole runs of `train` on a tiny model: what they leave, and that they can be cut short."""
 
+import collections
+import itertools
 import json
 import shlex
 import shutil
 import signal
+import struct
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from elbo_kto_jax import precompute, score, to_hf, train
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
+from elbo_kto_jax.runtime.metric_names import EVAL
+from elbo_kto_jax.runtime.metric_names import METRICS as METRIC_NAMES
 from elbo_kto_jax.scoring.scorer import Scorer
 from elbo_kto_jax.training import inputs, loop
 from elbo_kto_jax.training.reference import ReferenceCache
@@ -75,6 +81,23 @@ def metrics_of(workdir, without=("seconds",)) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in without} for row in rows]
 
 
+def events_of(workdir) -> tuple[dict, dict]:
+    """Tag -> step -> value of the numbers, and of the texts, in the event files of tensorboard/."""
+    scalars, texts = collections.defaultdict(dict), collections.defaultdict(dict)
+    for file in (workdir / "tensorboard").iterdir():
+        content, start = file.read_bytes(), 0
+        while start < len(content):
+            (size,) = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12 : start + 12 + size])
+            start += size + 16  # a checksum after the size, and one after the event
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "text":
+                    texts[value.tag][event.step] = value.tensor.string_val[0].decode()
+                else:
+                    scalars[value.tag][event.step] = value.simple_value
+    return scalars, texts
+
+
 def assert_same_run(workdir, other):
     """Bit-identical final parameters, and the same metrics but for the time."""
     mine, theirs = load_model(workdir), load_model(other)
@@ -102,7 +125,7 @@ def test_working_folder(whole, settings):
         1,
         1,
     ]
-    assert list((workdir / "tensorboard").iterdir())
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
     samples = json.loads((workdir / "samples.json").read_text())
     assert [sample.keys() for sample in samples] == [{"prompt", "before", "after"}] * 2
     assert all("Sort" in sample["prompt"][0]["content"] for sample in samples)
@@ -147,6 +170,33 @@ def test_summary(whole):
     report = (workdir / "report.html").read_text()
     assert "1 of 7 records were dropped" in report
     assert "over 6 examples" in report
+
+
+def test_every_metric_is_in_the_table(whole):
+    logged = {name.removeprefix(EVAL) for row in metrics_of(whole[0], without=()) for name in row}
+    assert logged - {"step"} <= METRIC_NAMES.keys()
+
+
+def test_tensorboard_has_groups_throughput_config_and_samples(whole):
+    workdir, _ = whole
+    scalars, texts = events_of(workdir)
+    rows = metrics_of(workdir, without=())
+    assert {tag.partition("/")[0] for tag in scalars} == {"train", "rewards", "eval", "data", "throughput"}
+    assert scalars["train/loss"] == pytest.approx({row["step"]: row["loss"] for row in rows})
+    assert scalars["rewards/margin"].keys() == {row["step"] for row in rows if row["reward_margin"] is not None}
+    assert scalars["eval/reward_margin"].keys() == {2, 4}
+    speed = {
+        after["step"]: (after["tokens"] - before["tokens"]) / (after["seconds"] - before["seconds"])
+        for before, after in itertools.pairwise(rows)
+    }
+    assert scalars["throughput/tokens_per_second"] == pytest.approx(speed)
+    assert json.loads(texts["config"][0])["train"]["steps"] == STEPS
+    samples = json.loads((workdir / "samples.json").read_text())
+    for number, sample in enumerate(samples, start=1):
+        shown = texts[f"samples/{number}"]
+        assert shown.keys() == {0, STEPS}
+        assert "user:\n    Sort" in shown[0]
+        assert f"answer after training:\n    {sample['after']}" in shown[STEPS]
 
 
 @pytest.mark.parametrize("command", [train, precompute])
@@ -233,13 +283,14 @@ def test_an_interrupted_reference_pass_goes_on(whole, settings, tmp_path, in_ste
 
 def test_a_finished_run_is_not_repeated(whole, settings, in_step):
     workdir, summary = whole
-    before = metrics_of(workdir, without=())
+    before, events = metrics_of(workdir, without=()), list((workdir / "tensorboard").iterdir())
     in_step(loop, "train_step", 1, lambda: pytest.fail("a step was taken"))
     again = train.main(runs.flags({**settings, "train.samples": 2}, f"--workdir={workdir}"))
     assert {key: again[key] for key in ("steps", "loss", "checkpoint")} == {
         key: summary[key] for key in ("steps", "loss", "checkpoint")
     }
     assert metrics_of(workdir, without=()) == before
+    assert list((workdir / "tensorboard").iterdir()) == events
 
 
 def test_a_finished_run_with_more_steps_goes_on(whole, settings, tmp_path, caplog):
