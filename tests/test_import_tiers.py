@@ -13,6 +13,7 @@ TIERS = {
     "runtime": 0,
     "runtime.lock": 1,
     "runtime.processes": 1,
+    "runtime.provenance": 1,
     "runtime.workdir": 1,
     "reports": 0,
     "objectives": 1,

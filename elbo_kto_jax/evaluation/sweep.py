@@ -47,6 +47,7 @@ def sweep(config: SweepConfig, workdir: Path, *, allow_code: bool, overwrite: bo
     grid.check()
     with open_workdir(workdir, config, overwrite, "sweep") as folder:
         folder.claim({}, {})  # each cell knows what it depends on
+        folder.go_on()
         grid.shared.moment = folder.moment
         summary = _fill(grid)
         folder.finish()

@@ -6,7 +6,9 @@ workdir/config.json    config      the whole resolved config
                        inputs      digests of what the result depends on, by config key (training/inputs.py)
                        files       the files that were read, with their sizes and digests
                        longer      how the run was made longer, each time that it was
+                       provenance  of every start: command line, commit, versions, devices (provenance.py)
                        unfinished  the command that began it with --overwrite, until it is done
+workdir/log.txt        what the log said, with times, start by start (runlog.py)
 workdir/.lock          while a command is at work (lock.py)
 """
 
@@ -23,11 +25,12 @@ from pathlib import Path
 import jax
 
 import elbo_kto_jax
-from elbo_kto_jax.runtime import lock, processes
+from elbo_kto_jax.runtime import lock, processes, provenance
 from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
+from elbo_kto_jax.runtime.runlog import LOG, RunLog, recording
 from elbo_kto_jax.runtime.tensorboard import FOLDER as TENSORBOARD
 from elbo_kto_jax.runtime.tensorboard import TensorBoard
 
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # What commands make in a working folder, those of `sweep` included.
-_FILES = (METRICS, "samples.json", "report.html", "table.csv", "table.md")
+_FILES = (LOG, METRICS, "samples.json", "report.html", "table.csv", "table.md")
 _FOLDERS = ("checkpoints", TENSORBOARD, "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
@@ -51,10 +54,10 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool, command: str) -
         or something else; or the processes of this job have different folders of that name.
     """
     processes.first(lambda: _refuse_foreign(workdir))
-    with lock.inside(workdir, "--workdir"):
+    with lock.inside(workdir, "--workdir"), recording() as run_log:
         found: list[dict | None] = [None]
         processes.first(lambda: found.append(_read(workdir, config, overwrite, command)))
-        yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]))
+        yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]), run_log)
 
 
 class Workdir:
@@ -66,9 +69,9 @@ class Workdir:
       inputs: config key -> what the run's result depends on there -> its digest (training/inputs.py).
     """
 
-    def __init__(self, path: Path, config: Config, overwrite: bool, command: str, found: dict | None):
+    def __init__(self, path: Path, config: Config, overwrite: bool, command: str, found: dict | None, run_log: RunLog):
         """`found`: what config.json says of the run that goes on; None: a new one begins."""
-        self.path = path
+        self.path, self._log = path, run_log
         self._found, self._mark = found, {"unfinished": command} if overwrite else {}
         moment = datetime.datetime.now().replace(microsecond=0).isoformat()
         moment = processes.json_of_first((found or {}).get("moment", moment))
@@ -83,6 +86,7 @@ class Workdir:
         self._record = {**new, "inputs": {}, "files": {}} if found is None else begun
         self.moment = datetime.datetime.fromisoformat(moment)
         self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
+        self._start: dict = {}
         self._tell_of_changes(versions)
 
     def claim(self, inputs: Mapping[str, Mapping], files: Mapping[str, Mapping]) -> None:
@@ -95,12 +99,14 @@ class Workdir:
         Raises:
           UserError: `check`.
         """
+        self._start = provenance.of_this_start()
         if self._found is not None or not self._mark:  # what --overwrite deletes may be of any kind
             self._check_kinds()
         if self._found is None:
             processes.first(self._delete_other)
         if self._found is None:
             self._record["files"] = dict(files)
+            self._record["provenance"] = [self._start]
         elif "inputs" not in self._found:
             self._record["files"] = dict(files)
             log.warning(
@@ -114,6 +120,13 @@ class Workdir:
                 f"--workdir={self.path}: process 0 has made it, process {jax.process_index()} does not see it; "
                 "name a folder on a file system that all machines share"
             )
+        processes.first(lambda: self._log.begin(self.path / LOG, f"start: {provenance.in_words(self._start)}"))
+
+    def go_on(self) -> None:
+        """Says in config.json with what a run goes on, once nothing can refuse that any more."""
+        if self._found is not None:
+            self._record["provenance"] = [*self._record.get("provenance", []), self._start]
+            processes.first(self._write)
 
     def check(self, inputs: Mapping[str, Mapping]) -> None:
         """Compares `inputs` with those with which the run began, and keeps those that are new.
@@ -163,7 +176,7 @@ class Workdir:
         if file.is_file():
             # Until everything is deleted the folder is known as that of a run, with which nothing goes on.
             atomic_write(file, json.dumps({"config": None, "deleted": True}) + "\n")
-            keep = (file, self.path / lock.LOCK_FILE)
+            keep = [file, self.path / lock.LOCK_FILE, *([] if self._mark else [self.path / LOG])]
             for child in sorted(self.path.iterdir()):
                 if child not in keep:
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
@@ -202,7 +215,7 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
 def _has_results(workdir: Path) -> bool:
     """Whether anything but the description of a run stands in its folder: until then its inputs may change."""
     files = (path for path in workdir.rglob("*") if not path.is_dir())
-    return any(not is_leftover(file) and file.name not in (CONFIG, lock.LOCK_FILE) for file in files)
+    return any(not is_leftover(file) and file.name not in (CONFIG, LOG, lock.LOCK_FILE) for file in files)
 
 
 def _check_record(found: dict) -> None:
@@ -210,6 +223,8 @@ def _check_record(found: dict) -> None:
     datetime.datetime.fromisoformat(found.get("moment", "2000-01-01"))
     for part in [found.get("versions", {}), found.get("files", {}), *found.get("inputs", {}).values()]:
         part.items()
+    if not isinstance(found.get("provenance", []), list):
+        raise TypeError("provenance")
 
 
 def _refuse_foreign(workdir: Path) -> None:

@@ -73,6 +73,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
             trainer, state.params, weights, folder.path, stop_requested, fresh=progress.step == 0
         )
         weights.verify(inputs.MODEL)
+        folder.go_on()
         journal = MetricsLog(folder.path, progress.step, board)
         watching = hooks_of(trainer, folder.path, journal, checkpoints, references.held_out, progress, stop_requested)
         state = take_steps(trainer, state, references.training, watching, progress)

@@ -3,10 +3,12 @@
 import collections
 import itertools
 import json
+import re
 import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from elbo_kto_jax import precompute, score, to_hf, train
 from elbo_kto_jax.checkpoints.load import load_model
+from elbo_kto_jax.runtime import provenance
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.runtime.metric_names import EVAL
@@ -120,6 +123,11 @@ def test_working_folder(whole, settings):
     written = json.loads((workdir / "config.json").read_text())
     assert written["config"]["model"]["path"] == str(settings["model.path"])
     assert written["versions"].keys() == {"jax", "elbo_kto_jax"}
+    start = written["provenance"][0]
+    assert start["command"] == shlex.join(sys.orig_argv)
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["versions"].keys() >= {"elbo_kto_jax", "python", "libtpu"}
+    assert start["devices"]["number"] == jax.device_count()
     assert {step.name for step in (workdir / "checkpoints").iterdir()} == {"2", "4", "5"}
     assert [len(list((workdir / name).glob("*/fingerprint.json"))) for name in ("reference", "reference_eval")] == [
         1,
@@ -256,7 +264,9 @@ def test_a_signal_stops_after_saving_and_the_same_command_goes_on(whole, setting
     assert_same_run(tmp_path, whole[0])
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_step):
+def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_step, monkeypatch, caplog):
+    """With another commit, too: config.json names both, and log.txt goes on."""
+    caplog.set_level("INFO")
     argv = runs.flags(settings, f"--workdir={tmp_path}")
 
     def crash():
@@ -265,8 +275,30 @@ def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_
     in_step(loop, "train_step", 4, crash)
     with pytest.raises(RuntimeError, match="machine"):
         train.main(argv)
+    monkeypatch.setattr(provenance, "commit", lambda _: "0123456789")
     train.main(argv)
     assert_same_run(tmp_path, whole[0])
+    first, second = json.loads((tmp_path / "config.json").read_text())["provenance"]
+    assert first["commit"] != second["commit"] == "0123456789"
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    said = [line.partition(" ")[2] for line in lines if re.match(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ", line)]
+    assert [line.partition(": ")[0] for line in said if line.startswith(("start: ", "going on", "done"))] == [
+        *("start", "start", "going on from step 2", "done")
+    ]
+    assert "RuntimeError: the machine's fault" in lines
+    assert f"{settings['data.train']}: WARNING: dropped 1 of 7 records" in "".join(said)  # before the folder was ours
+
+
+def test_the_commit_of_a_checkout(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    assert provenance.commit(tmp_path) is None
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    found = provenance.commit(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", found)
+    (tmp_path / "file").write_text("2")
+    assert provenance.commit(tmp_path) == f"{found}+changes"
 
 
 def test_an_interrupted_reference_pass_goes_on(whole, settings, tmp_path, in_step):
