@@ -55,7 +55,7 @@ class Model:
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters; bfloat16 ones are rounded stochastically
     mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say
-    remat: Remat  # what the backward pass keeps of a layer, models/network.py
+    remat: Remat  # what the backward pass computes again; full: all but each layer's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,84 +66,84 @@ class Data:
     packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
     append_eot: bool  # append the end-of-turn token to each completion
     desirable_fraction: Fraction  # n_D: part of the desirable examples that is kept
-    undesirable_fraction: Fraction  # n_U
+    undesirable_fraction: Fraction  # n_U: the same of the undesirable ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    name: str  # of a file of objectives/, which says what the name may be
-    beta: NonNegative  # 1/nats
-    desirable_weight: NonNegative  # lambda_D
-    undesirable_weight: NonNegative  # lambda_U
-    reference_point: Literal["global_mean", "zero"]  # z0
+    name: str  # elbo_kto, elbo_dpo (pairs), sft, or of another file of objectives/
+    beta: NonNegative  # 1/nats; how strongly a reward counts
+    desirable_weight: NonNegative  # lambda_D: of the loss of desirable examples
+    undesirable_weight: NonNegative  # lambda_U: the same of undesirable ones
+    reference_point: Literal["global_mean", "zero"]  # z0: the mean reward of the batch, or 0
     label_smoothing: Annotated[float, Range(0, 0.4999)]  # share of pairs that are taken for labelled the wrong way
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
     draws: Count  # K, masks per example
-    scheme: str  # of diffusion/masks.py, which says what the name may be
+    scheme: str  # uniform, bernoulli, stratified, complementary, balanced or importance: diffusion/masks.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    mode: Literal["precomputed", "online"]
-    path: Location  # "": model.path
+    mode: Literal["precomputed", "online"]  # the reference is scored once before training, or in every step
+    path: Location  # the reference's model; "": model.path
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    learning_rate: NonNegative  # peak
+    learning_rate: NonNegative  # peak of the schedule
     schedule: Literal["cosine", "linear", "constant"]  # of the rate after the warm-up: down to 0, or as it is
-    warmup_fraction: Fraction  # of all steps
-    b1: Annotated[float, Range(0, 0.999999)]
-    b2: Annotated[float, Range(0, 0.999999)]
-    weight_decay: NonNegative
-    clip_norm: Positive
+    warmup_fraction: Fraction  # of all steps, in which the rate rises from 0
+    b1: Annotated[float, Range(0, 0.999999)]  # Adam's decay of the mean of gradients
+    b2: Annotated[float, Range(0, 0.999999)]  # Adam's decay of the mean of their squares
+    weight_decay: NonNegative  # AdamW's
+    clip_norm: Positive  # largest global norm of a gradient; a longer one is scaled down
     moments_dtype: Dtype  # of Adam's moments as they are stored; it computes in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    epochs: CountOrZero  # 0: train.steps counts instead
-    steps: CountOrZero  # 0: train.epochs counts instead
+    epochs: CountOrZero  # passes over the examples; 0: train.steps counts instead
+    steps: CountOrZero  # optimizer steps; 0: train.epochs counts instead
     global_batch_size: Count  # examples per optimizer step
     microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
     one_pass_microbatches: Count  # a global batch of at most so many takes one pass, which keeps them all; else two
-    checkpoint_every: Count  # steps; the last step is always saved
+    checkpoint_every: Count  # steps between checkpoints; the last step is always saved
     keep_checkpoints: CountOrZero  # the latest so many stay; 0: all
     keep_best: str  # a held-out metric of metrics.jsonl: its best checkpoint stays, too; "": none
-    eval_every: CountOrZero  # steps; 0: never
-    log_every: Count  # steps
+    eval_every: CountOrZero  # steps between evaluations on data.eval; 0: never
+    log_every: Count  # steps between lines of metrics.jsonl
     samples: CountOrZero  # prompts answered before and after training, for report.html
     on_bad_numbers: Literal["stop", "skip"]  # a loss or gradient that is not finite: stop, or leave the step out
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: AxisSize  # -1 in one place: the rest of the devices
-    fsdp: AxisSize
-    tensor: AxisSize
+    data: AxisSize  # devices with a copy each, for other rows; -1 in one place: the rest of the devices
+    fsdp: AxisSize  # devices over which rows and parameters are split
+    tensor: AxisSize  # devices over which the heads and widths of each layer are split
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
     rank: CountOrZero  # 0: full fine-tuning
-    alpha: Positive
-    base_quantization: Literal["none", "int8"]
+    alpha: Positive  # the adapters' product is scaled by alpha / rank
+    base_quantization: Literal["none", "int8"]  # of the frozen weights under adapters
     targets: list[str]  # matrices of a layer that get adapters, such as q_proj; []: all
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    gen_length: Count  # tokens
+    gen_length: Count  # tokens of a response
     steps: Count  # denoising steps in all, spread evenly over the blocks
-    block_length: Count  # tokens; gen_length is pure diffusion
-    temperature: NonNegative
-    cfg_scale: NonNegative
-    remasking: Literal["low_confidence", "random"]
-    logits_eos_inf: bool
-    confidence_eos_eot_inf: bool
+    block_length: Count  # tokens that are unmasked together, from left to right; gen_length is pure diffusion
+    temperature: NonNegative  # 0: the likeliest token
+    cfg_scale: NonNegative  # of classifier-free guidance; 0: none
+    remasking: Literal["low_confidence", "random"]  # which positions wait: the least sure ones, or random ones
+    logits_eos_inf: bool  # never write an end of text
+    confidence_eos_eot_inf: bool  # write ends of text and of turns last
     threshold: Fraction  # 0: off; otherwise fill every position whose confidence exceeds it
     cache: Literal["none", "prefix", "dual"]  # reuse of keys and values within a block
     early_stop: bool  # end a response once nothing before its first end-of-text or end-of-turn token is masked
@@ -152,7 +152,7 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    name: str  # of a file of evaluation/judges/, which says what the name may be
+    name: str  # verifiable, chat, or of another file of evaluation/judges/
     model: str  # chat: the judge's model; "": JUDGE_MODEL of the environment
     prompt: Location  # chat: a text file, what to ask; "": the one of this project
     temperature: NonNegative | None  # chat; None: none is sent
@@ -172,7 +172,7 @@ class Benchmarks:
 class Config:
     """One run. Unit and meaning of every key stand beside it."""
 
-    seed: Seed
+    seed: Seed  # of masks, order, subsets, adapters and answers
     model: Model
     data: Data
     objective: Objective

@@ -18,13 +18,20 @@ from typing import Any, NoReturn
 
 import ml_collections
 
-from elbo_kto_jax.runtime import paths, recipes
+from elbo_kto_jax.runtime import paths, recipes, settings
 from elbo_kto_jax.runtime.config import Config, with_later_keys
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import check_writable
 
 _LARGEST = 2**31 - 1  # of counts and seeds on the command line
 _CONSOLE_SCRIPT = "elbo-kto"
+
+
+class _Help(argparse.HelpFormatter):
+    """Help whose texts keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(super(_Help, self)._fill_text(line, width, indent) for line in text.splitlines())
 
 
 def command_line(module: str) -> str:
@@ -55,12 +62,8 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, description: str):
-        super().__init__(
-            prog=_program(command, "python"),
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # an epilog keeps its lines
-        )
+        prog = _program(command, "python")
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
         self._kind: type[Config] = Config
         self._short: dict[str, str] = {}  # attribute of the flags -> config key
 
@@ -81,6 +84,7 @@ class Flags(argparse.ArgumentParser):
             help="recipe, by name, or config file; --config.KEY=VALUE overrides a key"
             + (f" (default: {default})" if default else ""),
         )
+        self.add_argument_group("config keys", settings.in_short(kind))
         if workdir:
             self.add_argument("--workdir", default="", help="working folder (default: runs/NAME_OF_CONFIG)")
         several = self.add_argument_group("several processes", "found by themselves on TPU slices, GKE and SLURM")

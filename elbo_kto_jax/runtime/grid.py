@@ -9,7 +9,7 @@ from elbo_kto_jax.runtime.config import Config, Count, CountOrZero, Location
 class Sweep:
     """A grid of evaluations; a list is an axis of it, to which values may be added later (growth.py)."""
 
-    checkpoints: list[Location]
+    checkpoints: list[Location]  # to evaluate
     tasks: list[Location]  # "win_rate", "elbo", and tasks of lm-evaluation-harness
     sampler: list[dict]  # keys of config.sampler that each setting replaces; {} is config.sampler itself
     draws: list[Count]  # K: masks per example or answer, where a likelihood is estimated

@@ -8,7 +8,7 @@ class Metric(NamedTuple):
 
     Attributes:
       group: of TensorBoard's tags.
-      unit: "" for a bare number.
+      unit: "1" for a bare number.
       meaning: in a few words.
     """
 

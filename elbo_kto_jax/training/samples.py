@@ -62,6 +62,9 @@ class Samples:
         for sample, response in zip(self.found, responses.tokens, strict=True):
             sample[when] = to_text(response, setup.tokenizer, stops)
         self._write()
+        for number, sample in enumerate(self.found, start=1):
+            text = f"{_written(sample.get('prompt', ''))}\n\nanswer {when} training:\n{sample[when]}"
+            self._board.text(f"samples/{number}", text, step)
 
     def forget(self, when: str) -> None:
         """Drops answers that are to be made again: a run that was finished has become longer."""
@@ -72,9 +75,6 @@ class Samples:
     def _write(self) -> None:
         if processes.is_first():
             atomic_write(self._file, json.dumps(self.found, ensure_ascii=False, indent=1))
-        for number, sample in enumerate(self.found, start=1):
-            text = f"{_written(sample.get('prompt', ''))}\n\nanswer {when} training:\n{sample[when]}"
-            self._board.text(f"samples/{number}", text, step)
 
 
 def _written(prompt: list[Message] | str) -> str:
