@@ -13,6 +13,8 @@ import numpy as np
 from elbo_kto_jax import cli
 from launch import comparison
 
+_RATE = "--config.optimizer.learning_rate=1e-4"  # low enough that not every K learns the task
+
 
 def main(argv: list[str]) -> dict[str, Any]:
     flags = cli.Flags("launch.compare_estimators", "Win rates of the quickstart by mask scheme and number of draws.")
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     def arguments(home: Path, cell: str) -> list[str]:
         scheme, k = settings[cell]
         data = f"--config.data.train={home / 'data' / 'feedback.jsonl'}"
-        return [data, f"--config.estimator.scheme={scheme}", f"--config.estimator.draws={k}"]
+        return [data, f"--config.estimator.scheme={scheme}", f"--config.estimator.draws={k}", _RATE]
 
     results, ran = comparison.run_cells(workdir, seeds, list(settings), arguments)
     rows = table(results, seeds, settings)
