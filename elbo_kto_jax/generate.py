@@ -64,7 +64,7 @@ def _parser() -> cli.Flags:
     parser.add_argument("--out", metavar="FILE.jsonl", help="where the responses go")
     parser.add_argument("--infill", action="store_true", help=_INFILL)
     parser.add_argument("--html", metavar="FILE.html", help=f"page that shows how the first {SHOWN} came about")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out and --html")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out, --html and what was left unfinished")
     parser.add_argument("--skip-bad-records", action="store_true", help="list bad records instead of stopping")
     return parser
 

@@ -9,7 +9,7 @@ or bad; one answer per prompt) then aligns it with ELBO-KTO, and both models ans
     WORKDIR/sft/        the fine-tuning run
     WORKDIR/base-hf/    its result as a Hugging Face folder; base/ is that folder converted
     WORKDIR/aligned/    the ELBO-KTO run, with report.html
-    WORKDIR/evaluation/ comparisons.jsonl, report.html
+    WORKDIR/evaluation/ results.json, comparisons.jsonl, report.html
 
 Every stage but the first, which makes data and random weights, is one of the project's own commands, shown before it
 runs. --config.* go to the alignment, and --shuffle-labels takes the information out of its labels: neither that nor

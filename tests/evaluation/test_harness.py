@@ -102,6 +102,10 @@ def test_generated_and_compared_answers(published, tmp_path, task):
     summary = command(published, tmp_path, ",".join(tasks))
     assert set(summary["tasks"]) == {"local_write", "local_choose"}
     assert summary["tasks"]["local_choose"]["acc,none"] in [pytest.approx(n / 3) for n in range(4)]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert {name: of_task["metrics"] for name, of_task in found.items()} == summary["tasks"]
+    assert found["local_write"]["checkpoint"] == str(published)
+    assert {"sampler", "row", "limit"} <= found["local_write"]["settings"].keys()
 
     written = json.loads((tmp_path / "out" / "tasks" / "local_write.json").read_text())
     assert {"results", "configs", "versions", "n-shot", "n-samples", "config", "task_hashes", "chat_template"} <= set(
