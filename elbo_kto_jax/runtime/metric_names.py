@@ -23,6 +23,7 @@ METRICS = {
     "loss": Metric("train", "of the objective; sft: nats per token", "mean over the batch"),
     "grad_norm": Metric("train", "1", "norm of the gradient before clipping"),
     "learning_rate": Metric("train", "1", "that the step was taken with"),
+    "weights_rms": Metric("train", "1", "root mean square of the weights that are trained"),
     "gradient_noise_scale": Metric("train", "examples", "batch size at which half of the gradient is noise"),
     "reward_desirable": Metric("rewards", "nats", "mean reward of the good completions of the batch"),
     "reward_undesirable": Metric("rewards", "nats", "mean reward of the bad ones"),
