@@ -182,7 +182,13 @@ def test_every_config_key_that_names_files_is_resolved():
     locations |= {"config.benchmarks.table", "config.judge.prompt"}
     locations |= {f"config.sweep.{key}" for key in ("checkpoints", "tasks", "baseline", "prompts", "data")}
     found = leaves(grid.SweepConfig)
-    names_of_ours = ["config.objective.name", "config.estimator.scheme", "config.judge.name", "config.judge.model"]
+    names_of_ours = [
+        "config.objective.name",
+        "config.estimator.scheme",
+        "config.train.keep_best",
+        "config.lora.targets",
+    ]
+    names_of_ours += ["config.judge.name", "config.judge.model"]
     assert [key for key, hint in found.items() if hint in (str, list[str])] == names_of_ours
     kinds = (paths.resolve, paths.resolve_all)
     of_paths = {key for key, hint in found.items() if any(kind.__name__ in str(hint) for kind in kinds)}
