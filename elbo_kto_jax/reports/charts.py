@@ -129,13 +129,14 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     """
     if len(series) > SERIES_STYLES:
         raise ValueError(f"line_chart: expected at most {SERIES_STYLES} series, got {len(series)}; split the chart")
-    drawn = [_clean(one) for one in series]
-    x_values = np.concatenate([[], *(one.x for one in drawn)])
-    y_values = np.concatenate([[], *(v for one in drawn for v in (one.y, one.raw, one.low, one.high))])
+    whole_series = [_clean(one) for one in series]
+    x_values = np.concatenate([[], *(one.x for one in whole_series)])
+    y_values = np.concatenate([[], *(v for one in whole_series for v in one[2:])])
     if not np.isfinite(y_values).any():
         return _nothing_to_draw()
 
-    drawn, note = _without_outliers(drawn)
+    clipped, note = _without_outliers(whole_series)
+    drawn = [_thinned(one) for one in clipped]
     y_range = padded_range(np.concatenate([v for one in drawn for v in one[2:]]), from_zero=y_from_zero)
     whole = bool(np.all(x_values == np.round(x_values)))
     x_axis, y_axis, shapes, texts = _frame(value_range(x_values), y_range, x_label, y_label, whole=whole, inset=6.0)
@@ -147,7 +148,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, y_from_z
     for style, name in (("raw s", "raw"), ("s", "y")):  # all faint lines behind all others
         for index, one in enumerate(drawn):
             shapes += _lines(one.x, getattr(one, name), f"{style}{index}", x_axis, y_axis)
-    words = " ".join(_in_words(_clean(one), x_label, y_label) for one in series)
+    words = " ".join(_in_words(one, x_label, y_label) for one in whole_series)
     return Chart(words, shapes, texts, legend=[one.name for one in drawn] if len(drawn) > 1 else (), note=note)
 
 
@@ -214,7 +215,7 @@ def _numbers(values: Numbers) -> np.ndarray:
 
 
 def _clean(series: Series) -> _Drawn:
-    """The series as float64 arrays (NaN for gaps), points without a finite x dropped, long ones downsampled."""
+    """The series as float64 arrays (NaN for gaps), points without a finite x dropped."""
     x, y = _numbers(series.x), _numbers(series.y)
     others = (series.raw, series.low, series.high)
     columns = [y, *(np.full(len(y), np.nan) if values is None else _numbers(values) for values in others)]
@@ -222,13 +223,20 @@ def _clean(series: Series) -> _Drawn:
         lengths = [len(x), *map(len, columns)]
         raise ValueError(f"series {series.name!r}: expected x, y, raw, low and high of one length, got {lengths}")
     located = np.isfinite(x)
-    columns = [values[located] for values in columns]
-    kept = np.unique(np.concatenate([downsample(values) for values in columns]))
-    return _Drawn(series.name, x[located][kept], *(values[kept] for values in columns))
+    return _Drawn(series.name, x[located], *(values[located] for values in columns))
+
+
+def _thinned(series: _Drawn) -> _Drawn:
+    """The series with no more points than a screen can show."""
+    kept = np.unique(np.concatenate([downsample(values) for values in series[2:]]))
+    return _Drawn(series.name, series.x[kept], *(values[kept] for values in series[2:]))
 
 
 def _without_outliers(drawn: list[_Drawn]) -> tuple[list[_Drawn], str]:
-    """The series with outliers moved to the edge of the others, and words for them; "" without any."""
+    """The series with outliers moved to the edge of the others, and words for them; "" without any.
+
+    The series must be whole: of a thinned one, which keeps few points but every extreme, the counts would be wrong.
+    """
     values = np.concatenate([one.raw if np.isfinite(one.raw).any() else one.y for one in drawn])
     if not np.isfinite(values).any():
         return drawn, ""

@@ -45,6 +45,14 @@ def test_outliers_are_drawn_at_the_edge_and_said():
     assert two.note == "2 values lie outside the picture and are drawn at its edge; the farthest is −1,000,000."
 
 
+def test_every_outlier_of_a_long_series_is_counted():
+    """Ten in a row stand where the drawing has room for a few points; the note is about the values, not the points."""
+    values = np.linspace(0.0, 1.0, 4000)
+    values[1000:1010] = 1e6
+    chart = line_chart([Series("a", range(4000), values)], x_label="x", y_label="y")
+    assert chart.note.startswith("10 values lie outside")
+
+
 @pytest.mark.parametrize("values", [[*[1.0] * 20, 1e6], np.exp(-np.arange(200) / 40), np.linspace(-5, 5, 200)])
 def test_few_values_and_smooth_curves_have_no_outliers(values):
     assert line_chart([Series("a", range(len(values)), values)], x_label="x", y_label="y").note == ""
