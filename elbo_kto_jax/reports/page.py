@@ -28,7 +28,8 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_BETWEEN_PARTS = re.compile(r"(?<=[/_.\-=])(?=\w)")  # of a path or a key
+# Parts of a path or a key. Not after the point or the minus of a number: 0.410, 1e-06.
+_BETWEEN_PARTS = re.compile(r"(?<=[/_=])(?=\w)|(?<=[.\-])(?=[^\W\d])")
 
 
 def _breakable(text: object) -> Markup:

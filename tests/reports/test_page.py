@@ -54,6 +54,18 @@ def test_contrast(colours):
         assert _contrast(colours[line], colours["card"]) >= 3, line
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("/runs/kto_mix-a/check.npz", ["/", "runs/", "kto_", "mix-", "a/", "check.", "npz"]),
+        ("from 0.503 to 0.410, 1e-06 of -2", ["from 0.503 to 0.410, 1e-06 of -2"]),
+        ("a/<b>", ["a/&lt;b&gt;"]),
+    ],
+)
+def test_lines_break_between_the_parts_of_a_path_and_inside_no_number(text, parts):
+    assert page._breakable(text).split("<wbr>") == parts
+
+
 def test_both_schemes_define_the_same_colours():
     assert LIGHT.keys() == DARK.keys()
     set_by_elements = {"colour", *re.findall(r"\.l\d \{ --([\w-]+):", STYLE)}
