@@ -69,6 +69,14 @@ def test_every_chart_can_be_downloaded(tmp_path):
     assert len(drawing.findall(".//{*}path")) == len(list(drawn.iter("path")))
 
 
+def test_a_saved_chart_says_what_lies_outside_of_it(tmp_path):
+    metrics = [{"step": i, "loss": 0.5, "grad_norm": 1e6 if i in (7, 9) else 1.0 + i} for i in range(300)]
+    drawing = _report(tmp_path, metrics=metrics).downloads["gradient-norm.svg"]
+    assert "2 values lie outside the picture and are drawn at its edge the farthest is 1,000,000." in " ".join(
+        words(text) for text in drawing.findall(".//{*}text")
+    )
+
+
 def test_sft_has_no_rewards(tmp_path):
     metrics = [{"step": i, "loss": 2.0 / i, "grad_norm": 1.0, "learning_rate": 1e-5} for i in (1, 2)]
     seen = _report(tmp_path, metrics=metrics, summary={"steps": 2}, samples=[])
