@@ -53,7 +53,7 @@ _TRAIN = {
     "steps": 0,
     "global_batch_size": 32,  # [ours] the paper states one example per device and no device count
     "microbatch_tokens": 4096,  # [ours] one row per chip, what a 16 GB chip holds
-    "one_pass_microbatches": 1,  # [ours] more of them: faster, where they fit
+    "residuals": "auto",  # [ours] the fastest that fits; the paper keeps them on the device, for one example
     "checkpoint_every": 100,  # [ours]
     "keep_checkpoints": 2,  # [ours] each is 95 GB; 0: all
     "keep_best": "eval_loss",  # [ours] where eval_every is set, the best by this stays, too; "": none

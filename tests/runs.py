@@ -24,7 +24,7 @@ SMALL = {
     "train.steps": 5,
     "train.global_batch_size": 4,
     "train.microbatch_tokens": 32,
-    "train.one_pass_microbatches": 1,
+    "train.residuals": "auto",
     "train.checkpoint_every": 2,
     "train.keep_checkpoints": 0,  # tests look at earlier steps
     "train.samples": 0,

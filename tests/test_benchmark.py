@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,10 +38,10 @@ def arguments(tiny_checkpoint, tmp_path, monkeypatch):
     ("flag", "variant", "labels", "with_peer"),
     cases(
         [
-            ("train.one_pass_microbatches=99", "two_passes", ["ours, one pass", "ours, two passes"], False),
+            ("train.residuals=device", "recompute", ["ours, one pass", "ours, two passes"], False),
             pytest.param(
-                "train.one_pass_microbatches=1",
-                "one_pass",
+                "train.residuals=recompute",
+                "device",
                 ["ours, two passes", "ours, one pass"],
                 True,
                 marks=needs_torch,
@@ -80,36 +81,41 @@ def test_summary_and_files(arguments, tmp_path, capsys, monkeypatch, flag, varia
     assert "reference pass, ours  " in text
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, [False, True, False]), (99, [True, True, False])])
-def test_the_worker_takes_the_passes_that_it_is_asked_for(tiny_checkpoint, tmp_path, monkeypatch, most, expected):
-    """As configured, one, two."""
+@pytest.mark.parametrize("configured", ["recompute", "host"])
+def test_the_worker_keeps_residuals_where_it_is_asked_to(tiny_checkpoint, tmp_path, monkeypatch, capsys, configured):
+    """As configured, and as each request says; what does not fit is told."""
     settings = {
         "model.path": tiny_checkpoint,
         "data.train": runs.write_jsonl(tmp_path / "data.jsonl", runs.records(20)),
         "train.global_batch_size": 20,
-        "train.one_pass_microbatches": most,
+        "train.residuals": configured,
     }
     flags = cli.Flags("test", "")
     flags.add_config()
     _, config = flags.parse(runs.flags(settings))
-    one_pass = []
+    ways = []
 
     def train_step(programs, state, batch, reference):
         assert len(batch.micro_batches) > 1
-        one_pass.append(programs.scorer.takes_one_pass(batch.micro_batches))
+        ways.append(programs.scorer.residuals)
+        if len(ways) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return state, {"reward": np.zeros(20)}
 
     train = {"do": "train", "elbo_ref": [0.0] * 20}
     requests = [
         {"config": config.to_dict(), "records": 20},
         train,
-        {**train, "one_pass": True},
-        {**train, "one_pass": False},
+        {**train, "residuals": "device"},
+        {**train, "residuals": "recompute"},
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(request) + "\n" for request in requests)))
     monkeypatch.setattr(worker, "train_step", train_step)
     worker.main()
-    assert one_pass == expected
+    assert ways == [configured, "device", "recompute"]
+    *_, fits, too_large = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "seconds" in fits
+    assert too_large == {"too_large": "RESOURCE_EXHAUSTED: Out of memory"}
 
 
 @pytest.mark.parametrize(

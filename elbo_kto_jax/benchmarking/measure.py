@@ -25,6 +25,7 @@ from elbo_kto_jax.benchmarking import agreement
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.runtime.config import Config, Estimator
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.scoring.scorer import Kept
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.setup import Setup
 
@@ -33,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / "tests" / "peer" / "torch_elbo_kto.py"
 MEMORY_DRAWS = (1, 4, 8)
 PADDED_RECORDS = 2  # that the padded peer runs a round: each costs it the same
-VARIANTS = ("one_pass", "two_passes")  # of our training step, beside the one that is configured
+# Where our training step may keep its residuals; the ways that are not configured are measured beside it.
+VARIANTS: tuple[Kept, ...] = ("device", "host", "recompute")
 EQUAL_VARIANCE = (Estimator(4, "balanced"), Estimator(8, "uniform"))  # docs/estimators.md
 _WHOLE_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # in one piece
 REWARD_SPREAD = 3.0  # nats: rewards that a loss can be compared at, though policy and reference are one model
@@ -57,13 +59,15 @@ class Plan:
     def passes(self) -> dict[str, dict]:
         """Our kinds of training step, and what asks the worker for them: "ours" is as configured.
 
-        Both are asked for by name, so that each is of one kind whatever the number of draws.
+        All are asked for by name, so that each is of one kind whatever the number of draws.
         """
         micro_batches = len(self.setup.data.micro_batches(np.arange(self.records)))
         if micro_batches == 1:
             return {"ours": {}}
-        one_pass = micro_batches <= self.config.train.one_pass_microbatches
-        return {"ours": {"one_pass": one_pass}, VARIANTS[one_pass]: {"one_pass": not one_pass}}
+        ours = self.setup.residuals
+        here = [way for way in VARIANTS if way != "host" or jax.default_backend() != "cpu"]  # there it is one memory
+        others: dict[str, dict] = {way: {"residuals": way} for way in here if way != ours}
+        return {"ours": {"residuals": ours}, **others}
 
     def rewards(self) -> tuple[np.ndarray, float]:
         """What is added to a side's own B_ref, so that its rewards are minus this, and their reference point."""
@@ -225,10 +229,22 @@ def _requests(plan: Plan, side: str, worker: Worker) -> list[Request]:
 
 
 def _run_rounds(requests: Iterable[Request], plan: Plan, found: dict[str, list[dict]], bar: tqdm) -> None:
-    """Adds every round's answers to `found`, but for those of the first round, which warms up."""
+    """Adds every round's answers to `found`, but for those of the first round, which warms up.
+
+    A way of ours for which there is not enough memory is left out.
+    """
+    too_large = set()
     for number in range(plan.rounds + 1):
         for name, worker, request in requests:
-            answer = worker.ask(**request)
+            answer = {} if name in too_large else worker.ask(**request)
+            if "too_large" in answer and name.removesuffix(".train") not in VARIANTS:
+                raise UserError(f"{name}: not enough memory ({answer['too_large'][:300]}); choose fewer --layers")
+            if "too_large" in answer:
+                log.warning("%s does not fit: %s", name, answer["too_large"][:300])
+                too_large.add(name)
+            if name in too_large:
+                bar.update()
+                continue
             if "count" in request:
                 answer["per_record"] = answer["seconds"] / request["count"]
             if number:
@@ -245,6 +261,7 @@ def _compare(plan: Plan, found: dict[str, list[dict]]) -> list[agreement.Differe
     return [
         difference
         for side in plan.passes()
+        if f"{side}.train" in last
         for difference in agreement.compare(
             side, last[f"{side}.train"] | {"elbo": elbo}, peer, hidden, beta=beta, dtype=dtype
         )
@@ -260,7 +277,7 @@ def _hidden(plan: Plan) -> np.ndarray:
 def _memory(plan: Plan, passes: dict[str, dict], bar: tqdm) -> dict[str, dict[str, int | None]]:
     """Peak memory of a training step in bytes, by side and number of draws, each in a fresh process.
 
-    None: the process stopped, which is what one that needs more memory than there is does.
+    None: it needs more memory than there is, which it said, or at which it stopped.
     """
     noise, z0 = plan.rewards()
     train = {"do": "train", "elbo_ref": noise.tolist(), "z0": z0}
@@ -273,7 +290,8 @@ def _memory(plan: Plan, passes: dict[str, dict], bar: tqdm) -> dict[str, dict[st
         for side, (who, request) in asked.items():
             try:
                 with plan.start(who, k) as worker:
-                    peak = worker.ask(**request)["peak_bytes"]
+                    answer = worker.ask(**request)
+                peak = answer.get("peak_bytes")
             except UserError as error:
                 log.warning("%s, K = %d: %s", side, k, error)
                 peak = None
@@ -349,7 +367,7 @@ def _setting(plan: Plan, mean_tokens: float, peak: float, peer_peak: float | Non
         "max_length": config.data.max_length,
         "mean_tokens": mean_tokens,
         "microbatch_tokens": config.train.microbatch_tokens,
-        "one_pass_microbatches": config.train.one_pass_microbatches,
+        "residuals": plan.setup.residuals,
         "remat": config.model.remat,
         "peer_checkpointing": plan.peer_checkpointing,
         "matrix_peak_flops": peak,

@@ -7,7 +7,11 @@ from elbo_kto_jax.reports.page import Figure, Table, flattened, write_page
 from elbo_kto_jax.runtime import terminal
 
 _WORK = {"train": "training step", "reference": "reference pass"}
-_VARIANTS = {"one_pass": "ours, one pass", "two_passes": "ours, two passes"}
+_VARIANTS = {
+    "device": "ours, one pass",
+    "host": "ours, one pass, residuals on the host",
+    "recompute": "ours, two passes",
+}
 _NOTE = (
     "Useful FLOPs: real tokens and hidden positions only, three forward passes' worth for a training step. "
     "In brackets: lowest and highest ratio of the rounds."
@@ -52,16 +56,15 @@ def write_report(path: Path, result: dict) -> None:
 
 
 def _labels(result: dict) -> dict[str, str]:
-    """What the sides are called; our step as configured by its passes, where the other kind stands beside it."""
-    other = {"two_passes": "one_pass", "one_pass": "two_passes"}
-    ours = [_VARIANTS[other[variant]] for variant in result["variants"]] or ["ours"]
+    """What the sides are called; our step by where it keeps its residuals, where another way stands beside it."""
+    ours = _VARIANTS[result["setting"]["residuals"]] if len(result["memory"].keys() & _VARIANTS.keys()) else "ours"
     peers = {
         "padded": "peer, padded",
         "true": "peer, true length",
         "equal": "peer, padded, uniform K = 8 (variance as ours)",
         "peer": "peer, padded",
     }
-    return {"ours": ours[0], **_VARIANTS, **peers}
+    return {"ours": ours, **_VARIANTS, **peers}
 
 
 def _figures(result: dict, work: str) -> dict[str, tuple[str, dict]]:

@@ -7,7 +7,8 @@ JSON line; that to the first says with what we compute:
     {"do": "reference"}                        elbo: B_ref of every record, nats
     {"do": "train", "elbo_ref": [...]}         loss, rewards (nats), reference_point, grad_norm of one optimizer step
 
-"one_pass": true or false says how many passes such a step takes over its micro-batches; without it, the config does.
+"residuals" says where such a step keeps them, as config.train.residuals does; without it, the config says so. A request
+that needs more memory than there is is answered by {"too_large": "..."}.
 """
 
 import functools
@@ -27,6 +28,7 @@ import numpy as np
 from elbo_kto_jax.models.layers import matmul_precision
 from elbo_kto_jax.models.network import abstract_params
 from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.scoring.scorer import Kept, Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training.setup import prepare
@@ -47,7 +49,7 @@ def main() -> None:
     shardings = train_state.state_shardings(tx, abstract_params(setup.model), setup.mesh, setup.model.config)
     scorer = setup.scorer()
     programs = build_programs(scorer, setup.objective, draws=draws, tx=tx, shardings=shardings)
-    passes = {None: config.train.one_pass_microbatches, True: sys.maxsize, False: 1}
+    scorers: dict[Kept | None, Scorer] = {None: scorer}
     params = setup.load_params(config.model.path, "--config.model.path")
 
     def reference(batch: Batch, request: dict) -> Callable[[], dict]:
@@ -59,7 +61,10 @@ def main() -> None:
     def train(batch: Batch, request: dict) -> Callable[[], dict]:
         state = train_state.init_state(tx, jax.tree.map(jnp.copy, params), shardings)  # steps donate it
         elbo_ref = np.repeat(np.asarray(request["elbo_ref"], np.float32), draws)
-        asked = programs._replace(scorer=scorer.with_one_pass_up_to(passes[request.get("one_pass")]))
+        way: Kept | None = request.get("residuals")
+        if way is not None and way not in scorers:
+            scorers[way] = scorer.keeping(way)
+        asked = programs._replace(scorer=scorers[way])
 
         def run() -> dict:
             new, metrics = jax.block_until_ready(train_step(asked, state, batch, elbo_ref))
@@ -80,10 +85,19 @@ def main() -> None:
             answer = {"flops": matrix_peak(config.model.dtype)}
             continue
         run = {"reference": reference, "train": train}[request["do"]](setup.data.batch_of(records), request)
-        began = time.perf_counter()
+        answer = timed(run)
+
+
+def timed(run: Callable[[], dict]) -> dict:
+    """The answer of `run`, its seconds, and this process's peak memory; or that there is not enough memory for it."""
+    began = time.perf_counter()
+    try:
         answer = run()
-        answer["seconds"] = time.perf_counter() - began
-        answer["peak_bytes"] = peak_bytes()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"too_large": str(error).splitlines()[0]}
+    return answer | {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
 
 
 def peak_bytes() -> int:

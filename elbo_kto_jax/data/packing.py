@@ -87,12 +87,22 @@ def pack_own(
     longest = max(lengths, default=0)
     if longest > layout.length:
         raise ValueError(f"segments: expected at most {layout.length} tokens, got {longest}")
-    bins = first_fit(lengths, layout.length, layout.slots) if layout.packed else [[i] for i in range(len(lengths))]
+    bins = _bins(lengths, layout)
 
     def own_of(bins: list[list[int]]) -> list[list[Segment]]:
         return [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(bins)]
 
     return [_micro_batch(own_of(bins[at : at + layout.rows]), layout) for at in range(0, len(bins), layout.rows)]
+
+
+def count_micro_batches(lengths: Sequence[int], layout: Layout) -> int:
+    """How many micro-batches `pack` makes of segments of these lengths."""
+    return -(-len(_bins(lengths, layout)) // layout.rows)
+
+
+def _bins(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
+    """Which segments each row holds."""
+    return first_fit(lengths, layout.length, layout.slots) if layout.packed else [[i] for i in range(len(lengths))]
 
 
 def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -19,6 +20,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.lora import Linear
 
 CACHE = "cache"  # the collection of keys and values
+LAYER_INPUT = "layer_input"  # the name of what every backward pass through a layer needs
 INITIALIZERS = {
     "normal": nn.initializers.normal(0.02),
     "ones": nn.initializers.ones,
@@ -84,6 +86,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids, key_segment_ids):
+        x = checkpoint_name(x, LAYER_INPUT)
         h = self.norm("attn_norm")(x)
         q, k, v = (self.heads(name, h) for name in ("q_proj", "k_proj", "v_proj"))
         if ("blocks", "q_norm", "scale") in registry.parameters(self.config):

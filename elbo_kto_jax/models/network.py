@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from elbo_kto_jax.models import registry, rope
 from elbo_kto_jax.models.attention_plain import SAVED
 from elbo_kto_jax.models.config import ModelConfig
-from elbo_kto_jax.models.layers import CACHE, INITIALIZERS, Block, RMSNorm, matmul_precision
+from elbo_kto_jax.models.layers import CACHE, INITIALIZERS, LAYER_INPUT, Block, RMSNorm, matmul_precision
 
 Params = Any  # the tree above
 
@@ -42,6 +42,28 @@ REMAT_POLICIES = {
 }
 
 
+def remat_policy(remat: str, on_host: bool) -> Callable[..., Any]:
+    """What a layer's backward pass keeps; `on_host`: in the host's memory, from which it fetches a layer at a time.
+
+    "none" is then as "dots": what it keeps besides, weights too, takes less time to compute again than to fetch.
+    """
+    if not on_host:
+        return REMAT_POLICIES[remat]
+    names = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded={"full": (LAYER_INPUT,)}.get(remat, (LAYER_INPUT, SAVED)),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    products = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+    def dots(primitive, *operands, **parameters):
+        policy = products if primitive.name == "dot_general" else names
+        return policy(primitive, *operands, **parameters)
+
+    return names if remat in ("full", "attention") else dots
+
+
 class MaskPredictor(nn.Module):
     """tokens -> hidden states; `logits` turns hidden states into logits.
 
@@ -54,6 +76,7 @@ class MaskPredictor(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
+    residuals_on_host: bool = False  # what the layers' backward pass keeps lies in the host's memory
     mesh: Mesh | None = None  # over which the rows are spread; None: they are not
     gather: Callable[[Params], Params] | None = None  # makes a layer's parameters whole; None: they are
 
@@ -69,7 +92,7 @@ class MaskPredictor(nn.Module):
         block = Block
         if self.gather is not None:
             block = nn.map_variables(Block, "params", lambda tree: {"params": self.gather(tree["params"])})
-        layer = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layer = nn.remat(block, policy=remat_policy(self.remat, self.residuals_on_host), prevent_cse=False)
         scanned = nn.scan(
             layer,
             variable_axes={"params": 0, CACHE: 0},

@@ -3,8 +3,9 @@
 Peak FLOP/s (bfloat16), HBM bandwidth and the bandwidth of the links between chips are those of Google's documentation
 (docs.cloud.google.com/tpu/docs/v5e, v6e, v5p, v4, tpu7x; one direction of a link is the published bidirectional
 bandwidth of a chip over twice its ports, for v4 the bisection bandwidth of a pod over its links). Usable HBM is what
-the compiler of libtpu 0.0.52 says it has when it refuses a program. Where a chip is two devices (v4 and tpu7x as libtpu
-describes them), all figures are those of a device.
+the compiler of libtpu 0.0.52 says it has when it refuses a program. Google does not publish the bandwidth between chip
+and host: 16 GB/s is that of PCIe 3 with 16 lanes, and v6e has twice as much. Where a chip is two devices (v4 and tpu7x
+as libtpu describes them), all figures are those of a device.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ class Chip:
     usable_bytes: float  # of HBM
     hbm: float  # bytes per second
     link: float  # bytes per second, one link in one direction
+    host: float  # bytes per second between a device and its host, in one direction
     shapes: tuple[str, ...]  # of the slices that are planned for
     devices: int = 1  # per chip
 
@@ -30,11 +32,11 @@ _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GIB = 2**30
 CHIPS = {
-    "v4": Chip(275e12 / 2, 15.25 * _GIB, 1200e9 / 2, 50e9 / 2, _CUBE, devices=2),
-    "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 50e9, _PLANE),
-    "v5p": Chip(459e12, 95.73 * _GIB, 2765e9, 100e9, _CUBE),
-    "v6e": Chip(918e12, 31.24 * _GIB, 1638e9, 100e9, _PLANE),
-    "tpu7x": Chip(2307e12 / 2, 94.74 * _GIB, 7380e9 / 2, 100e9 / 2, _CUBE, devices=2),
+    "v4": Chip(275e12 / 2, 15.25 * _GIB, 1200e9 / 2, 50e9 / 2, 16e9 / 2, _CUBE, devices=2),
+    "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 50e9, 16e9, _PLANE),
+    "v5p": Chip(459e12, 95.73 * _GIB, 2765e9, 100e9, 16e9, _CUBE),
+    "v6e": Chip(918e12, 31.24 * _GIB, 1638e9, 100e9, 32e9, _PLANE),
+    "tpu7x": Chip(2307e12 / 2, 94.74 * _GIB, 7380e9 / 2, 100e9 / 2, 16e9 / 2, _CUBE, devices=2),
 }
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v5": "v5p", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _COUNTED_IN_CORES = ("v4", "v5p", "tpu7x")  # v5p-8 has four chips

@@ -1,13 +1,11 @@
 """Estimates, made before anything is compiled: they order the candidates of a search, and no more."""
 
-from collections.abc import Collection
-
 import jax.numpy as jnp
 import numpy as np
 
-from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
+from elbo_kto_jax.models.memory import parameters
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.workload import Workload
@@ -17,18 +15,6 @@ from elbo_kto_jax.runtime.config import Config
 def row_flops(model: ModelConfig, length: int) -> float:
     """FLOPs of a forward pass over one whole row of which half is scored."""
     return forward_flops(model, np.array([length]), np.array([length / 2]))
-
-
-def parameters(model: ModelConfig) -> int:
-    """Numbers in all parameters."""
-    return sum(row.size for row in registry.parameters(model).values())
-
-
-def adapters(model: ModelConfig, rank: int, targets: Collection[str] = ()) -> int:
-    """Weights in the adapters of all matrices of the blocks, or of the `targets`."""
-    matrices = [row for row in registry.parameters(model).values() if row.is_matrix]
-    shapes = [row.shape for row in matrices if not targets or row.path[1] in targets]
-    return sum(layers * rank * (rows + columns) for layers, rows, columns in shapes)
 
 
 def recomputed(model: ModelConfig, remat: str, length: int) -> float:
@@ -67,32 +53,6 @@ def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str
         times = 2 * model.n_layers * (gathers + (name in ("grad", "backward")))
         found.append(hlo.Collective("all-reduce", states, mesh["tensor"], False, times))
     return hlo.Cost(passes * forward, tuple(found))
-
-
-def estimated_bytes(config: Config, model: ModelConfig, mesh: dict[str, int], waiting: int) -> float:
-    """Bytes per chip of the gradient's program and of what lies beside it; for `waiting` see `Workload`."""
-    item, stored = jnp.dtype(config.model.dtype).itemsize, jnp.dtype(config.model.param_dtype).itemsize
-    moments = 2 * jnp.dtype(config.optimizer.moments_dtype).itemsize
-    shards = mesh["fsdp"] * mesh["tensor"]
-    trained = parameters(model) / shards
-    base = 0.0
-    if config.lora.rank:
-        base = trained * (1 if config.lora.base_quantization == "int8" else item)
-        trained *= adapters(model, config.lora.rank, config.lora.targets) / parameters(model)
-    accumulator = 0 if waiting and config.train.one_pass_microbatches == 1 else 4
-    state = trained * (stored + moments + accumulator + stored)  # parameters, Adam, accumulator, a new gradient
-    tokens = max(1, config.train.microbatch_tokens // config.data.max_length) * config.data.max_length
-    d, f = model.d_model, model.mlp_hidden_size / mesh["tensor"]
-    attention = model.n_heads * model.head_dim / mesh["tensor"]
-    kept = {
-        "full": d,
-        "attention": d + attention,
-        "dots": 2 * d + 4 * attention + d + 2 * f,
-        "none": 6 * d + 6 * attention + 5 * f,
-    }[config.model.remat] * item
-    head = model.d_model * model.embedding_size / mesh["tensor"] * (2 * item + 4)
-    layer = 2 * 2 * layer_matrices(model) / mesh["tensor"] * item + tokens * (8 * d + 4 * f) * item
-    return base + state + max(1, waiting) * tokens * model.n_layers * kept + max(head, layer) + 12 * tokens * d
 
 
 def estimated_step(

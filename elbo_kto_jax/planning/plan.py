@@ -2,7 +2,8 @@
 
 All times are bounds: no chip was asked. Of one program on one chip,
 
-    seconds = max(FLOPs / peak, HBM bytes / HBM bandwidth, overlapped bytes / link bandwidth)
+    seconds = max(FLOPs / peak, HBM bytes / HBM bandwidth, overlapped bytes / link bandwidth,
+                  residuals' bytes / bandwidth to the host)
               + exposed bytes / link bandwidth
 
 where overlapped and exposed collectives are those that the compiler lets run beside other work and those for which it
@@ -12,23 +13,29 @@ waits. A step is the sum of its programs over its micro-batches, and
 
 with the model FLOPs of whole rows: as many forward passes' worth (models/flops.py) as the method cannot do without, 3
 for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for the estimates where they need
-a pass of their own (a batch of more than train.one_pass_microbatches), and 1 where the reference is online; half of a
+a pass of their own (train.residuals="recompute"), and 1 where the reference is online; half of a
 row's tokens are scored. What rematerialisation computes again is work of the program, not of the model. Rows that a
 batch does not fill lower the tokens per second, not the mfu_bound.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elbo_kto_jax import objectives
 from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.memory import step_bytes
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.estimate import estimated_cost, row_flops
-from elbo_kto_jax.planning.programs import Compiled, compile_programs, topology_devices, versions
+from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, compile_programs, topology_devices, versions
 from elbo_kto_jax.planning.workload import Workload, mesh_sizes, workload
 from elbo_kto_jax.runtime.config import Config
+from elbo_kto_jax.training.residuals import fastest_first
+
+log = logging.getLogger(__name__)
+_HOPELESS = 1.25  # times the usable memory, by estimate: not worth minutes of compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +46,11 @@ class Seconds:
     hbm: float
     overlapped: float
     exposed: float
+    host: float = 0.0  # of residuals, to the host's memory or from there
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.hbm, self.overlapped) + self.exposed
+        return max(self.compute, self.hbm, self.overlapped, self.host) + self.exposed
 
 
 def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -> Seconds:
@@ -54,7 +62,13 @@ def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -
             c.bytes * c.times / topology.bandwidth(c.group) for c in cost.collectives if c.overlapped == overlapped
         )
 
-    return Seconds(cost.flops / chip.flops, program.hbm_bytes / chip.hbm, communication(True), communication(False))
+    return Seconds(
+        compute=cost.flops / chip.flops,
+        hbm=program.hbm_bytes / chip.hbm,
+        overlapped=communication(True),
+        exposed=communication(False),
+        host=program.transferred / chip.host,
+    )
 
 
 def model_passes(config: Config, one_pass: bool) -> int:
@@ -82,15 +96,45 @@ def step_seconds(config: Config, work: Workload, seconds: Mapping[str, Seconds])
 def plan(config: Config, model: ModelConfig, topology: Topology, examples: int, mean_tokens: float) -> dict[str, Any]:
     """Compiles every program and says what became of it; see the module.
 
+    Where the config leaves it open where residuals are kept, the first way that fits, of the fastest first.
+
     Raises:
       UserError: the settings do not fit together.
       DoesNotFit: the compiler refused a program.
     """
     devices = topology_devices(topology)
     mesh = mesh_sizes(config, len(devices))
-    work = workload(config, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-    compiled = list(compile_programs(config, model, devices, waiting=work.waiting, sampler=True))
-    return result(config, model, topology, work, compiled, examples, mean_tokens)
+    for option in ways(config, model, mesh, topology, examples, mean_tokens):
+        work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
+        is_last = option.train.residuals == "recompute" or option == config
+        try:
+            compiled = list(compile_programs(option, model, devices, micro_batches=work.micro_batches, sampler=True))
+        except DoesNotFit as refusal:
+            if is_last:
+                raise
+            log.info("train.residuals=%s does not fit: %s", option.train.residuals, refusal)
+            continue
+        found = result(option, model, topology, work, compiled, examples, mean_tokens)
+        if found["fits"] or is_last:
+            return found
+        log.info("train.residuals=%s does not fit", option.train.residuals)
+    raise AssertionError("the last way is always returned or refused")
+
+
+def ways(
+    config: Config, model: ModelConfig, mesh: dict[str, int], topology: Topology, examples: int, mean_tokens: float
+) -> list[Config]:
+    """The config with each place of residuals that it allows, the fastest first; not those far from fitting."""
+    if config.train.residuals != "auto":
+        return [config]
+    options = []
+    for residuals in fastest_first(objectives.build(config.objective).needs, config.model.remat):
+        option = dataclasses.replace(config, train=dataclasses.replace(config.train, residuals=residuals))
+        work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
+        size = step_bytes(option, model, mesh, work.waiting)
+        if size <= _HOPELESS * topology.chip.usable_bytes or residuals == "recompute":
+            options.append(option)
+    return options
 
 
 def result(
@@ -151,7 +195,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "param_dtype": config.model.param_dtype,
         "moments_dtype": config.optimizer.moments_dtype,
         "microbatch_tokens": config.train.microbatch_tokens,
-        "one_pass_microbatches": config.train.one_pass_microbatches,
+        "residuals": config.train.residuals,
     }
 
 
@@ -161,6 +205,7 @@ def _assumed(topology: Topology) -> dict[str, float]:
         "peak_flops": topology.chip.flops,
         "hbm_bytes_per_second": topology.chip.hbm,
         "link_bytes_per_second": topology.chip.link,
+        "host_bytes_per_second": topology.chip.host,
         "all_chips_bytes_per_second": topology.bandwidth(topology.devices),
         "one_axis_bytes_per_second": topology.bandwidth(max(topology.sides) * topology.chip.devices),
     }

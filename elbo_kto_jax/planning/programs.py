@@ -52,7 +52,8 @@ class Compiled:
     outputs: int
     aliased: int  # outputs that take the place of arguments
     temporaries: int
-    host: int  # of temporaries, in the host's memory
+    host: int  # in the host's memory: temporaries, and residuals of all micro-batches that wait there
+    transferred: int  # residuals that go to the host, or come from there
     resident: int  # what the run keeps on the chip besides, while the program runs
     hbm_bytes: float  # read and written, loop bodies counted once: a lower bound
     cost: hlo.Cost | None  # None: the compiler would not print the program
@@ -93,11 +94,12 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, waiting: int, sampler: bool
+    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, micro_batches: int, sampler: bool
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes.
+    `micro_batches` are those of a step: in one pass the residuals of all of them wait at once. Where those are kept has
+    to be said by the config.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -112,13 +114,15 @@ def compile_programs(
     shardings = train_state.state_shardings(tx, train_state.abstract_trained(model, config.lora), mesh, model_config)
     shapes = _shapes(config, model, mesh, tx, shardings)
     objective, draws = objectives.build(config.objective), config.estimator.draws
-    scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws)
+    residuals = config.train.residuals
+    if residuals == "auto":
+        raise ValueError("config.train.residuals: expected one that is resolved, got 'auto'")
+    scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws, residuals=residuals)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
     compiler = _Compiler(config, model_config, mesh, shapes, online=online)
-    if waiting:
-        accumulates = config.train.one_pass_microbatches > 1
-        yield from _one_pass(compiler, scorer, programs, shapes, waiting, online=online, accumulates=accumulates)
+    if scorer.takes_one_pass:
+        yield from _one_pass(compiler, scorer, programs, shapes, micro_batches, online=online)
     else:
         weights, estimates, rows = shapes.weights, shapes.estimates, shapes.rows
         yield compiler.run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
@@ -210,6 +214,7 @@ class _Compiler:
             aliased=memory.alias_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,
             host=memory.host_temp_size_in_bytes,
+            transferred=memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes,
             resident=self._held - bytes_on_chip(kept),
             hbm_bytes=(compiled.cost_analysis() or {}).get("bytes accessed", 0.0),
             cost=self._cost(name, compiled),
@@ -235,22 +240,22 @@ def _one_pass(
     scorer: Scorer,
     programs: Programs,
     shapes: _Shapes,
-    waiting: int,
+    micro_batches: int,
     *,
     online: bool,
-    accumulates: bool,
 ) -> Iterator[Compiled]:
-    """The forward and the backward pass of a step whose `waiting` micro-batches are kept between them."""
+    """The forward and the backward pass of a step that keeps all its micro-batches between them."""
     arguments = shapes.weights, shapes.estimates, shapes.rows
     forward, found = compiler.run("forward", scorer.forward, *arguments, kept=shapes.weights)
     handed_out = found.outputs - found.aliased  # what a backward pass needs
     # Beside the last of them, or all while the reference is scored; beside the first to go back, the others.
-    yield _beside(found, (waiting - 1 + online) * handed_out)
+    waiting = micro_batches - 1 + online
+    yield _beside(found, waiting * handed_out, micro_batches * found.transferred)
     _, pull_back = jax.tree.map(_abstract, scorer.forward.eval_shape(*arguments), forward.output_shardings)
-    total = shapes.grads if accumulates else None
+    total = shapes.grads if micro_batches > 1 else None
     to_go_back = pull_back, shapes.weights, total, shapes.rows, shapes.cotangent
     found = compiler.run("backward", programs.backward, *to_go_back, kept=shapes.weights)[1]
-    yield _beside(found, (waiting - 1) * handed_out)
+    yield _beside(found, (micro_batches - 1) * handed_out, micro_batches * found.transferred)
 
 
 def _sampler(compiler: _Compiler, config: Config, model: MaskPredictor, params: Any, mesh: Mesh) -> Compiled:
@@ -274,9 +279,9 @@ def _everywhere(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtyp
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rules.replicated(mesh))
 
 
-def _beside(program: Compiled, size: int) -> Compiled:
+def _beside(program: Compiled, on_chip: int, on_host: int) -> Compiled:
     """The program with so many bytes more that lie beside it."""
-    return dataclasses.replace(program, resident=program.resident + size)
+    return dataclasses.replace(program, resident=program.resident + on_chip, host=program.host + on_host)
 
 
 def bytes_on_chip(tree: Any) -> int:

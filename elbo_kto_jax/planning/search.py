@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from elbo_kto_jax.models.config import ModelConfig
+from elbo_kto_jax.models.memory import step_bytes
 from elbo_kto_jax.planning.chips import Topology, larger
-from elbo_kto_jax.planning.estimate import estimated_bytes, estimated_step
-from elbo_kto_jax.planning.plan import result
+from elbo_kto_jax.planning.estimate import estimated_step
+from elbo_kto_jax.planning.plan import result, ways
 from elbo_kto_jax.planning.programs import DoesNotFit, compile_programs, topology_devices
 from elbo_kto_jax.planning.workload import mesh_sizes, workload
 from elbo_kto_jax.runtime.config import Config, Dtype, Mesh, Remat
@@ -26,7 +27,7 @@ def would_fit(config: Config, model: ModelConfig, topology: Topology, examples: 
     for other in larger(topology):
         mesh = mesh_sizes(dataclasses.replace(config, mesh=_flexible(config)), other.devices)
         work = workload(config, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-        if estimated_bytes(config, model, mesh, work.waiting) < other.chip.usable_bytes:
+        if step_bytes(config, model, mesh, work.waiting) < other.chip.usable_bytes:
             hints.append(f"--topology={other.name}")
             break
     best = next(iter(candidates(config, model, topology, examples, mean_tokens)), None)
@@ -56,12 +57,14 @@ def candidates(
     ]
     remats: tuple[Remat, ...] = ("full", "attention", "dots")
     for split, rows, remat, stored in itertools.product(splits, (1, 2, 4, 8), remats, _STORED):
-        option = with_settings(config, split, rows * length, remat, stored)
-        mesh = mesh_sizes(option, devices)
-        work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-        if estimated_bytes(option, model, mesh, work.waiting) > topology.chip.usable_bytes:
-            continue
-        found.append((_STORED.index(stored), estimated_step(option, model, topology, work, mesh), len(found), option))
+        asked = with_settings(config, split, rows * length, remat, stored)
+        mesh = mesh_sizes(asked, devices)
+        for option in ways(asked, model, mesh, topology, examples, mean_tokens):
+            work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
+            if step_bytes(option, model, mesh, work.waiting) <= topology.chip.usable_bytes:
+                seconds = estimated_step(option, model, topology, work, mesh)
+                found.append((_STORED.index(stored), seconds, len(found), option))
+                break  # of the ways that fit, the fastest
     for *_, option in sorted(found, key=lambda item: item[:3]):
         yield option
 
@@ -110,7 +113,7 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, waiting=work.waiting, sampler=False))
+            compiled = list(compile_programs(option, model, devices, micro_batches=work.micro_batches, sampler=False))
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})

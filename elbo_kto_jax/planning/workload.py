@@ -5,6 +5,7 @@ import math
 
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.scoring.scorer import Kept
 
 PACKED = 0.95  # of the positions of packed rows hold text; measured on kto-mix, at least so many
 
@@ -18,12 +19,17 @@ class Workload:
     micro_batches: int  # of a step
     rows_at_once: int
     tokens: float  # of text in a step
-    one_pass: bool  # a step keeps all its micro-batches for one pass over them; else it takes two
+    residuals: Kept  # of a step's micro-batches, until their backward pass
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step takes one pass over its micro-batches; else it takes two."""
+        return self.residuals != "recompute"
 
     @property
     def waiting(self) -> int:
-        """The micro-batches that wait for their backward pass at once; 0 in two passes."""
-        return self.micro_batches if self.one_pass else 0
+        """The micro-batches whose residuals wait on the devices at once."""
+        return self.micro_batches if self.residuals == "device" else 0
 
     def row_fill(self, length: int) -> float:
         """The part of a step's positions that holds text."""
@@ -31,7 +37,10 @@ class Workload:
 
 
 def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> Workload:
-    """The steps of a run over so many examples of that length, for a mesh that splits rows into `shards`."""
+    """The steps of a run over so many examples of that length, for a mesh that splits rows into `shards`.
+
+    A config that leaves it open where residuals are kept is taken for one that computes them again.
+    """
     length, batch = config.data.max_length, config.train.global_batch_size
     segments = batch * config.estimator.draws
     tokens = segments * min(mean_tokens, length)
@@ -39,8 +48,8 @@ def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> 
     at_once = max(1, config.train.microbatch_tokens // length) * shards
     steps = config.train.steps or config.train.epochs * math.ceil(examples / batch)
     micro_batches = math.ceil(rows / at_once)
-    one_pass = micro_batches <= config.train.one_pass_microbatches
-    return Workload(steps, rows, micro_batches, at_once, tokens, one_pass)
+    residuals = "recompute" if config.train.residuals == "auto" else config.train.residuals
+    return Workload(steps, rows, micro_batches, at_once, tokens, residuals)
 
 
 def mesh_sizes(config: Config, devices: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 A recipe (configs/*.py) states every key, or takes it from the recipe that it builds on. `from_mapping` refuses what it
 does not know, what is missing, and every value of the wrong type or out of range, by the key's name, before anything is
 loaded. There are no defaults here; but a config that was written before a key was there means what it meant then
-(`with_later_keys`).
+(older_configs.py).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.older_configs import GONE, with_later_keys
 
 _LARGEST = 2**31 - 1  # what an int32 holds; arrays are no longer, and runs neither
 
@@ -46,6 +47,7 @@ NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["full", "attention", "dots", "none"]
+Residuals = Literal["auto", "recompute", "device", "host"]
 Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 
 
@@ -109,7 +111,7 @@ class Train:
     steps: CountOrZero  # optimizer steps; 0: train.epochs counts instead
     global_batch_size: Count  # examples per optimizer step
     microbatch_tokens: Count  # tokens that go through the model at once, per data-parallel shard
-    one_pass_microbatches: Count  # a global batch of at most so many takes one pass, which keeps them all; else two
+    residuals: Residuals  # what the backward pass needs of the forward pass: computed again, or kept in which memory
     checkpoint_every: Count  # steps between checkpoints; the last step is always saved
     keep_checkpoints: CountOrZero  # the latest so many stay; 0: all
     keep_best: str  # a held-out metric of metrics.jsonl: its best checkpoint stays, too; "": none
@@ -235,40 +237,6 @@ class Task:
         return {name: _build(cls, row, f"{where}: {name}") for name, row in mapping.items()}
 
 
-# Keys of older groups, and groups, that came later, and what a config without them meant.
-_LATER_KEYS: dict[str, dict[str, Any]] = {
-    "model": {"mask_token_id": -1},
-    "objective": {"label_smoothing": 0.0},
-    "optimizer": {"moments_dtype": "float32", "schedule": "cosine"},
-    "lora": {"targets": []},
-    "train": {"keep_checkpoints": 0, "keep_best": ""},
-}
-_LATER_GROUPS: dict[str, Any] = {
-    "benchmarks": {"table": "", "limit": 0},
-    "judge": {
-        "name": "verifiable",
-        "model": "",
-        "prompt": "",
-        "temperature": 0.0,
-        "parallel": 8,
-        "requests_per_minute": 0.0,
-        "timeout": 120.0,
-        "retries": 6,
-    },
-    "trackers": ["tensorboard"],
-}
-
-
-def with_later_keys(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that was written for an earlier version, as this version would have written it."""
-    complete = {**_LATER_GROUPS, **mapping}
-    for key, meant in {**_LATER_KEYS, **_LATER_GROUPS}.items():
-        found = complete.get(key)
-        if isinstance(meant, dict) and isinstance(found, Mapping):
-            complete[key] = {**meant, **found}
-    return complete
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "config") -> list[str]:
     """One "key: old -> new" line for each leaf in which two nested mappings differ."""
     lines = []
@@ -286,6 +254,8 @@ def _build(cls, mapping: Any, path: str):
         raise UserError(f"{path}: expected a group of keys, got {_show(mapping)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in mapping:
+        if f"{path}.{key}" in GONE:
+            raise UserError(f"config key `{path}.{key}` is gone; {GONE[f'{path}.{key}']}")
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean `{path}.{close[0]}`?" if close else f"known keys: {', '.join(hints)}"

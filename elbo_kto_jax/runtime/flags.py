@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 import ml_collections
 
 from elbo_kto_jax.runtime import paths, recipes, settings
-from elbo_kto_jax.runtime.config import Config, with_later_keys
+from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import check_writable
+from elbo_kto_jax.runtime.older_configs import with_later_keys
 
 _LARGEST = 2**31 - 1  # of counts and seeds on the command line
 _CONSOLE_SCRIPT = "elbo-kto"

@@ -4,19 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from elbo_kto_jax.runtime import growth
-from elbo_kto_jax.runtime.config import differences, with_later_keys
+from elbo_kto_jax.runtime.config import differences
+from elbo_kto_jax.runtime.older_configs import as_written_now
 
 _LONGER = ("train.steps", "train.epochs")  # these may grow
 _BETWEEN = ("eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")
 # Keys and whole groups. With other devices sums round differently in the last digits, as with `mesh.fsdp=-1`, which
-# means whatever devices there are.
-_FREE = (*(f"train.{key}" for key in _BETWEEN), "mesh", "tasks", "benchmarks", "judge", "trackers")
+# means whatever devices there are; and with residuals that are kept elsewhere or computed again.
+_FREE = (*(f"train.{key}" for key in _BETWEEN), "train.residuals", "mesh", "tasks", "benchmarks", "judge", "trackers")
 MAY_CHANGE = f"{' or '.join(_LONGER)} (upward), train.{{{', '.join(_BETWEEN)}}}, {', '.join(_FREE[len(_BETWEEN) :])}"
 
 
 def changes_of_a_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The `differences` that matter between the config with which a run began and the one to go on with."""
-    old = with_later_keys(old)
+    old = as_written_now(old)
 
     def is_free(line: str) -> bool:
         key = _key(line)

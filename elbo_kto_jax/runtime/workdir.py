@@ -26,10 +26,11 @@ import jax
 
 import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes, provenance
-from elbo_kto_jax.runtime.config import Config, differences, with_later_keys
+from elbo_kto_jax.runtime.config import Config, differences
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
+from elbo_kto_jax.runtime.older_configs import as_written_now
 from elbo_kto_jax.runtime.runlog import LOG, RunLog, recording
 from elbo_kto_jax.runtime.tensorboard import FOLDER as TENSORBOARD
 from elbo_kto_jax.runtime.tensorboard import TensorBoard
@@ -78,7 +79,7 @@ class Workdir:
         versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
         new = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
         begun = {**(found or {}), "config": new["config"], "moment": moment}
-        extension = longer(with_later_keys(found["config"]), new["config"]) if found is not None else ""
+        extension = longer(as_written_now(found["config"]), new["config"]) if found is not None else ""
         if extension:
             begun["longer"] = [*begun.get("longer", []), extension]
             rate = f"the rate now follows the {config.optimizer.schedule} schedule of its new length"

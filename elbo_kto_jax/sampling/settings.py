@@ -12,6 +12,7 @@ from elbo_kto_jax.models.registry import architecture
 from elbo_kto_jax.runtime import recipes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.older_configs import as_written_now
 
 log = logging.getLogger(__name__)
 _RUN_CONFIG = "config.json"  # in a working folder (runtime/workdir.py); a published folder's has no key `config`
@@ -34,7 +35,7 @@ def settings_of(source: str, flag: str, recipe: str = "") -> dict[str, Any]:
     if found := _config_of_run(source):
         file, tree = found
         try:
-            config = Config.from_mapping(tree).to_dict()
+            config = Config.from_mapping(as_written_now(tree)).to_dict()
         except UserError as error:
             raise UserError(f"{file}: {error}; pass a --config") from None
         log.info("settings: those of the run in %s", file.parent)

@@ -1,7 +1,7 @@
 """The program that scores rows: one ELBO estimate in nats for every draw of every example (docs/method.md 1).
 
     SCORE      weights, rows  ->  the estimates of the rows' draws
-    FORWARD    weights, rows  ->  the same, and what a backward pass needs
+    FORWARD    weights, rows  ->  the same, and the residuals: what a backward pass needs
 
 `Scorer` owns the two, where their arguments are placed, and how far the host may run ahead of the devices. Policy and
 reference go through the same program on the same rows, so a reward is exactly 0 while the two have the same parameters,
@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,21 @@ from elbo_kto_jax.sharding import gather, rules
 
 Weights = Params | lora.Adapted  # a whole model, for a pass through it
 Estimates = Float32[Array, " size"]  # nats, by Segment.index
+Kept = Literal["recompute", "device", "host"]  # where residuals wait: nowhere, there are none; in which memory
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+# For programs that move residuals. Otherwise libtpu takes the first turn out of the loop over the layers, to fetch
+# earlier, and copies the stack of their gradients twice. A fetch runs beside the gathering of the layer's weights.
+_WITH_TRANSFERS = {"tpu": {"xla_tpu_pipeline_memory_host_transfers": False}}
+
+
+class OnHost(NamedTuple):
+    """Residuals in the host's memory: those of the layers, which are fetched one by one, and the others.
+
+    The two are trees of one form, and what is not in one is None there.
+    """
+
+    layers: Any
+    others: Any
 
 
 class Scorer:
@@ -34,29 +49,30 @@ class Scorer:
 
     Attributes:
       size: length of the array of estimates; static.
-      one_pass_microbatches: a batch of at most so many micro-batches goes through FORWARD, every other through SCORE.
+      residuals: "recompute": a batch goes through SCORE; otherwise through FORWARD, which leaves its residuals there.
       everywhere: the sharding of what every device has whole.
       score: the compiled program (weights, estimates, rows) -> estimates; it takes the estimates over.
       forward: the compiled program (weights, estimates, rows) -> (estimates, residuals).
     """
 
-    def __init__(self, model: MaskPredictor, mesh: Mesh, *, size: int, one_pass_microbatches: int = 0):
-        self.mesh, self.size, self.one_pass_microbatches = mesh, size, one_pass_microbatches
+    def __init__(self, model: MaskPredictor, mesh: Mesh, *, size: int, residuals: Kept = "recompute"):
+        self.mesh, self.size, self.residuals = mesh, size, residuals
         self._axes_of = functools.partial(axes.axes_of, model=model.config)
         self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype, axes_of=self._axes_of)
         self._model = model.clone(mesh=mesh, gather=functools.partial(self._whole, prefix="blocks/"))
         self.everywhere = rules.replicated(mesh)
         self.score = jax.jit(self._score, donate_argnums=1, out_shardings=self.everywhere)
-        self.forward = jax.jit(self._forward, donate_argnums=1, out_shardings=(self.everywhere, None))
+        self.forward = self._compiled_forward()
         self.no_estimates = jax.jit(lambda: jnp.zeros(size, jnp.float32), out_shardings=self.everywhere)
         # With more than 32 programs in flight, XLA's CPU devices wait for each other for ever. Elsewhere nothing waits.
         self._waits = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, weights: Weights, micro_batches: Sequence[Rows]) -> Estimates:
         """The estimate of every draw in the micro-batches (on the host, or placed); 0 where there is no draw."""
-        estimates, one_pass = self.no_estimates(), self.takes_one_pass(micro_batches)
+        estimates = self.no_estimates()
         for rows in self.place(micro_batches):
-            scored = self.forward(weights, estimates, rows)[0] if one_pass else self.score(weights, estimates, rows)
+            arguments = weights, estimates, rows
+            scored = self.forward(*arguments)[0] if self.takes_one_pass else self.score(*arguments)
             estimates = self.pace(scored)
         return estimates
 
@@ -68,15 +84,22 @@ class Scorer:
             residuals.append(kept)
         return estimates, residuals
 
-    def with_one_pass_up_to(self, micro_batches: int) -> "Scorer":
-        """The same scorer, and the same compiled programs, with another `one_pass_microbatches`."""
+    def keeping(self, residuals: Kept) -> "Scorer":
+        """The same scorer, and the same compiled SCORE, with its residuals elsewhere."""
         other = copy.copy(self)
-        other.one_pass_microbatches = micro_batches
+        other.residuals = residuals
+        other.forward = other._compiled_forward()
         return other
 
-    def takes_one_pass(self, micro_batches: Sequence[Rows]) -> bool:
-        """Whether these go through FORWARD."""
-        return len(micro_batches) <= self.one_pass_microbatches
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether batches go through FORWARD."""
+        return self.residuals != "recompute"
+
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """Of FORWARD and of the program that takes its residuals."""
+        return _WITH_TRANSFERS.get(self.mesh.devices.flat[0].platform, {}) if self.residuals == "host" else {}
 
     def place(self, micro_batches: Sequence[Rows]) -> list[Rows]:
         """The micro-batches on the devices, each device with its rows."""
@@ -93,19 +116,23 @@ class Scorer:
 
     # To be traced.
 
-    def estimates(self, weights: Weights, rows: Rows, *, keeps_head: bool = True) -> Float32[Array, "m g"]:
+    def estimates(
+        self, weights: Weights, rows: Rows, *, keeps_head: bool = True, on_host: bool = False
+    ) -> Float32[Array, "m g"]:
         """The estimate of each slot of each row (docs/method.md 1).
 
         `keeps_head`: the backward pass finds the gathered head, which is as large as a few layers, among the residuals;
-        otherwise it gathers it again.
+        otherwise it gathers it again. `on_host`: the residuals of the layers are in the host's memory.
         """
         params = lora.parameters(weights)
         head = self._head if keeps_head else jax.checkpoint(self._head)
-        part = functools.partial(self._estimates_of_part, head)
+        model = self._model.clone(residuals_on_host=on_host)
+        part = functools.partial(self._estimates_of_part, model, head)
         return gather.over_rows(part, self.mesh, params, self._axes_of)(params, rows)
 
-    def _estimates_of_part(self, head: Callable, params: Params, rows: Rows) -> Float32[Array, "part g"]:
-        model = self._model
+    def _estimates_of_part(
+        self, model: MaskPredictor, head: Callable, params: Params, rows: Rows
+    ) -> Float32[Array, "part g"]:
         embedded = gather.embed(params["wte"]["embedding"], rows.tokens, self.mesh, model.dtype)
         hidden = model.apply(
             {"params": params}, embedded, rows.positions, rows.segment_ids, method=MaskPredictor.states
@@ -124,13 +151,20 @@ class Scorer:
             slots=rows.slot_index.shape[1],
         )
 
+    def _compiled_forward(self):
+        options = self.compiler_options
+        return jax.jit(self._forward, donate_argnums=1, out_shardings=(self.everywhere, None), compiler_options=options)
+
     def _score(self, weights, estimates, rows):
         return write(estimates, self.estimates(weights, rows), rows)
 
     def _forward(self, weights, estimates, rows):
-        values, pull_back = jax.vjp(functools.partial(self.estimates, keeps_head=False), weights, rows)
+        on_host = self.residuals == "host"
+        of = functools.partial(self.estimates, keeps_head=False, on_host=on_host)
+        values, pull_back = jax.vjp(of, weights, rows)
         # The arguments that it saved are at hand in the backward pass; a program that handed them out would copy them.
-        return write(estimates, values, rows), dataclasses.replace(pull_back, args_res=[])
+        residuals = dataclasses.replace(pull_back, args_res=[])
+        return write(estimates, values, rows), _on_host(residuals) if on_host else residuals
 
 
 def write(estimates: Estimates, values: Float32[Array, "m g"], rows: Rows) -> Estimates:
@@ -140,4 +174,23 @@ def write(estimates: Estimates, values: Float32[Array, "m g"], rows: Rows) -> Es
 
 def pull_back(residuals: Any, weights: Weights, rows: Rows, cotangent: Float32[Array, "m g"]) -> Weights:
     """d (cotangent . estimates) / d weights, from what FORWARD handed out and its arguments; to be traced."""
+    if isinstance(residuals, OnHost):
+        others = jax.tree.map(lambda x: jax.device_put(x, _DEVICE), residuals.others)
+        residuals = jax.tree.map(_first_not_none, residuals.layers, others, is_leaf=_is_none)
     return dataclasses.replace(residuals, args_res=[weights, rows])(cotangent)[0]
+
+
+def _on_host(residuals: Any) -> OnHost:
+    """All residuals in the host's memory, to be traced: the layers have left theirs there already."""
+    is_there = jax.tree.map(lambda x: jax.typeof(x).memory_space == _HOST, residuals)
+    layers = jax.tree.map(lambda x, there: x if there else None, residuals, is_there)
+    others = jax.tree.map(lambda x, there: None if there else jax.device_put(x, _HOST), residuals, is_there)
+    return OnHost(layers, others)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _first_not_none(x: Any, other: Any) -> Any:
+    return other if x is None else x

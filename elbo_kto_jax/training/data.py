@@ -17,6 +17,7 @@ from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.training.step import Batch
 
+_REPRESENTATIVE = 200  # steps
 _PREFETCH = 4  # batches made ahead of the step that needs them
 
 
@@ -57,6 +58,11 @@ class TrainingData(DrawnExamples):
     def most_examples(self) -> int:
         """Examples of a full step: a small data set does not fill a batch, and the rest of it is padding."""
         return min(self.batch_size, len(self.examples))
+
+    def most_micro_batches(self) -> int:
+        """Of a step; the steps of a long run are represented by its first ones."""
+        steps = range(min(self.steps_per_epoch, _REPRESENTATIVE))
+        return max((self.count_micro_batches(self.indices(step)) for step in steps), default=1)
 
     def indices(self, step: int) -> Int[np.ndarray, " n"]:
         """Which examples step `step` (from 0) uses."""

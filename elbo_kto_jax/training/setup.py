@@ -27,10 +27,11 @@ from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.generate import check_options
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.opened import Opened, open_model
-from elbo_kto_jax.scoring.scorer import Scorer
+from elbo_kto_jax.scoring.scorer import Kept, Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training.data import TrainingData
+from elbo_kto_jax.training.residuals import memory_of, where_to_keep
 
 log = logging.getLogger(__name__)
 _MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
@@ -48,6 +49,7 @@ class Setup:
     objective: Objective
     data: TrainingData
     eval_data: TrainingData | None
+    residuals: Kept  # as config.train.residuals says, or as fits
 
     @property
     def total_steps(self) -> int:
@@ -59,7 +61,7 @@ class Setup:
             self.model,
             self.mesh,
             size=self.data.batch_size * self.config.estimator.draws,
-            one_pass_microbatches=self.config.train.one_pass_microbatches,
+            residuals=self.residuals,
         )
 
     def shardings(self, params: Params) -> Params:
@@ -105,11 +107,11 @@ class Setup:
             "scheme": config.estimator.scheme,
             "lora_rank": config.lora.rank,  # another program: it may round differently
             "global_batch_size": data.batch_size,
-            "microbatch_tokens": config.train.microbatch_tokens,  # these two say which program scores a row
-            "one_pass_microbatches": config.train.one_pass_microbatches,
+            "microbatch_tokens": config.train.microbatch_tokens,
+            "residuals": self.residuals,  # which program scores a row
             "platform": jax.default_backend(),
             "jax": jax.__version__,
-            "format": 2,  # of the cache; parts of the first had no checksum
+            "format": 3,  # of the cache; parts of the first had no checksum, the second knew another choice of program
             **({} if config.lora.base_quantization == "none" else {"base": config.lora.base_quantization}),
             **({"lora_targets": sorted(config.lora.targets)} if config.lora.targets else {}),  # as for the rank
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
@@ -166,7 +168,8 @@ def prepare(
     read = functools.partial(_read, config, opened, objective, layout, skip_bad)
     data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data)
+    residuals = _residuals(config, model, mesh, objective, data)
+    setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data, residuals)
     if setup.total_steps > _MOST_STEPS:
         key = "steps" if config.train.steps else "epochs"
         raise UserError(
@@ -216,6 +219,14 @@ def _read(
         own=rules.own_rows(opened.mesh, layout.rows),
         group=_group(objective),
     )
+
+
+def _residuals(config: Config, model: MaskPredictor, mesh: Mesh, objective: Objective, data: TrainingData) -> Kept:
+    """Where the run keeps its residuals."""
+    tensor = mesh.shape["tensor"]
+    sizes = {"fsdp": mesh.size // mesh.shape["data"] // tensor, "tensor": tensor}
+    memory = memory_of(mesh.local_devices)
+    return where_to_keep(config, model.config, sizes, memory, objective.needs, data.most_micro_batches())
 
 
 def _group(objective: Objective) -> int:

@@ -75,7 +75,7 @@ def train_step(
     if isinstance(reference, lora.Base):
         reference = reference.reference(state.params)
     batch = batch._replace(micro_batches=programs.scorer.place(batch.micro_batches))
-    if programs.scorer.takes_one_pass(batch.micro_batches):
+    if programs.scorer.takes_one_pass:
         gradient = in_one_pass
     elif programs.objective.needs.scores:
         gradient = in_two_passes
@@ -110,7 +110,7 @@ def in_one_pass(
     """The same, keeping what each micro-batch's backward pass needs; each is dropped as it is used."""
     elbo_policy, residuals = programs.scorer.keeping_residuals(policy, batch.micro_batches)
     cotangent, metrics = batch_loss(programs, elbo_policy, reference, batch)
-    grads = programs.zero_grads(trained) if programs.scorer.one_pass_microbatches > 1 else None
+    grads = programs.zero_grads(trained) if len(batch.micro_batches) > 1 else None  # one alone needs no sum
     for rows in reversed(batch.micro_batches):
         grads = programs.scorer.pace(programs.backward(residuals.pop(), policy, grads, rows, cotangent))
     return grads, metrics
@@ -165,7 +165,7 @@ def build_programs(
         scorer=scorer,
         loss=jax.jit(loss, out_shardings=everywhere),
         grad=jax.jit(grad, donate_argnums=(1, 2), out_shardings=(params, everywhere)),
-        backward=jax.jit(backward, donate_argnums=2, out_shardings=params),
+        backward=jax.jit(backward, donate_argnums=2, out_shardings=params, compiler_options=scorer.compiler_options),
         update=jax.jit(
             lambda *arguments: update(tx, seed, *arguments),
             donate_argnums=0,

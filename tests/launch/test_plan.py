@@ -103,7 +103,7 @@ def test_a_hub_id_says_which_published_model_is_meant(path, architecture):
 def compiled(tmp_path, topology: str = "v5e:2x2", **more) -> tuple[dict, dict]:
     """The summary and plan.json of a small model, from a process of its own, since libtpu stays in the one it is in."""
     small = {"d_model": 256, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 512, "embedding_size": 1024}
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text(json.dumps({**CONFIG, **small}))
     flags = {
         "model.path": tmp_path / "model",
@@ -131,7 +131,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 def test_a_small_model(tmp_path):
-    summary, found = compiled(tmp_path)
+    summary, found = compiled(tmp_path, **{"train.residuals": "recompute"})
     assert summary["fits"] is True
     assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert 0 < summary["bytes_per_chip"] < summary["usable_bytes_per_chip"] == int(15.75 * 2**30)
@@ -149,7 +149,8 @@ def test_a_small_model(tmp_path):
 @needs_libtpu
 def test_one_pass_of_a_small_model(tmp_path):
     """Beside a micro-batch lies what others hand out: three, and all four while the online reference is scored."""
-    _, found = compiled(tmp_path, **{"train.one_pass_microbatches": 4, "reference.mode": "online"})
+    _, found = compiled(tmp_path, **{"reference.mode": "online"})  # "auto" takes the device's memory, where they fit
+    assert found["settings"]["residuals"] == "device"
     assert found["step"]["micro_batches"] == 4
     forward, backward, update = (found["programs"][name] for name in ("forward", "backward", "update"))
     handed_out = forward["outputs"] - forward["aliased"]
@@ -158,6 +159,25 @@ def test_one_pass_of_a_small_model(tmp_path):
     assert always == backward["resident"] - 3 * handed_out
     assert always == pytest.approx(3 * update["resident"], rel=1e-3)  # Adam's moments, and the reference
     assert backward["aliased"] == pytest.approx(update["resident"], rel=0.1)  # the gradient is added up in place
+
+
+@needs_libtpu
+def test_residuals_on_the_host_take_no_memory_of_the_device(tmp_path):
+    """Flat: what lies beside a micro-batch is the same for two of them and for eight, and within 5% of two passes."""
+    kept, few = (
+        compiled(tmp_path / name, **{"train.residuals": "host", "train.global_batch_size": batch})[1]["programs"]
+        for name, batch in (("eight", 8), ("two", 2))
+    )
+    again = compiled(tmp_path / "again", **{"train.residuals": "recompute"})[1]["programs"]
+    size = 256 * 256 * 2  # of an activation: a row, in bfloat16
+    for name, found in kept.items():
+        assert found["bytes_per_chip"] == few[name]["bytes_per_chip"]
+    assert kept["forward"]["transferred"] == kept["backward"]["transferred"] > 2 * size  # the inputs of two layers
+    assert kept["forward"]["host"] == 4 * few["forward"]["host"] > 0
+    tallest = max(again[name]["bytes_per_chip"] for name in ("score", "grad"))
+    assert max(kept[name]["bytes_per_chip"] for name in ("forward", "backward")) <= 1.05 * tallest
+    work = {name: found["flops"] for name, found in {**again, **kept}.items()}
+    assert work["forward"] + work["backward"] <= 0.85 * (work["score"] + work["grad"])
 
 
 @needs_libtpu

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 
 from elbo_kto_jax.data.packing import Segment, pack
-from elbo_kto_jax.models import registry
+from elbo_kto_jax.models import memory, registry
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import estimate, hlo, plan, search, workload
@@ -35,7 +35,7 @@ def config() -> Config:
 
 
 def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
-    return Compiled(name, size, 10, 10, 5, 0, 7, hbm, hlo.Cost(flops, tuple(collectives)), 2.0)
+    return Compiled(name, size, 10, 10, 5, 0, 0, 7, hbm, hlo.Cost(flops, tuple(collectives)), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
     [("llada", "8b", 8.02e9), ("illada", "8b", 7.62e9), ("dream", "7b", 7.62e9), ("a2d_qwen3", "0.6b", 0.596e9)],
 )
 def test_a_published_model_has_as_many_weights_as_its_authors_say(architecture, size, weights):
-    assert estimate.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
+    assert memory.parameters(registry.architectures()[architecture].sizes[size]) == pytest.approx(weights, rel=1e-3)
 
 
 @pytest.mark.parametrize("architecture", registry.architectures())
@@ -65,19 +65,22 @@ def test_workload_counts_rows_and_steps(config):
     assert work.steps == 4  # ceil(100 / 32), one epoch
     assert work.tokens == 32 * 8 * 500
     assert work.rows == 33  # ceil(128000 / (4096 * 0.95))
-    assert (work.rows_at_once, work.micro_batches, work.one_pass) == (8, 5, False)
+    assert (work.rows_at_once, work.micro_batches) == (8, 5)
     assert work.row_fill(4096) == pytest.approx(128000 / (40 * 4096))
-    assert workload.workload(config, shards=64, examples=100, mean_tokens=500).one_pass
 
 
-def test_one_pass_takes_as_many_micro_batches_as_the_config_says(config):
-    found = [workload.workload(one_pass(config, most), shards=8, examples=100, mean_tokens=500) for most in (1, 4, 5)]
-    assert [(work.one_pass, work.waiting) for work in found] == [(False, 0), (False, 0), (True, 5)]
+@pytest.mark.parametrize(
+    ("residuals", "one_pass", "waiting"),
+    [("auto", False, 0), ("recompute", False, 0), ("device", True, 5), ("host", True, 0)],
+)
+def test_residuals_wait_where_the_config_says(config, residuals, one_pass, waiting):
+    work = workload.workload(keeping(config, residuals), shards=8, examples=100, mean_tokens=500)
+    assert (work.one_pass, work.waiting) == (one_pass, waiting)
 
 
-def one_pass(config: Config, most: int) -> Config:
-    """The config that takes one pass over so many micro-batches."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, one_pass_microbatches=most))
+def keeping(config: Config, residuals: str) -> Config:
+    """The config that keeps them there."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, residuals=residuals))
 
 
 def test_padded_rows_hold_one_segment_each(config):
@@ -124,10 +127,10 @@ def test_model_passes(config, mode, one_pass, passes):
 def test_adapters_are_counted(config):
     options = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8))
     abstract = train_state.abstract_trained(MaskPredictor(LLADA_8B), options.lora)
-    assert estimate.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
+    assert memory.adapters(LLADA_8B, 8) == sum(x.size for x in jax.tree.leaves(abstract))
     mesh = {"data": 1, "fsdp": 1, "tensor": 1}
     by_dtype = {
-        name: estimate.estimated_bytes(
+        name: memory.step_bytes(
             dataclasses.replace(options, lora=dataclasses.replace(options.lora, base_quantization=name)),
             LLADA_8B,
             mesh,
@@ -135,25 +138,23 @@ def test_adapters_are_counted(config):
         )
         for name in ("none", "int8")
     }
-    assert by_dtype["none"] - by_dtype["int8"] == estimate.parameters(LLADA_8B)
-    assert by_dtype["none"] < estimate.estimated_bytes(config, LLADA_8B, mesh, waiting=0) / 3
+    assert by_dtype["none"] - by_dtype["int8"] == memory.parameters(LLADA_8B)
+    assert by_dtype["none"] < memory.step_bytes(config, LLADA_8B, mesh, waiting=0) / 3
 
 
 def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
     """By estimate: full rematerialisation keeps a layer's input; an accumulator is needed from two micro-batches on."""
     mesh = {"data": 1, "fsdp": 64, "tensor": 1}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
-    single, several, two_passes = (
-        estimate.estimated_bytes(one_pass(config, most), LLADA_8B, mesh, waiting)
-        for most, waiting in ((1, 1), (3, 3), (1, 0))
-    )
-    accumulator = 4 * estimate.parameters(LLADA_8B) / 64
+    single, several, two_passes = (memory.step_bytes(config, LLADA_8B, mesh, waiting) for waiting in (1, 3, 0))
+    accumulator = 4 * memory.parameters(LLADA_8B) / 64
     assert two_passes - single == pytest.approx(accumulator)
     kept = 4096 * LLADA_8B.d_model * LLADA_8B.n_layers * 2  # bfloat16
     assert several - single == pytest.approx(accumulator + 2 * kept)
 
 
 def two_pass_result(config, sizes=(1, 1, 1)):
+    config = keeping(config, "recompute")
     work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 125 rows: two micro-batches of 64
     flops = estimate.row_flops(LLADA_8B, 4096)
     compiled = [
@@ -176,7 +177,7 @@ def test_the_bound_of_a_step(config):
 
 
 def test_the_bound_of_a_step_in_one_pass(config):
-    config = one_pass(config, 2)
+    config = keeping(config, "device")
     work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)
     flops = estimate.row_flops(LLADA_8B, 4096)
     compiled = [program("forward", flops), program("backward", 3 * flops), program("update")]
@@ -241,12 +242,12 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, *, waiting, sampler):
+    def compile_programs(option, model, devices, *, micro_batches, sampler):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")
         seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
-        names = ("forward", "backward") if waiting else ("score", "grad")
+        names = ("forward", "backward") if option.train.residuals != "recompute" else ("score", "grad")
         return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
 
     monkeypatch.setattr(search, "topology_devices", lambda topology: [None] * topology.devices)

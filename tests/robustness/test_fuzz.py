@@ -26,10 +26,11 @@ from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.models.registry import read_config
-from elbo_kto_jax.runtime.config import Config, with_later_keys
+from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import trouble
 from elbo_kto_jax.runtime.flags import load_config_file
+from elbo_kto_jax.runtime.older_configs import with_later_keys
 from elbo_kto_jax.training.data import TrainingData
 from tests import runs
 from tests.published import CONFIG

@@ -3,10 +3,11 @@
 import pytest
 
 from elbo_kto_jax.cli import Flags
-from elbo_kto_jax.runtime.config import Config, Task, differences, with_later_keys
+from elbo_kto_jax.runtime.config import Config, Task, differences
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run
 from elbo_kto_jax.runtime.grid import SweepConfig
+from elbo_kto_jax.runtime.older_configs import as_written_now, with_later_keys
 from tests.conftest import PROJECT_ROOT
 
 TINY = PROJECT_ROOT / "configs" / "tiny.py"
@@ -342,6 +343,18 @@ def test_the_config_of_an_earlier_version_means_what_it_did():
     del earlier["model"]["mask_token_id"], earlier["objective"]["label_smoothing"]
     assert with_later_keys(earlier) == now
     assert "mask_token_id" not in earlier["model"]
+
+
+@pytest.mark.parametrize(("most", "residuals"), [(1, "recompute"), (8, "device")])
+def test_a_key_that_is_gone(most, residuals):
+    """A recipe that states it is told what does; the config of a run folder is read as it was meant."""
+    tree = parse().to_dict()
+    tree["train"]["one_pass_microbatches"] = most
+    with pytest.raises(UserError, match=r"`config.train.one_pass_microbatches` is gone; set config.train.residuals"):
+        Config.from_mapping(tree)
+    del tree["train"]["residuals"]
+    assert Config.from_mapping(as_written_now(tree)).train.residuals == residuals
+    assert "one_pass_microbatches" in tree["train"]
 
 
 @pytest.mark.parametrize(

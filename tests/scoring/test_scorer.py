@@ -29,11 +29,11 @@ def data(rows=8):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("one_pass_microbatches", [0, 9])
-def test_estimates_are_those_of_each_draw_alone(cpu_devices, sizes, one_pass_microbatches):
-    scorer, params = make(sizes, one_pass_microbatches=one_pass_microbatches)
+@pytest.mark.parametrize("residuals", ["recompute", "device"])
+def test_estimates_are_those_of_each_draw_alone(cpu_devices, sizes, residuals):
+    scorer, params = make(sizes, residuals=residuals)
     batch, indices = data().batch(0), data().indices(0)
-    assert scorer.takes_one_pass(batch.micro_batches) == bool(one_pass_microbatches)
+    assert scorer.takes_one_pass == (residuals == "device")
     expected = tiny.plain_estimates(tiny.params(0), tiny.examples(6), indices, ESTIMATOR, seed=0)
     found = scorer(params, batch.micro_batches)
     np.testing.assert_allclose(np.asarray(found).reshape(6, 2), expected, rtol=3e-6)

@@ -22,12 +22,12 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
-def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE, one_pass_microbatches=1):
+def setup(model, params, tx, *, num_examples, draws, objective, sizes=ONE_DEVICE, residuals="recompute"):
     """The programs, and the state before the first step, over as many devices as the mesh has."""
     devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
     mesh = rules.make_mesh(sizes, devices)
     shardings = train_state.state_shardings(tx, abstract_params(model), mesh, model.config)
-    scorer = Scorer(model, mesh, size=num_examples * draws, one_pass_microbatches=one_pass_microbatches)
+    scorer = Scorer(model, mesh, size=num_examples * draws, residuals=residuals)
     programs = step.build_programs(scorer, objectives.build(objective), draws=draws, tx=tx, shardings=shardings)
     own = jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), params, shardings.params)  # steps donate them
     return programs, train_state.init_state(tx, own, shardings)

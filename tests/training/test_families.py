@@ -44,8 +44,8 @@ def placed(tree, mesh):
     return jax.device_put(tree, axes.param_shardings(tree, mesh, tiny.MODEL))
 
 
-def scorer(sizes=ONE, dtype="float32", most=0) -> Scorer:
-    return Scorer(tiny.model(dtype), mesh_of(sizes), size=NUM * DRAWS, one_pass_microbatches=most)
+def scorer(sizes=ONE, dtype="float32", residuals="recompute") -> Scorer:
+    return Scorer(tiny.model(dtype), mesh_of(sizes), size=NUM * DRAWS, residuals=residuals)
 
 
 def batch(rows: int):
@@ -145,8 +145,8 @@ def test_rewards_are_exactly_zero_in_bfloat16_while_policy_and_reference_are_equ
         assert np.isfinite(found[0]).all()
         assert (found[0] < 0).all()
 
-    for sizes, most in ((ONE, 0), (EIGHT, 9)):
-        score = scorer(sizes, "bfloat16", most)
+    for sizes, residuals in ((ONE, "recompute"), (EIGHT, "host")):
+        score = scorer(sizes, "bfloat16", residuals)
         params = [placed(jax.tree.map(jnp.copy, tiny.params(0)), score.mesh) for _ in range(2)]
         assert_equal(score, *params)
     if family == "dream":  # the one with a bias beside its int8 matrices
@@ -159,15 +159,15 @@ def test_rewards_are_exactly_zero_in_bfloat16_while_policy_and_reference_are_equ
 # ---- gradients ----
 
 
-def gradient(weights, sizes=ONE, most=0):
+def gradient(weights, sizes=ONE, residuals="recompute"):
     """(estimates, d sum_b c_b B_b / d weights) for fixed c_b, as `train_step` works it out."""
-    score, (drawn, _) = scorer(sizes, most=most), batch(8)
+    score, (drawn, _) = scorer(sizes, residuals=residuals), batch(8)
     trained, _ = lora.split_trained(weights)
     shardings = axes.param_shardings(trained, score.mesh, tiny.MODEL)
     keep = train_state.TrainState(shardings, shardings)
     programs = step.build_programs(score, objectives.build(tiny.KTO), draws=DRAWS, shardings=keep)
     cotangent = score.place_everywhere(COTANGENT)
-    if most:
+    if score.takes_one_pass:
         estimates, residuals = score.keeping_residuals(weights, drawn.micro_batches)
         grads = None
         for kept, rows_ in zip(residuals, score.place(drawn.micro_batches), strict=True):
@@ -209,7 +209,7 @@ def test_gradients_are_plain_autodiff_s_whatever_the_devices_and_the_passes(fami
     estimates, one = gradient(placed(params, mesh_of(ONE)))
     assert_same(one, plain_gradient(lambda tree: tree, params))
     assert not [leaf for leaf in jax.tree.leaves(one) if not leaf.any()]
-    found, spread = gradient(placed(params, mesh_of(EIGHT)), EIGHT, most=9)
+    found, spread = gradient(placed(params, mesh_of(EIGHT)), EIGHT, residuals="host")
     np.testing.assert_allclose(found, estimates, rtol=1e-5)
     assert_same(spread, one)
 

@@ -40,7 +40,7 @@ def setup(
     quantize: bool = False,
     sizes: config.Mesh = ONE_DEVICE,
     random_b: bool = False,
-    one_pass_microbatches: int = 1,
+    residuals: str = "recompute",
 ):
     """Programs, the state before the first step and the base, over as many devices as the mesh has."""
     model, mesh = tiny.model(dtype), rules.make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
@@ -48,7 +48,7 @@ def setup(
     params = quantized(params) if quantize else params
     tree = adapters(1, random_b=random_b)
     shardings = train_state.state_shardings(tx, tree, mesh, tiny.MODEL)
-    scorer = Scorer(model, mesh, size=NUM * 2, one_pass_microbatches=one_pass_microbatches)
+    scorer = Scorer(model, mesh, size=NUM * 2, residuals=residuals)
     programs = step.build_programs(scorer, objectives.build(tiny.KTO), draws=2, tx=tx, shardings=shardings)
     base = lora.Base(jax.device_put(params, axes.param_shardings(params, mesh, tiny.MODEL)), SCALE)
     state = train_state.init_state(tx, jax.tree.map(jnp.array, jax.device_put(tree, shardings.params)), shardings)
@@ -65,31 +65,29 @@ def scored(programs, weights, batch) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "rows", "one_pass_microbatches"),  # 3 micro-batches, and one
+    ("dtype", "quantize", "rows", "residuals"),  # 3 micro-batches, and one
     cases(
         [
-            ("float32", False, 4, 1),
-            ("bfloat16", True, 4, 1),
-            ("float32", True, 4, 3),
-            ("bfloat16", False, 4, 3),
-            ("bfloat16", True, 12, 1),
+            ("float32", False, 4, "recompute"),
+            ("bfloat16", True, 4, "recompute"),
+            ("float32", True, 4, "device"),
+            ("bfloat16", False, 4, "device"),
+            ("bfloat16", True, 12, "recompute"),
         ],
         [
-            ("float32", True, 4, 1),
-            ("bfloat16", False, 4, 1),
-            ("float32", False, 4, 3),
-            ("bfloat16", True, 4, 3),
-            ("float32", False, 12, 1),
-            ("float32", True, 12, 1),
-            ("bfloat16", False, 12, 1),
+            ("float32", True, 4, "recompute"),
+            ("bfloat16", False, 4, "recompute"),
+            ("float32", False, 4, "device"),
+            ("bfloat16", True, 4, "device"),
+            ("float32", False, 12, "recompute"),
+            ("float32", True, 12, "recompute"),
+            ("bfloat16", False, 12, "recompute"),
         ],
     ),
 )
-def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows, one_pass_microbatches):
+def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows, residuals):
     """Online, and precomputed with other adapters."""
-    programs, state, base = setup(
-        KEEP_GRADIENT, dtype=dtype, quantize=quantize, one_pass_microbatches=one_pass_microbatches
-    )
+    programs, state, base = setup(KEEP_GRADIENT, dtype=dtype, quantize=quantize, residuals=residuals)
     batch = batch_of(rows)
     precomputed = scored(programs, base.reference(adapters(3, random_b=True)), batch)
     for reference in (base, precomputed):
@@ -100,13 +98,14 @@ def test_rewards_are_exactly_zero_at_the_start(dtype, quantize, rows, one_pass_m
 
 
 @pytest.mark.parametrize(
-    ("quantize", "rows", "one_pass_microbatches"),  # 3 micro-batches, and one
-    cases([(False, 2, 1), (True, 2, 9), (True, 12, 1)], [(True, 2, 1), (False, 2, 9), (False, 12, 1)]),
+    ("quantize", "rows", "residuals"),  # 3 micro-batches, and one
+    cases(
+        [(False, 2, "recompute"), (True, 2, "host"), (True, 12, "recompute")],
+        [(True, 2, "recompute"), (False, 2, "host"), (False, 12, "recompute")],
+    ),
 )
-def test_the_gradient_is_autodiff_of_the_merged_model(quantize, rows, one_pass_microbatches):
-    programs, state, base = setup(
-        KEEP_GRADIENT, quantize=quantize, random_b=True, one_pass_microbatches=one_pass_microbatches
-    )
+def test_the_gradient_is_autodiff_of_the_merged_model(quantize, rows, residuals):
+    programs, state, base = setup(KEEP_GRADIENT, quantize=quantize, random_b=True, residuals=residuals)
     tree, examples = jax.device_get(state.params), tiny.examples(NUM)
     data = TrainingData(examples, tiny.layout(rows), estimator=ESTIMATOR, batch_size=NUM, seed=0)
 
@@ -150,7 +149,7 @@ def test_on_eight_devices_as_on_one_and_nothing_but_adapters_is_kept_or_lost(cpu
 
 def test_no_gradient_of_the_base_is_computed():
     """BACKWARD could give one, and the compiler leaves it out: no product has the shape of a matrix of the base."""
-    programs, state, base = setup(KEEP_GRADIENT, one_pass_microbatches=9)
+    programs, state, base = setup(KEEP_GRADIENT, residuals="device")
     scorer, policy = programs.scorer, base.policy(state.params)
     (rows,) = scorer.place(batch_of(12).micro_batches)
     cotangent = scorer.place_everywhere(np.ones(NUM, np.float32))

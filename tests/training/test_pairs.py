@@ -94,10 +94,10 @@ def test_the_same_command_goes_on_with_the_same_bits(settings, whole, tmp_path, 
     "changes",
     [
         {"reference.mode": "online"},
-        {"train.one_pass_microbatches": 99},
+        {"train.residuals": "recompute"},
         {"mesh.data": 2, "mesh.fsdp": 4},
     ],
-    ids=["online", "one pass", "another mesh"],
+    ids=["online", "two passes", "another mesh"],
 )
 def test_however_the_work_is_done(settings, whole, tmp_path, changes):
     train.main(runs.flags({**settings, **changes}, f"--workdir={tmp_path / 'run'}"))

@@ -29,28 +29,30 @@ from tests.training.steps import (
 
 
 @pytest.mark.parametrize(
-    ("dtype", "packed", "sizes", "one_pass_microbatches"),
+    ("dtype", "packed", "sizes", "residuals"),
     cases(
         [
-            ("float32", True, ONE_DEVICE, 1),
-            ("bfloat16", False, ONE_DEVICE, 1),
-            ("bfloat16", True, ONE_DEVICE, 3),
-            ("bfloat16", True, config.Mesh(2, 2, 2), 1),
+            ("float32", True, ONE_DEVICE, "recompute"),
+            ("bfloat16", False, ONE_DEVICE, "recompute"),
+            ("bfloat16", True, ONE_DEVICE, "device"),
+            ("bfloat16", True, config.Mesh(2, 2, 2), "host"),
+            ("bfloat16", True, config.Mesh(2, 2, 2), "recompute"),
         ],
         [
-            ("bfloat16", True, ONE_DEVICE, 1),
-            ("float32", False, ONE_DEVICE, 1),
-            ("float32", True, ONE_DEVICE, 3),
-            ("float32", False, ONE_DEVICE, 3),
-            ("bfloat16", False, ONE_DEVICE, 3),
-            ("float32", True, config.Mesh(2, 2, 2), 1),
-            ("float32", False, config.Mesh(2, 2, 2), 1),
-            ("bfloat16", False, config.Mesh(2, 2, 2), 1),
+            ("bfloat16", True, ONE_DEVICE, "recompute"),
+            ("float32", False, ONE_DEVICE, "recompute"),
+            ("float32", True, ONE_DEVICE, "device"),
+            ("bfloat16", False, ONE_DEVICE, "host"),
+            ("float32", False, ONE_DEVICE, "device"),
+            ("bfloat16", False, ONE_DEVICE, "device"),
+            ("float32", True, config.Mesh(2, 2, 2), "recompute"),
+            ("float32", False, config.Mesh(2, 2, 2), "recompute"),
+            ("bfloat16", False, config.Mesh(2, 2, 2), "recompute"),
         ],
     ),
     ids=str,
 )
-def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes, one_pass_microbatches):
+def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, packed, sizes, residuals):
     """Online, and precomputed by another instance of the programs."""
     data = TrainingData(
         tiny.examples(6), tiny.layout(4, packed), estimator=config.Estimator(2, "uniform"), batch_size=6, seed=0
@@ -66,7 +68,7 @@ def test_reward_is_exactly_zero_while_policy_and_reference_are_equal(dtype, pack
             draws=2,
             objective=tiny.KTO,
             sizes=sizes,
-            one_pass_microbatches=one_pass_microbatches,
+            residuals=residuals,
         )
         for _ in range(2)
     )
@@ -160,11 +162,14 @@ def test_reference_point_is_the_mean_over_the_global_batch(rows, batch_size):
 
 @pytest.mark.parametrize("reference_mode", ["online", "precomputed"])
 @pytest.mark.parametrize(
-    ("one_pass_microbatches", "used"),
-    [(1, {"score", "grad"}), (5, {"score", "grad", "forward", "backward"}), (6, {"forward", "backward"})],
-    ids=["two passes", "either", "one pass"],
+    ("residuals", "used"),
+    [
+        ("recompute", {"score", "grad"}),
+        ("device", {"forward", "backward"}),
+        ("host", {"forward", "backward"}),
+    ],
 )
-def test_each_program_is_compiled_once(reference_mode, one_pass_microbatches, used):
+def test_each_program_is_compiled_once(reference_mode, residuals, used):
     """Over steps that differ in lengths, in targets, in the number of micro-batches and in the number of examples."""
     estimator = config.Estimator(3, "complementary")
     data = TrainingData(tiny.examples(7), tiny.layout(1), estimator=estimator, batch_size=3, seed=0)
@@ -176,7 +181,7 @@ def test_each_program_is_compiled_once(reference_mode, one_pass_microbatches, us
         num_examples=3,
         draws=3,
         objective=tiny.KTO,
-        one_pass_microbatches=one_pass_microbatches,
+        residuals=residuals,
     )
     shapes = set()
     for batch in data.batches(0, 3):

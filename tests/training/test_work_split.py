@@ -36,7 +36,7 @@ def trajectory(
     steps: int = 3,
     num: int = 4,
     draws: int = 2,
-    one_pass_microbatches: int = 1,
+    residuals: str = "recompute",
     objective: config.Objective = tiny.KTO,
 ):
     """Losses, gradient norms and total update of a few AdamW steps, and the number of micro-batches."""
@@ -50,7 +50,7 @@ def trajectory(
         draws=draws,
         objective=objective,
         sizes=sizes,
-        one_pass_microbatches=one_pass_microbatches,
+        residuals=residuals,
     )
     data = TrainingData(
         tiny.examples(num),
@@ -79,13 +79,13 @@ def whole(request):
     return metrics, update, request.param
 
 
-@pytest.mark.parametrize(("micro_batches", "one_pass_microbatches"), [(2, 1), (4, 1), (2, 2), (4, 4)])
-def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, one_pass_microbatches):
+@pytest.mark.parametrize(
+    ("micro_batches", "residuals"), [(2, "recompute"), (4, "recompute"), (2, "device"), (4, "host")]
+)
+def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, residuals):
     """In two passes or in one."""
     rows = 8 // micro_batches
-    metrics, update, counts = trajectory(
-        ONE_DEVICE, rows, one_pass_microbatches=one_pass_microbatches, objective=whole[2]
-    )
+    metrics, update, counts = trajectory(ONE_DEVICE, rows, residuals=residuals, objective=whole[2])
     assert counts == {micro_batches}
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
@@ -105,6 +105,7 @@ def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
     [(ONE_DEVICE, tiny.KTO), (ONE_DEVICE, tiny.SFT), (ONE_DEVICE, tiny.DPO), (config.Mesh(2, 2, 2), tiny.KTO)],
 )
 def test_one_pass_over_several_micro_batches_gives_what_two_give(sizes, objective):
+    """With its residuals in either memory."""
     estimator, group = config.Estimator(3, "uniform"), 2 if objective.name == "elbo_dpo" else 1
     size = 4 + group % 2
     data = TrainingData(
@@ -112,7 +113,7 @@ def test_one_pass_over_several_micro_batches_gives_what_two_give(sizes, objectiv
     )
     batch, reference = data.batch(0), np.random.default_rng(0).normal(-50, 3, 3 * size).astype(np.float32)
     assert len(batch.micro_batches) == size - 1
-    (two_passes, expected), (one_pass, found) = (
+    (two_passes, expected), *one_pass = (
         gradient_and_metrics(
             tiny.model(),
             tiny.params(0),
@@ -121,14 +122,15 @@ def test_one_pass_over_several_micro_batches_gives_what_two_give(sizes, objectiv
             objective=objective,
             draws=3,
             sizes=sizes,
-            one_pass_microbatches=most,
+            residuals=residuals,
         )
-        for most in (size - 2, size - 1)
+        for residuals in ("recompute", "device", "host")
     )
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
-    assert_same_gradient(jax.device_get(one_pass), jax.device_get(two_passes))
+    for gradient, found in one_pass:
+        assert found.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        assert_same_gradient(jax.device_get(gradient), jax.device_get(two_passes))
 
 
 def test_what_a_micro_batch_keeps_is_dropped_with_its_backward_pass():
@@ -141,7 +143,7 @@ def test_what_a_micro_batch_keeps_is_dropped_with_its_backward_pass():
         num_examples=4,
         draws=2,
         objective=tiny.KTO,
-        one_pass_microbatches=4,
+        residuals="device",
     )
     kept, alive = [], []
 
