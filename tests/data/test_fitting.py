@@ -107,7 +107,7 @@ def kto_mix(golden_dir):
 @pytest.mark.parametrize("mean", [None, 700], ids=["the tests' tokens", "700 tokens"])
 @pytest.mark.parametrize("shards", [4, 16, 64])
 def test_at_least_90_percent_of_the_positions_of_kto_mix_are_text(kto_mix, shards, mean):
-    """In the recipe's batches, 32 examples of 8 draws and one row a shard; with rows of one length 0.61 to 0.67 on 64."""
+    """In the recipe's batches, 32 examples of 8 draws a row a shard; rows of one length: 61 to 67% on 64."""
     lengths = kto_mix if mean is None else np.maximum(1, kto_mix * mean / kto_mix.mean()).astype(int)
     rng, tokens, positions = np.random.default_rng(0), 0, 0
     for _ in range(20):
