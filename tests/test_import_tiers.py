@@ -22,6 +22,7 @@ TIERS = {
     "models.config": 0,
     "models.table": 0,
     "data": 2,
+    "data.fitting": 1,
     "data.packing": 1,
     "sharding": 1,
     "checkpoints": 3,

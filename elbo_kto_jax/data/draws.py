@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from elbo_kto_jax.data.examples import Examples
-from elbo_kto_jax.data.packing import Layout, Rows, Segment, count_micro_batches, pack_own
+from elbo_kto_jax.data.packing import Layout, Rows, Segment, pack_own
 from elbo_kto_jax.diffusion.masks import Draws, draw_masks
 from elbo_kto_jax.runtime import config
 
@@ -65,7 +65,7 @@ class DrawnExamples:
 
     def count_micro_batches(self, indices: Int[np.ndarray, " n"]) -> int:
         """How many micro-batches the draws of the examples `indices` make."""
-        return count_micro_batches(self.lengths(indices).tolist(), self.layout)
+        return len(self.layout.fit(self.lengths(indices).tolist()))
 
     def lengths(self, indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " nk"]:
         """Tokens of every draw of the examples."""

@@ -1,7 +1,8 @@
 """Rows for the mask predictor: scored sequences, packed several to a row or padded one to a row (docs/method.md 5).
 
 A `Segment` is one draw of one example: its tokens, and which of its completion tokens are hidden. `pack` lays segments
-into rows of a static length, and rows into micro-batches of a static number of rows. Packed rows show no segment to
+into rows, and rows into micro-batches of a static number of rows; how long the rows of each are, says data/fitting.py.
+Packed rows show no segment to
 another (block-diagonal attention) and restart positions at each segment; the authors' padding gives every segment a row
 of its own, whose end-of-text padding attention does see.
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from elbo_kto_jax.data.fitting import Fitted, fit, slots_of
 from elbo_kto_jax.runtime.arrays import AnyArray
 
 
@@ -43,26 +45,28 @@ class Rows(NamedTuple):
 
 
 NO_SEGMENT = np.iinfo(np.int32).max  # an index that is out of range everywhere, so that writes to it are dropped
-_TOKENS_PER_SLOT = 16  # a packed row of s tokens holds at most s / 16 segments
 
 
 class Layout(NamedTuple):
-    """The static shape of a micro-batch and what fills the gaps."""
+    """The static shapes of micro-batches and what fills the gaps."""
 
     rows: int  # m
-    length: int  # s, tokens
+    length: int  # s, tokens; a packed micro-batch may have shorter rows
     mask_token: int
     pad_token: int
     packed: bool  # False: the authors' padding
+    shorter: tuple[tuple[int, ...], ...] = ()  # sets of such lengths, by data/fitting.py; (): every row has `length`
 
-    @property
-    def slots(self) -> int:
-        """g, the largest number of segments in a row."""
-        return max(1, self.length // _TOKENS_PER_SLOT) if self.packed else 1
+    def fit(self, lengths: Sequence[int]) -> list[Fitted]:
+        """The micro-batches of segments of so many tokens."""
+        if self.packed:
+            return fit(lengths, self.rows, self.length, self.shorter)
+        alone = [[i] for i in range(len(lengths))]
+        return [Fitted(self.length, alone[at : at + self.rows]) for at in range(0, len(alone), self.rows)]
 
 
 def pack(segments: Sequence[Segment], layout: Layout) -> list[Rows]:
-    """The micro-batches that hold `segments`; rows that fill the last one are empty.
+    """The micro-batches that hold `segments`; rows that fill them up are empty.
 
     Raises:
       ValueError: a segment is longer than a row.
@@ -87,41 +91,15 @@ def pack_own(
     longest = max(lengths, default=0)
     if longest > layout.length:
         raise ValueError(f"segments: expected at most {layout.length} tokens, got {longest}")
-    bins = _bins(lengths, layout)
 
-    def own_of(bins: list[list[int]]) -> list[list[Segment]]:
-        return [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(bins)]
+    def own_of(rows: list[list[int]]) -> list[list[Segment]]:
+        return [list(map(segment_of, row)) if own[r] else [] for r, row in enumerate(rows)]
 
-    return [_micro_batch(own_of(bins[at : at + layout.rows]), layout) for at in range(0, len(bins), layout.rows)]
-
-
-def count_micro_batches(lengths: Sequence[int], layout: Layout) -> int:
-    """How many micro-batches `pack` makes of segments of these lengths."""
-    return -(-len(_bins(lengths, layout)) // layout.rows)
+    return [_micro_batch(own_of(rows), layout, length) for length, rows in layout.fit(lengths)]
 
 
-def _bins(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
-    """Which segments each row holds."""
-    return first_fit(lengths, layout.length, layout.slots) if layout.packed else [[i] for i in range(len(lengths))]
-
-
-def first_fit(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
-    """First-fit decreasing: indices into `lengths` per bin, at most `capacity` in total and `slots` in number."""
-    space = np.full(len(lengths), capacity)
-    free_slots = np.full(len(lengths), slots)
-    bins: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: ties in the order given
-        target = int(np.argmax((space >= lengths[i]) & (free_slots > 0)))
-        if target == len(bins):
-            bins.append([])
-        bins[target].append(i)
-        space[target] -= lengths[i]
-        free_slots[target] -= 1
-    return bins
-
-
-def _micro_batch(rows: list[list[Segment]], layout: Layout) -> Rows:
-    m, s = layout.rows, layout.length
+def _micro_batch(rows: list[list[Segment]], layout: Layout, length: int) -> Rows:
+    m, s, slots = layout.rows, length, slots_of(length) if layout.packed else 1
 
     def empty(fill: int = 0, dtype: type = np.int32) -> np.ndarray:
         return np.full((m, s), fill, dtype)
@@ -129,7 +107,7 @@ def _micro_batch(rows: list[list[Segment]], layout: Layout) -> Rows:
     tokens, positions, segment_ids = empty(layout.pad_token), empty(), empty()
     position, token, slot, weight = empty(), empty(), empty(), empty(0, np.float32)
     num_targets = np.zeros(m, np.int32)
-    slot_index = np.full((m, layout.slots), NO_SEGMENT, np.int32)
+    slot_index = np.full((m, slots), NO_SEGMENT, np.int32)
     if not layout.packed:
         positions[:] = np.arange(s)
         segment_ids[: len(rows)] = 1

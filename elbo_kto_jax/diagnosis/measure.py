@@ -212,8 +212,9 @@ class Measurement:
             for mask, weight in zip(*self.masks(setting, n, repetition), strict=True):
                 share[len(segments)] = factor / setting.draws
                 segments.append(self._segment(n, mask, float(weight), len(segments)))
-        # As few rows at once as the devices allow, since K draws of one example are few.
-        layout = self.setup.data.layout._replace(rows=rules.row_shards(self.setup.mesh))
+        # As few rows at once as the devices allow, since K draws of one example are few; of one length, since a
+        # compilation would count as time of an example.
+        layout = self.setup.data.layout._replace(rows=rules.row_shards(self.setup.mesh), shorter=())
         cotangent = self.scorer.place_everywhere(share)
         grads, estimates = zeros_like_params(policy), self.scorer.no_estimates()
         for rows in self.scorer.place(pack(segments, layout)):

@@ -1,5 +1,8 @@
 """Estimates, made before anything is compiled: they order the candidates of a search, and no more."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +20,12 @@ def row_flops(model: ModelConfig, length: int) -> float:
     return forward_flops(model, np.array([length]), np.array([length / 2]))
 
 
+def text_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
+    """FLOPs of a forward pass over sequences of so many tokens, of which half are scored."""
+    tokens = np.array(lengths)
+    return forward_flops(model, tokens, tokens / 2)
+
+
 def recomputed(model: ModelConfig, remat: str, length: int) -> float:
     """The part of a forward pass that the backward pass computes again."""
     layer = 2 * layer_matrices(model) + 4 * model.n_heads * model.head_dim * length  # FLOPs per token
@@ -29,18 +38,20 @@ def recomputed(model: ModelConfig, remat: str, length: int) -> float:
     return again * model.n_layers * length / row_flops(model, length)
 
 
-def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str, int]) -> hlo.Cost:
-    """FLOPs and collectives of a program if the compiler does as expected and overlaps them all."""
-    length, per_chip = config.data.max_length, max(1, config.train.microbatch_tokens // config.data.max_length)
+def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str, int], length: int) -> hlo.Cost:
+    """What a program for rows of `length` costs if the compiler does as expected and overlaps all collectives."""
+    if name == "update":
+        return hlo.Cost(0.0, ())
+    per_chip = max(1, config.train.microbatch_tokens // config.data.max_length)
     forward = per_chip * row_flops(model, length) / mesh["tensor"]
     again = recomputed(model, config.model.remat, length)
     back = 2 - bool(config.lora.rank) + again
-    passes = {"score": 1, "forward": 1, "grad": 1 + back, "backward": back, "update": 0}[name]
+    passes = {"score": 1, "forward": 1, "grad": 1 + back, "backward": back}[name]
     whole = parameters(model) * jnp.dtype(config.model.dtype).itemsize / mesh["tensor"]
     sent = whole * (mesh["fsdp"] - 1) / mesh["fsdp"]
-    gathers = {"score": 1, "forward": 1, "grad": 2, "backward": 1, "update": 0}[name]
+    gathers = {"score": 1, "forward": 1, "grad": 2, "backward": 1}[name]
     found = []
-    if mesh["fsdp"] > 1 and gathers:
+    if mesh["fsdp"] > 1:
         found.append(hlo.Collective("all-gather", sent, mesh["fsdp"], True, gathers))
     if name in ("grad", "backward") and not config.lora.rank:  # adapters' gradients are small
         if mesh["fsdp"] > 1:
@@ -48,7 +59,7 @@ def estimated_cost(name: str, config: Config, model: ModelConfig, mesh: dict[str
         if mesh["data"] > 1:
             shared = 2 * parameters(model) * 4 / mesh["tensor"] / mesh["fsdp"]
             found.append(hlo.Collective("all-reduce", shared, mesh["data"], False, 1))
-    if mesh["tensor"] > 1 and gathers:
+    if mesh["tensor"] > 1:
         states = 2 * per_chip * length * model.d_model * jnp.dtype(config.model.dtype).itemsize
         times = 2 * model.n_layers * (gathers + (name in ("grad", "backward")))
         found.append(hlo.Collective("all-reduce", states, mesh["tensor"], False, times))
@@ -60,8 +71,8 @@ def estimated_step(
 ) -> float:
     """Seconds of a step by estimate; collectives of the update and HBM are left out."""
 
-    def seconds(name: str) -> float:
-        cost = estimated_cost(name, config, model, mesh)
+    def seconds(name: str, length: int) -> float:
+        cost = estimated_cost(name, config, model, mesh, length)
         waits = {
             overlapped: sum(
                 c.bytes * c.times / topology.bandwidth(c.group) for c in cost.collectives if c.overlapped == overlapped
@@ -71,4 +82,5 @@ def estimated_step(
         return max(cost.flops / topology.chip.flops, waits[True]) + waits[False]
 
     names = ("forward", "backward") if work.one_pass else ("score", "grad")
-    return work.micro_batches * sum(map(seconds, names))
+    of_each = Counter(work.row_lengths)
+    return sum(times * seconds(name, length) for length, times in of_each.items() for name in names)

@@ -10,12 +10,15 @@ where overlapped and exposed collectives are those that the compiler lets run be
 waits. A step is the sum of its programs over its micro-batches, and
 
     mfu_bound = model FLOPs / (chips x peak x seconds of a step)
+    text_mfu_bound = the part of them that goes into text, over the same
 
-with the model FLOPs of whole rows: as many forward passes' worth (models/flops.py) as the method cannot do without, 3
-for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for the estimates where they need
-a pass of their own (train.residuals="recompute"), and 1 where the reference is online; half of a
-row's tokens are scored. What rematerialisation computes again is work of the program, not of the model. Rows that a
-batch does not fill lower the tokens per second, not the mfu_bound.
+with the model FLOPs of whole rows, empty positions included: as many forward passes' worth (models/flops.py) as the
+method cannot do without, 3 for the gradient (2 where adapters are trained, whose own matrices are not counted), 1 for
+the estimates where they need a pass of their own (train.residuals="recompute"), and 1 where the reference is online;
+half of a row's tokens are scored. What rematerialisation computes again is work of the program, not of the model. Of
+text, the sequences count alone, each attending to itself. Positions that a batch leaves empty lower the text_mfu_bound
+and the tokens per second, not the mfu_bound. The batch is a typical one (workload.py); whether the run fits is said by
+the longest rows, which other batches may have.
 """
 
 import dataclasses
@@ -28,7 +31,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.memory import step_bytes
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
-from elbo_kto_jax.planning.estimate import estimated_cost, row_flops
+from elbo_kto_jax.planning.estimate import estimated_cost, row_flops, text_flops
 from elbo_kto_jax.planning.programs import Compiled, DoesNotFit, compile_programs, topology_devices, versions
 from elbo_kto_jax.planning.workload import Workload, mesh_sizes, workload
 from elbo_kto_jax.runtime.config import Config
@@ -78,15 +81,19 @@ def model_passes(config: Config, one_pass: bool) -> int:
     return 3 - bool(config.lora.rank) + (needs.scores and not one_pass) + online
 
 
-def step_seconds(config: Config, work: Workload, seconds: Mapping[str, Seconds]) -> tuple[float, float]:
-    """The bound of a step, given those of its programs, and of scoring the reference before the first one."""
+def step_seconds(config: Config, work: Workload, seconds: Mapping[tuple[str, int], Seconds]) -> tuple[float, float]:
+    """The bound of a step and of scoring the reference before the first one; for `seconds` see `result`."""
+
+    def over_micro_batches(name: str) -> float:
+        return sum(seconds[name, length].total for length in work.row_lengths)
+
     scoring, learning = ("forward", "backward") if work.one_pass else ("score", "grad")
     needs = objectives.build(config.objective).needs
-    pass_seconds = work.micro_batches * seconds[scoring].total
+    pass_seconds = over_micro_batches(scoring)
     step = (
         (pass_seconds if work.one_pass or needs.scores else 0.0)
-        + work.micro_batches * seconds[learning].total
-        + seconds["update"].total
+        + over_micro_batches(learning)
+        + seconds["update", 0].total
         + (pass_seconds if needs.reference and config.reference.mode == "online" else 0.0)
     )
     before = work.steps * pass_seconds if needs.reference and config.reference.mode == "precomputed" else 0.0
@@ -108,7 +115,7 @@ def plan(config: Config, model: ModelConfig, topology: Topology, examples: int, 
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         is_last = option.train.residuals == "recompute" or option == config
         try:
-            compiled = list(compile_programs(option, model, devices, micro_batches=work.micro_batches, sampler=True))
+            compiled = list(compile_programs(option, model, devices, lengths=work.row_lengths, sampler=True))
         except DoesNotFit as refusal:
             if is_last:
                 raise
@@ -147,16 +154,18 @@ def result(
     mean_tokens: float,
 ) -> dict[str, Any]:
     """The plan, given the compiled programs."""
-    mesh, length = mesh_sizes(config, topology.devices), config.data.max_length
-    shards = mesh["data"] * mesh["fsdp"]
-    seconds = {
-        program.name: program_seconds(program, topology, estimated_cost(program.name, config, model, mesh))
+    mesh, longest = mesh_sizes(config, topology.devices), config.data.max_length
+    seconds = {  # by the name of a program, and how long the rows are that it takes
+        (program.name, program.length): program_seconds(
+            program, topology, estimated_cost(program.name, config, model, mesh, program.length)
+        )
         for program in compiled
         if program.name != "sampler"
     }
     step, before = step_seconds(config, work, seconds)
-    rows_per_chip = work.micro_batches * work.rows_at_once / shards / mesh["tensor"]
-    useful = model_passes(config, work.one_pass) * rows_per_chip * row_flops(model, length)
+    passes, peak = model_passes(config, work.one_pass) / topology.devices, topology.chip.flops
+    useful = passes * work.rows_at_once * sum(row_flops(model, length) for length in work.row_lengths)
+    of_text = passes * text_flops(model, work.lengths)
     tallest = max(compiled, key=lambda program: program.bytes_per_chip)
     chips = topology.devices // topology.chip.devices
     return {
@@ -164,7 +173,8 @@ def result(
         "tallest": tallest.name,
         "bytes_per_chip": tallest.bytes_per_chip,
         "usable_bytes_per_chip": int(topology.chip.usable_bytes),
-        "mfu_bound": useful / (topology.chip.flops * step),
+        "mfu_bound": useful / (peak * step),
+        "text_mfu_bound": of_text / (peak * step),
         "tokens_per_second_bound": work.tokens / step,
         "chip_hours_bound": (before + work.steps * step) * chips / 3600,
         "compile_seconds": sum(program.compile_seconds for program in compiled),
@@ -178,12 +188,17 @@ def result(
             "rows": work.rows,
             "micro_batches": work.micro_batches,
             "rows_at_once": work.rows_at_once,
-            "row_fill": work.row_fill(length),
+            "row_lengths": list(work.row_lengths),
+            "row_fill": work.row_fill,
             "model_flops_per_chip": useful,
+            "text_flops_per_chip": of_text,
         },
         "data": {"examples": examples, "mean_tokens": mean_tokens, "steps": work.steps, "reference_seconds": before},
         "assumed": _assumed(topology),
-        "programs": {program.name: _figures(program, seconds.get(program.name)) for program in compiled},
+        "programs": {
+            program.label(longest): _figures(program, seconds.get((program.name, program.length)))
+            for program in compiled
+        },
     }
 
 

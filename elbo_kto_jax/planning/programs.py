@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.data.packing import Segment, pack
+from elbo_kto_jax.data.packing import Rows, Segment, pack
 from elbo_kto_jax.diffusion.elbo import CHUNK
 from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.config import ModelConfig
@@ -58,6 +58,11 @@ class Compiled:
     hbm_bytes: float  # read and written, loop bodies counted once: a lower bound
     cost: hlo.Cost | None  # None: the compiler would not print the program
     compile_seconds: float
+    length: int = 0  # tokens of the rows that it takes; 0: none
+
+    def label(self, longest: int) -> str:
+        """The name, with the length of rows that are shorter than the longest."""
+        return self.name if self.length in (0, longest) else f"{self.name}, rows of {self.length}"
 
     @property
     def bytes_per_chip(self) -> int:
@@ -94,12 +99,13 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, micro_batches: int, sampler: bool
+    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, lengths: Sequence[int], sampler: bool
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `micro_batches` are those of a step: in one pass the residuals of all of them wait at once. Where those are kept has
-    to be said by the config.
+    `lengths` are those of the rows of each micro-batch of a step: in one pass the residuals of all of them wait at
+    once. Programs that take rows are compiled for the longest that a run may meet, and for these. Where residuals are
+    kept has to be said by the config.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -120,14 +126,13 @@ def compile_programs(
     scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws, residuals=residuals)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
-    compiler = _Compiler(config, model_config, mesh, shapes, online=online)
-    if scorer.takes_one_pass:
-        yield from _one_pass(compiler, scorer, programs, shapes, micro_batches, online=online)
-    else:
-        weights, estimates, rows = shapes.weights, shapes.estimates, shapes.rows
-        yield compiler.run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
-        arguments = (weights, shapes.grads, estimates, rows, shapes.cotangent)
-        yield compiler.run("grad", programs.grad, *arguments, kept=weights)[1]
+    compiler = _Compiler(model_config, mesh, shapes, online=online)
+    for length in sorted({config.data.max_length, *lengths}, reverse=True):
+        shapes = shapes._replace(rows=_rows(config, model_config, mesh, length))
+        if scorer.takes_one_pass:
+            yield from _one_pass(compiler, scorer, programs, shapes, len(lengths), online=online)
+        else:
+            yield from _two_passes(compiler, scorer, programs, shapes)
     loss, go = (_everywhere((), dtype, mesh) for dtype in (jnp.float32, jnp.bool_))
     yield compiler.run("update", programs.update, shapes.state, shapes.grads, loss, go, kept=shapes.state)[1]
     if sampler:
@@ -163,31 +168,34 @@ def _shapes(
         base = jax.tree.map(_abstract, base, axes.param_shardings(base, mesh, model.config))
         scale: Any = _everywhere((model.config.n_layers,), jnp.float32, mesh)
         weights = lora.Adapted(base, state.params, scale)
-    segment = Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)
-    empty = pack([segment], layout_of(config, model.config, mesh))[0]
     examples = config.train.global_batch_size
     return _Shapes(
         state=state,
         weights=weights,
-        rows=jax.tree.map(lambda x: _abstract(x, rules.row_sharding(mesh)), empty),
+        rows=_rows(config, model.config, mesh, config.data.max_length),
         estimates=_everywhere((examples * config.estimator.draws,), jnp.float32, mesh),
         cotangent=_everywhere((examples,), jnp.float32, mesh),
         grads=jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params),
     )
 
 
+def _rows(config: Config, model: ModelConfig, mesh: Mesh, length: int) -> Any:
+    """A micro-batch of rows of so many tokens."""
+    segment = Segment(np.zeros(1, np.int32), 0, np.ones(1, bool), 1.0, 0)
+    (empty,) = pack([segment], layout_of(config, model, mesh)._replace(length=length, shorter=()))
+    return jax.tree.map(lambda x: _abstract(x, rules.row_sharding(mesh)), empty)
+
+
 class _Compiler:
     """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
 
-    def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
-        self._num_devices = mesh.devices.size
+    def __init__(self, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
+        self._num_devices, self._mesh, self._model = mesh.devices.size, mesh, model_config
         # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
         # base.
         self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
-        if online and not config.lora.rank:
+        if online and not isinstance(shapes.weights, lora.Adapted):
             self._held += bytes_on_chip(shapes.state.params)
-        self._kernels = kernel_flops(model_config, mesh, shapes.rows.tokens.shape)
-        self._trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
 
     def run(
         self, name: str, program: Any, *arguments: Any, kept: Any = (), **options: Any
@@ -197,7 +205,10 @@ class _Compiler:
         Raises:
           DoesNotFit: the compiler's refusal.
         """
-        log.info("compiling %s for %d devices", name, self._num_devices)
+        rows = next((argument for argument in arguments if isinstance(argument, Rows)), None)
+        shape = None if rows is None else (rows.tokens.shape[0], rows.tokens.shape[1])
+        of_rows = f" of rows of {shape[1]} tokens" if shape else ""
+        log.info("compiling %s%s for %d devices", name, of_rows, self._num_devices)
         began = time.monotonic()
         try:
             compiled = program.trace(*arguments, **options).lower(lowering_platforms=("tpu",)).compile()
@@ -217,12 +228,13 @@ class _Compiler:
             transferred=memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes,
             resident=self._held - bytes_on_chip(kept),
             hbm_bytes=(compiled.cost_analysis() or {}).get("bytes accessed", 0.0),
-            cost=self._cost(name, compiled),
+            cost=self._cost(name, compiled, shape),
             compile_seconds=seconds,
+            length=shape[1] if shape else 0,
         )
 
-    def _cost(self, name: str, compiled: jax.stages.Compiled) -> hlo.Cost | None:
-        """What the program costs as its text says; None where that is not known."""
+    def _cost(self, name: str, compiled: jax.stages.Compiled, rows: tuple[int, int] | None) -> hlo.Cost | None:
+        """What the program costs as its text says, given the shape of its rows; None where that is not known."""
         try:
             text = compiled.as_text()
         except jax.errors.JaxRuntimeError:
@@ -232,7 +244,17 @@ class _Compiler:
             return None
         if name == "sampler":  # how often its loops run depends on the data
             return None
-        return hlo.program_cost(text, kernels=self._kernels, dynamic_trips=self._trips, chips=self._num_devices)
+        kernels = kernel_flops(self._model, self._mesh, rows) if rows else {}
+        trips = math.ceil(rows[1] / 2 / CHUNK) if rows else 0  # of the head's loop: half of a row is scored
+        return hlo.program_cost(text, kernels=kernels, dynamic_trips=trips, chips=self._num_devices)
+
+
+def _two_passes(compiler: _Compiler, scorer: Scorer, programs: Programs, shapes: _Shapes) -> Iterator[Compiled]:
+    """The scoring and the gradient of a step in two passes."""
+    weights, estimates, rows = shapes.weights, shapes.estimates, shapes.rows
+    yield compiler.run("score", scorer.score, weights, estimates, rows, kept=weights)[1]
+    arguments = (weights, shapes.grads, estimates, rows, shapes.cotangent)
+    yield compiler.run("grad", programs.grad, *arguments, kept=weights)[1]
 
 
 def _one_pass(

@@ -70,8 +70,17 @@ def plan(request: Request, config: Config, out: Path) -> dict:
         best = [attempt for attempt in tried if attempt["fits"]]
         chosen = max(best, key=lambda attempt: attempt["tokens_per_second_bound"])["flags"]
         log.info("next: the same settings in training: %s", shlex.join(chosen) or "the config as it is")
-    keys: tuple[str, ...] = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
-    keys += ("chip_hours_bound", "cost_bound", "compile_seconds", "versions", "topology", "mesh", "settings")
+    keys: tuple[str, ...] = ("fits", "bytes_per_chip", "usable_bytes_per_chip", "mfu_bound", "text_mfu_bound")
+    keys += (
+        "tokens_per_second_bound",
+        "chip_hours_bound",
+        "cost_bound",
+        "compile_seconds",
+        "versions",
+        "topology",
+        "mesh",
+        "settings",
+    )
     return {key: found[key] for key in keys if key in found} | {"report": str(out / "report.html")}
 
 

@@ -113,13 +113,13 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, micro_batches=work.micro_batches, sampler=False))
+            compiled = list(compile_programs(option, model, devices, lengths=work.row_lengths, sampler=False))
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})
             continue
         found = result(option, model, topology, work, compiled, examples, mean_tokens)
-        keys = ("fits", "bytes_per_chip", "mfu_bound", "tokens_per_second_bound")
+        keys = ("fits", "bytes_per_chip", "mfu_bound", "text_mfu_bound", "tokens_per_second_bound")
         tried.append({"flags": flags, **{key: found[key] for key in keys}})
         if found["fits"] and (best is None or found["tokens_per_second_bound"] > best["tokens_per_second_bound"]):
             best, chosen = found, option

@@ -47,6 +47,7 @@ def _key_numbers(plan: Mapping) -> list[KeyNumber]:
     return [
         KeyNumber("Fits", "yes" if plan["fits"] else "no", fits),
         KeyNumber("MFU", f"≤ {plan['mfu_bound']:.2f}", "bound, not measured"),
+        KeyNumber("Text MFU", f"≤ {plan['text_mfu_bound']:.2f}", "of it, what goes into text"),
         KeyNumber("Text tokens per second", f"≤ {format_number(int(plan['tokens_per_second_bound']))}", "bound"),
         KeyNumber("Chip-hours", f"≥ {format_number(plan['chip_hours_bound'])}", _cost(plan)),
     ]
@@ -72,8 +73,9 @@ def in_one_sentence(plan: Mapping) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     return (
         f"{plan['topology']} ({mesh}): {_gib(plan['bytes_per_chip'])} of {_gib(plan['usable_bytes_per_chip'])} GiB per "
-        f"chip; at most {plan['mfu_bound']:.0%} of peak and {plan['tokens_per_second_bound']:,.0f} tokens of text per "
-        f"second, at least {format_number(plan['chip_hours_bound'])} chip-hours (bounds, not measured)."
+        f"chip; at most {plan['mfu_bound']:.0%} of peak, {plan['text_mfu_bound']:.0%} in text, and "
+        f"{plan['tokens_per_second_bound']:,.0f} tokens of text per second, at least "
+        f"{format_number(plan['chip_hours_bound'])} chip-hours (bounds, not measured)."
     )
 
 
@@ -90,8 +92,9 @@ def as_text(plan: Mapping) -> str:
         lines += [terminal.table(header, rows), ""]
     lines += [
         f"A step: {step['rows']} rows of text in {step['micro_batches']} micro-batches of {step['rows_at_once']} rows "
-        f"({step['row_fill']:.0%} of them text), {step['model_flops_per_chip'] / 1e12:.0f} TFLOP of the model per "
-        f"chip, {step['seconds']:.3g} s.",
+        f"of {_row_lengths(step['row_lengths'])} tokens ({step['row_fill']:.0%} of them text), "
+        f"{step['model_flops_per_chip'] / 1e12:.0f} TFLOP of the model per chip, "
+        f"{step['text_flops_per_chip'] / 1e12:.0f} of them for text, {step['seconds']:.3g} s.",
         f"A run: {data['steps']} steps, {data['examples']} examples of {data['mean_tokens']:.0f} tokens on average; "
         f"the reference pass {data['reference_seconds']:.3g} s. {_cost(plan)}".rstrip(),
         f"Assumed per chip: {assumed['peak_flops'] / 1e12:.0f} TFLOP/s, "
@@ -103,6 +106,12 @@ def as_text(plan: Mapping) -> str:
     if step["row_fill"] < 0.8:
         lines.append("Hint: a larger --config.train.global_batch_size, or a smaller slice, would fill the rows.")
     return "\n".join(lines)
+
+
+def _row_lengths(lengths: Sequence[int]) -> str:
+    """In words: all micro-batches but the last have rows of one length."""
+    first, last = lengths[0], lengths[-1]
+    return f"{first}" if first == last else f"{first}, in the last of {last}"
 
 
 def memory_rows(plan: Mapping) -> list[tuple[str, ...]]:
@@ -130,7 +139,7 @@ def traffic_rows(plan: Mapping) -> list[tuple[str, ...]]:
     ]
 
 
-_TRIED = ("candidate", "fits", "GiB per chip", "MFU at most", "tokens/s at most")
+_TRIED = ("candidate", "fits", "GiB per chip", "MFU at most", "text MFU at most", "tokens/s at most")
 
 
 def tried_rows(plan: Mapping) -> Sequence[tuple[str, ...]]:
@@ -141,10 +150,11 @@ def tried_rows(plan: Mapping) -> Sequence[tuple[str, ...]]:
             figures = (
                 _gib(found["bytes_per_chip"]),
                 f"{found['mfu_bound']:.3f}",
+                f"{found['text_mfu_bound']:.3f}",
                 f"{found['tokens_per_second_bound']:,.0f}",
             )
         else:
-            figures = DASH, DASH, DASH
+            figures = DASH, DASH, DASH, DASH
         rows.append((name, "yes" if found["fits"] else "no", *figures))
     return rows
 

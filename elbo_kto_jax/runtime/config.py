@@ -64,7 +64,7 @@ class Model:
 class Data:
     train: Location  # JSONL or Parquet file, folder of such, or hub data set id
     eval: Location  # the same, held out; "" for none
-    max_length: Count  # tokens; longer examples are cut, and packed rows have this length
+    max_length: Count  # tokens; longer examples are cut, and no packed row is longer
     packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
     append_eot: bool  # append the end-of-turn token to each completion
     desirable_fraction: Fraction  # n_D: part of the desirable examples that is kept

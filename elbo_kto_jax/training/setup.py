@@ -111,7 +111,8 @@ class Setup:
             "residuals": self.residuals,  # which program scores a row
             "platform": jax.default_backend(),
             "jax": jax.__version__,
-            "format": 3,  # of the cache; parts of the first had no checksum, the second knew another choice of program
+            "format": 3,  # of the cache; in the second all rows were of one length, in the first parts had no checksum
+            **({"rows": layout.rows} if layout.shorter else {}),  # how many there are at once says how long they are
             **({} if config.lora.base_quantization == "none" else {"base": config.lora.base_quantization}),
             **({"lora_targets": sorted(config.lora.targets)} if config.lora.targets else {}),  # as for the rank
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together

@@ -69,7 +69,7 @@ class Trainer(NamedTuple):
         if self.adaptation is not None:
             weights.check(inputs.MODEL, self.adaptation.base_digest)
         log.info(
-            "%s on %s: %d steps of %d of the %d examples, %d draws each; %d rows of %d tokens at once",
+            "%s on %s: %d steps of %d of the %d examples, %d draws each; %d rows of %s%d tokens at once",
             setup.config.objective.name,
             ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()),
             setup.total_steps,
@@ -77,6 +77,7 @@ class Trainer(NamedTuple):
             len(setup.data.examples),
             setup.config.estimator.draws,
             setup.data.layout.rows,
+            "up to " if setup.data.layout.shorter else "",
             setup.data.layout.length,
         )
         return state, progress

@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from elbo_kto_jax.data.examples import load_examples
-from elbo_kto_jax.data.packing import NO_SEGMENT, Layout, Segment, first_fit, pack
+from elbo_kto_jax.data.packing import NO_SEGMENT, Layout, Segment, pack
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.training.data import TrainingData
 
@@ -72,16 +72,6 @@ def test_authors_padding():
     np.testing.assert_array_equal(second.slot_index[1:], NO_SEGMENT)
 
 
-def test_first_fit_keeps_to_capacity_and_slots():
-    lengths = np.random.default_rng(0).integers(1, 30, 200).tolist()
-    bins = first_fit(lengths, 30, 4)
-    assert sorted(i for row in bins for i in row) == list(range(200))
-    assert max(sum(lengths[i] for i in row) for row in bins) <= 30
-    assert max(map(len, bins)) <= 4
-    assert first_fit([1, 3, 2, 3], 4, 2) == [[1, 0], [3], [2]]
-    assert first_fit([1] * 5, 30, 2) == [[0, 1], [2, 3], [4]]
-
-
 def test_the_rows_are_a_function_of_the_lengths():
     """Other tokens and other masks, the same places."""
     segments = random_segments(30, 64)
@@ -89,6 +79,16 @@ def test_the_rows_are_a_function_of_the_lengths():
     for a, b in zip(pack(segments, layout(True)), pack(others, layout(True)), strict=True):
         for name in ("slot_index", "segment_ids", "positions"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_a_micro_batch_of_shorter_rows_is_that_of_a_shorter_layout():
+    segments = random_segments(9, 24, seed=2)
+    assert 96 < sum(len(segment.tokens) for segment in segments) < 135
+    (found,) = pack(segments, layout(True)._replace(shorter=((32, 48),)))
+    assert found.tokens.shape == (3, 48)
+    (expected,) = pack(segments, layout(True, length=48))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "authors"])

@@ -135,7 +135,7 @@ def test_a_small_model(tmp_path):
     assert summary["fits"] is True
     assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert 0 < summary["bytes_per_chip"] < summary["usable_bytes_per_chip"] == int(15.75 * 2**30)
-    assert 0 < summary["mfu_bound"] < 1
+    assert 0 < summary["text_mfu_bound"] < summary["mfu_bound"] < 1
     assert summary["cost_bound"] == 2 * summary["chip_hours_bound"] > 0
     assert summary["versions"] == found["versions"] == programs.versions()
     assert found["versions"]["libtpu"][0].isdigit()

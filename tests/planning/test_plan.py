@@ -1,6 +1,7 @@
 """planning/plan.py: the arithmetic of the bounds, worked out by hand, and the order of a search."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -34,8 +35,9 @@ def config() -> Config:
     return Config.from_mapping(load_config_file(str(KTO_MIX)).to_dict())
 
 
-def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30) -> Compiled:
-    return Compiled(name, size, 10, 10, 5, 0, 0, 7, hbm, hlo.Cost(flops, tuple(collectives)), 2.0)
+def program(name, flops=0.0, collectives=(), hbm=0.0, size=2**30, length=4096) -> Compiled:
+    cost = hlo.Cost(flops, tuple(collectives))
+    return Compiled(name, size, 10, 10, 5, 0, 0, 7, hbm, cost, 2.0, 0 if name == "update" else length)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +65,34 @@ def test_model_flops_are_those_of_the_design():
 def test_workload_counts_rows_and_steps(config):
     work = workload.workload(config, shards=8, examples=100, mean_tokens=500)
     assert work.steps == 4  # ceil(100 / 32), one epoch
-    assert work.tokens == 32 * 8 * 500
-    assert work.rows == 33  # ceil(128000 / (4096 * 0.95))
-    assert (work.rows_at_once, work.micro_batches) == (8, 5)
-    assert work.row_fill(4096) == pytest.approx(128000 / (40 * 4096))
+    assert work.tokens == pytest.approx(32 * 8 * 500, rel=1e-3)
+    assert work.rows == 32  # ceil(128000 / 4096)
+    assert (work.rows_at_once, work.micro_batches) == (8, 4)
+    assert work.row_fill == work.tokens / (32 * 4096)
+
+
+@pytest.mark.parametrize(("examples", "mean"), [(1, 500), (5, 500), (32, 700), (32, 1900), (7, 4096), (3, 9000)])
+def test_the_lengths_of_a_typical_batch(examples, mean):
+    """Of the mean that was asked for, as uneven as those of kto-mix, and none above the longest row."""
+    lengths = workload.spread_lengths(examples, mean, 4096)
+    assert lengths.mean() == pytest.approx(min(mean, 4096), rel=1e-3)
+    assert lengths.max() <= 4096
+    if (examples, mean) == (32, 700):
+        assert lengths.std() / 700 == pytest.approx(0.85, abs=0.05)
+
+
+def test_a_plan_takes_rows_as_short_as_training_would(config):
+    """44 rows of 4,096 tokens hold a batch; on 64 chips each takes a row of 3,072."""
+    found = [workload.workload(config, shards, examples=14000, mean_tokens=700) for shards in (64, 4)]
+    assert [(work.rows_at_once, work.rows, work.micro_batches) for work in found] == [(64, 64, 1), (4, 44, 11)]
+    assert found[0].row_lengths == (3072,)
+    assert found[0].row_fill == pytest.approx(700 / 768, rel=1e-3)
+    assert set(found[1].row_lengths) == {4096}
 
 
 @pytest.mark.parametrize(
     ("residuals", "one_pass", "waiting"),
-    [("auto", False, 0), ("recompute", False, 0), ("device", True, 5), ("host", True, 0)],
+    [("auto", False, 0), ("recompute", False, 0), ("device", True, 4), ("host", True, 0)],
 )
 def test_residuals_wait_where_the_config_says(config, residuals, one_pass, waiting):
     work = workload.workload(keeping(config, residuals), shards=8, examples=100, mean_tokens=500)
@@ -155,7 +176,8 @@ def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
 
 def two_pass_result(config, sizes=(1, 1, 1)):
     config = keeping(config, "recompute")
-    work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 125 rows: two micro-batches of 64
+    work = workload.workload(config, shards=64, examples=6400, mean_tokens=1900)  # 121 rows: two micro-batches of 64
+    assert work.row_lengths == (4096, 4096)
     flops = estimate.row_flops(LLADA_8B, 4096)
     compiled = [
         program("score", flops, size=sizes[0]),
@@ -170,7 +192,11 @@ def test_the_bound_of_a_step(config):
     seconds = estimate.row_flops(LLADA_8B, 4096) / 197e12
     assert found["step"]["seconds"] == pytest.approx(2 * 5 * seconds)
     assert found["mfu_bound"] == pytest.approx(4 / 5)
-    assert found["tokens_per_second_bound"] == pytest.approx(32 * 8 * 1900 / (10 * seconds))
+    assert found["tokens_per_second_bound"] == pytest.approx(32 * 8 * 1900 / (10 * seconds), rel=1e-3)
+    # Of 128 rows; the sequences are shorter, so their attention is less of their work.
+    assert found["text_mfu_bound"] / found["mfu_bound"] == pytest.approx(32 * 8 * 1900 / (128 * 4096), abs=0.07)
+    text = estimate.text_flops(LLADA_8B, workload.workload(config, 64, 6400, 1900).lengths)
+    assert found["text_mfu_bound"] == pytest.approx(4 * text / 64 / 197e12 / (10 * seconds))
     # 200 steps, and the reference pass scores every row of them once
     assert found["chip_hours_bound"] == pytest.approx(200 * 64 * (10 + 2) * seconds / 3600)
     assert found["compile_seconds"] == 6.0
@@ -185,6 +211,23 @@ def test_the_bound_of_a_step_in_one_pass(config):
     assert (found["step"]["one_pass"], found["step"]["micro_batches"]) == (True, 2)
     assert found["step"]["seconds"] == pytest.approx(2 * 4 * flops / 197e12)
     assert found["mfu_bound"] == pytest.approx(3 / 4)
+
+
+def test_each_micro_batch_takes_the_time_of_its_rows(config):
+    """Two micro-batches of a step, the last of shorter rows; the longest rows that a run may meet cost memory alone."""
+    work = dataclasses.replace(workload.workload(config, 64, 6400, 1900), row_lengths=(3072, 1024))
+    compiled = [
+        program(name, factor * estimate.row_flops(LLADA_8B, length), size=size, length=length)
+        for length, size in ((4096, 3 * 2**30), (3072, 2**30), (1024, 2**30))
+        for name, factor in (("score", 1), ("grad", 4))
+    ]
+    found = plan.result(config, LLADA_8B, TOPOLOGY, work, [*compiled, program("update")], 6400, 1900)
+    of_rows = sum(estimate.row_flops(LLADA_8B, length) for length in (3072, 1024))
+    assert found["step"]["seconds"] == pytest.approx(5 * of_rows / 197e12)
+    assert found["mfu_bound"] == pytest.approx(4 / 5)
+    assert found["bytes_per_chip"] == 3 * 2**30 + 5 + 7
+    assert list(found["programs"])[:4] == ["score", "grad", "score, rows of 3072", "grad, rows of 3072"]
+    assert "64 rows of 3072, in the last of 1024 tokens" in as_text(found | {"tried": []})
 
 
 def test_the_largest_program_decides_whether_it_fits(config):
@@ -242,13 +285,16 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, *, micro_batches, sampler):
+    def compile_programs(option, model, devices, *, lengths, sampler):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")
         seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
         names = ("forward", "backward") if option.train.residuals != "recompute" else ("score", "grad")
-        return [program(names[0]), program(names[1], 197e12 * seconds), program("update")]
+        of_rows = [
+            [program(names[0], length=n), program(names[1], 197e12 * seconds, length=n)] for n in {4096, *lengths}
+        ]
+        return [*itertools.chain(*of_rows), program("update")]
 
     monkeypatch.setattr(search, "topology_devices", lambda topology: [None] * topology.devices)
     monkeypatch.setattr(search, "compile_programs", compile_programs)
@@ -294,7 +340,7 @@ def test_report(config, tmp_path):
     write_plan_report(tmp_path / "report.html", found)
     html, text = (tmp_path / "report.html").read_text(), as_text(found)
     made_by = f"Compiled by jax {jax.__version__} and libtpu "
-    for words in ("≤ 0.80", "bound, not measured", "v5e:8x8", "at least 12 at the given price", made_by):
+    for words in ("≤ 0.80", "bound, not measured", "v5e:8x8", "at least 12 at the given price", "Text MFU", made_by):
         assert words in html
-    for words in ("80% of peak", "not measured", "score", "grad", "update", made_by):
+    for words in ("80% of peak, 71% in text", "not measured", "score", "grad", "update", made_by):
         assert words in text

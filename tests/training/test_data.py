@@ -11,10 +11,12 @@ from tests import tiny
 NUM, DRAWS = 11, 3
 
 
-def training_data(batch_size: int = 4, seed: int = 0, scheme: str = "uniform", **options) -> TrainingData:
+def training_data(
+    batch_size: int = 4, seed: int = 0, scheme: str = "uniform", shorter: tuple = (), **options
+) -> TrainingData:
     return TrainingData(
         tiny.examples(NUM),
-        tiny.layout(2),
+        tiny.layout(2)._replace(shorter=shorter),
         estimator=config.Estimator(DRAWS, scheme),
         batch_size=batch_size,
         seed=seed,
@@ -45,13 +47,15 @@ def test_a_step_is_the_same_batch_for_every_reader():
     assert_equal_batches(training_data().batch(5), training_data().batch(5))
 
 
-def test_a_process_lays_out_its_own_rows_only_and_they_are_those_of_the_whole(monkeypatch):
-    whole, made = training_data().batch(1), []
+@pytest.mark.parametrize("shorter", [(), ((16, 24),)], ids=["one length", "several lengths"])
+def test_a_process_lays_out_its_own_rows_only_and_they_are_those_of_the_whole(monkeypatch, shorter):
+    whole, made = training_data(shorter=shorter).batch(1), []
+    assert len({rows.tokens.shape for rows in whole.micro_batches}) == 1 + len(shorter)
     masks = TrainingData.masks
     monkeypatch.setattr(TrainingData, "masks", lambda self, i, epoch: made.append(i) or masks(self, i, epoch))
     for row in (0, 1):
         made.clear()
-        part = training_data(own=np.arange(2) == row).batch(1)
+        part = training_data(own=np.arange(2) == row, shorter=shorter).batch(1)
         assert_equal_batches(part.feedback, whole.feedback)
         assert part.real_tokens == whole.real_tokens
         for own, rows in zip(part.micro_batches, whole.micro_batches, strict=True):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elbo_kto_jax import cli
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring.scorer import Scorer
@@ -14,7 +15,8 @@ from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import reference as reference_module
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.reference import ReferenceCache
-from tests import tiny
+from elbo_kto_jax.training.setup import prepare
+from tests import runs, tiny
 
 ESTIMATOR, BATCH, STEPS = config.Estimator(2, "uniform"), 3, 5
 FINGERPRINT = {"model": "abc", "seed": 0}
@@ -138,3 +140,19 @@ def test_an_estimate_that_is_not_finite_is_refused_and_not_stored(tmp_path, data
     with pytest.raises(UserError, match="example"):
         cache.complete(scorer, broken)
     assert not list(cache.path.glob("*.npy"))
+
+
+def test_a_cache_says_how_many_rows_there_were_at_once_where_their_length_depends_on_it(tiny_checkpoint, tmp_path):
+    """On other devices a batch may be packed into other rows, and rewards would not start at exactly 0."""
+    records = runs.write_jsonl(tmp_path / "train.jsonl", runs.records(6))
+    flags = cli.Flags("test", "test")
+    flags.add_config()
+    settings = {"model.path": tiny_checkpoint, "data.train": records, "data.max_length": 1024}
+    setup = prepare(flags.parse(runs.flags(settings))[1], skip_bad=False)
+    layout, found = setup.data.layout, []
+    assert layout.shorter == ((256, 512, 768), (256, 384, 512, 640, 768, 896))
+    for rows, shorter in ((1, layout.shorter), (2, layout.shorter), (1, ()), (2, ())):
+        setup.data.layout = layout._replace(rows=rows, shorter=shorter)
+        found.append(setup.fingerprint("digest", setup.data))
+    assert found[0].items() ^ found[1].items() == {("rows", 1), ("rows", 2)}
+    assert found[2] == found[3]

@@ -196,6 +196,48 @@ def test_each_program_is_compiled_once(reference_mode, residuals, used):
     assert sizes == {name: int(name in used | {"loss", "update"}) for name in names}
 
 
+# ---- rows as short as the batch allows ----
+
+
+def of_rows(*shorter: int) -> TrainingData:
+    layout = tiny.layout(2)._replace(shorter=(shorter,) if shorter else ())
+    return TrainingData(tiny.examples(7), layout, estimator=config.Estimator(3, "uniform"), batch_size=3, seed=0)
+
+
+def test_rows_of_several_lengths_give_the_gradient_of_rows_of_one():
+    """In two passes; each length has its programs compiled once, and rewards are exactly 0."""
+    data, fixed, reference = of_rows(16), of_rows(), np.zeros(9, np.float32)
+    programs, state = setup(tiny.model(), tiny.params(0), KEEP_GRADIENT, num_examples=3, draws=3, objective=tiny.KTO)
+    compiled = [programs.scorer.score, programs.grad, programs.loss, programs.update]
+    for index, sizes in ((0, [1, 1, 1, 1]), (1, [2, 2, 1, 1]), (4, [2, 2, 1, 1])):
+        state, metrics = step.train_step(programs, state, data.batch(index), reference)
+        assert [program._cache_size() for program in compiled] == sizes, index
+        found = jax.tree.map(np.asarray, state.opt_state)
+        state, others = step.train_step(programs, state, fixed.batch(index), reference)
+        np.testing.assert_allclose(metrics["reward"], others["reward"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
+        assert_same_gradient(found, state.opt_state)
+    scores = scored(programs, state.params, data.batch(1))
+    np.testing.assert_array_equal(step.train_step(programs, state, data.batch(1), scores)[1]["reward"], np.zeros(3))
+
+
+def test_reward_is_exactly_zero_in_rows_of_several_lengths():
+    """The precomputed reference, of another instance of the data, meets the same rows; here in one pass."""
+    programs, state = setup(
+        tiny.model("bfloat16"),
+        tiny.params(0),
+        KEEP_GRADIENT,
+        num_examples=3,
+        draws=3,
+        objective=tiny.KTO,
+        residuals="device",
+    )
+    elbo_ref = scored(programs, state.params, of_rows(16).batch(1))
+    _, metrics = step.train_step(programs, state, of_rows(16).batch(1), elbo_ref)
+    np.testing.assert_array_equal(metrics["reward"], np.zeros(3))
+    assert metrics["grad_norm"] > 0
+
+
 # ---- what the draws say of the noise ----
 
 
