@@ -27,6 +27,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
+from elbo_kto_jax.planning.workload import visited_fraction
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.denoise import take_steps
@@ -93,11 +94,18 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, waiting: int, sampler: bool
+    config: Config,
+    model_config: ModelConfig,
+    devices: list[jax.Device],
+    *,
+    waiting: int,
+    sampler: bool,
+    mean_tokens: float,
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes.
+    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes. Attention in
+    packed rows costs what it does where every record has `mean_tokens`.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -115,7 +123,8 @@ def compile_programs(
     scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
-    compiler = _Compiler(config, model_config, mesh, shapes, online=online)
+    visited = visited_fraction(config.data.max_length, mean_tokens) if config.data.packing else 1.0
+    compiler = _Compiler(config, model_config, mesh, shapes, online=online, visited=visited)
     if waiting:
         accumulates = config.train.one_pass_microbatches > 1
         yield from _one_pass(compiler, scorer, programs, shapes, waiting, online=online, accumulates=accumulates)
@@ -175,14 +184,23 @@ def _shapes(
 class _Compiler:
     """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
 
-    def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
+    def __init__(
+        self,
+        config: Config,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        shapes: _Shapes,
+        *,
+        online: bool,
+        visited: float,
+    ):
         self._num_devices = mesh.devices.size
         # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
         # base.
         self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
         if online and not config.lora.rank:
             self._held += bytes_on_chip(shapes.state.params)
-        self._kernels = kernel_flops(model_config, mesh, shapes.rows.tokens.shape)
+        self._kernels = kernel_flops(model_config, mesh, shapes.rows.tokens.shape[1], visited)
         self._trips = math.ceil(config.data.max_length / 2 / CHUNK)  # of the head's loop: half of a row is scored
 
     def run(
@@ -286,10 +304,13 @@ def bytes_on_chip(tree: Any) -> int:
     )
 
 
-def kernel_flops(model: ModelConfig, mesh: Mesh, tokens_shape: tuple[int, int]) -> dict[str, float]:
-    """FLOPs of one call of splash attention on one device: two products forward, five backward, every tile visited."""
-    rows, length = tokens_shape[0] // rules.row_shards(mesh), -(-tokens_shape[1] // 128) * 128
-    product = 2.0 * rows * (model.n_heads // mesh.shape["tensor"]) * model.head_dim * length**2
+def kernel_flops(model: ModelConfig, mesh: Mesh, length: int, visited: float) -> dict[str, float]:
+    """FLOPs of one call of splash attention on one device, which is for one row of `length` tokens.
+
+    Two products forward and five backward, of that part of the blocks which is `visited`.
+    """
+    length = -(-length // 128) * 128
+    product = 2.0 * (model.n_heads // mesh.shape["tensor"]) * model.head_dim * length**2 * visited
     return {"splash_mha_fwd": 2 * product, "splash_mha_dkv": 5 * product}
 
 

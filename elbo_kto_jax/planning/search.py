@@ -110,7 +110,10 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, waiting=work.waiting, sampler=False))
+            programs = compile_programs(
+                option, model, devices, waiting=work.waiting, sampler=False, mean_tokens=mean_tokens
+            )
+            compiled = list(programs)
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+import numpy as np
+
+from elbo_kto_jax.models.attention_kernels import splash_block
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -41,6 +44,14 @@ def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> 
     micro_batches = math.ceil(rows / at_once)
     one_pass = micro_batches <= config.train.one_pass_microbatches
     return Workload(steps, rows, micro_batches, at_once, tokens, one_pass)
+
+
+def visited_fraction(length: int, mean_tokens: float) -> float:
+    """The part of a packed row's blocks that attention visits on a TPU where every record has so many tokens."""
+    block = splash_block(length)
+    segment = np.arange(-(-length // block) * block) // max(1.0, mean_tokens)
+    first, last = segment[::block], segment[block - 1 :: block]
+    return float(np.mean((first[:, None] <= last) & (first <= last[:, None])))
 
 
 def mesh_sizes(config: Config, devices: int) -> dict[str, int]:

@@ -85,6 +85,14 @@ def test_padded_rows_hold_one_segment_each(config):
     assert workload.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
 
 
+def test_the_blocks_that_attention_visits():
+    """Of 8 x 8 blocks of 512 tokens: all; those of one segment each; and those that their borders cut, two more."""
+    assert workload.visited_fraction(4096, 4096) == workload.visited_fraction(4096, 9999) == 1
+    assert workload.visited_fraction(4096, 512) == 8 / 64
+    assert workload.visited_fraction(4096, 500) == (8 + 2 * 7) / 64
+    assert workload.visited_fraction(1000, 2048) == 1  # 1,024 positions
+
+
 @pytest.mark.parametrize(
     ("flops", "hbm", "overlapped", "exposed", "expected"),
     [
@@ -241,7 +249,7 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, *, waiting, sampler):
+    def compile_programs(option, model, devices, *, waiting, sampler, mean_tokens):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")
