@@ -4,7 +4,8 @@ Several forms of the same function; the platform decides (`form_for`). `plain_at
 (attention_plain.py). The others never hold more than a tile of scores, walk over the tiles with a running softmax, and
 recompute the scores in the backward pass, so that their memory is linear in the row:
 
-    splash_attention   TPU: jax's Pallas kernel, whose tiles mask the segments (attention_kernels.py)
+    splash_attention   TPU: jax's Pallas kernel, told which tiles hold a common segment: it visits no other
+                       (attention_kernels.py)
     packed_attention   GPU, Hopper or newer: cuDNN's kernel for sequences that lie behind each other in a row, which
                        visits no pair of segments; a row of more segments than usual takes cudnn_attention
     cudnn_attention    GPU: cuDNN's kernel with a mask of all pairs of positions, one for all heads, whose memory does

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import logging
 from typing import Any, Literal
 
 import jax
@@ -18,6 +19,7 @@ cudnn: Any = None
 with contextlib.suppress(ImportError):  # jax's public function has no argument for packed segments
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+log = logging.getLogger(__name__)
 _LANES = 128  # positions: the tiles of the kernels for TPUs are multiples
 _HOPPER = 9.0  # the compute capability from which cuDNN takes packed segments
 _FEWEST_RUNS, _TOKENS_PER_RUN = 8, 256  # segments of a row that packed_attention has room for
@@ -30,23 +32,67 @@ def splash_attention(
     segment_ids: Int[Array, "b s"],
     interpret: bool = False,
 ) -> Float[Array, "b s h e"]:
-    """The same in a kernel for TPUs; a row that is no multiple of its lanes is filled up with a segment of its own."""
+    """The same in a kernel for TPUs that visits no pair of blocks without a common segment, forward and backward.
+
+    A row that is no multiple of its lanes is filled up with a segment of its own.
+    """
     s, h, e = query.shape[1:]
     query, key, value, segment_ids = _fill_row(_LANES, query * e**-0.5, key, value, segment_ids)
     length = segment_ids.shape[1]
-    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+    block = splash_block(length)
+    whole = splash.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([splash_mask.FullMask((length, length))] * h),
+        block_sizes=splash.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
 
     def of_row(query, key, value, ids):
-        kernel = splash.make_splash_mha_single_device(
-            splash_mask.MultiHeadMask([splash_mask.FullMask((length, length))] * h),
-            block_sizes=splash.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
-            residual_checkpoint_name=SAVED,
-            interpret=interpret,
-        )
-        return kernel(query, key, value, splash.SegmentIds(ids, ids))
+        return _skipping(whole, visited_blocks(ids, block))(query, key, value, splash.SegmentIds(ids, ids))
 
     out = jax.vmap(of_row)(_heads_first(query), _heads_first(key), _heads_first(value), segment_ids)
     return _heads_first(out)[:, :s]
+
+
+def splash_block(length: int) -> int:
+    """Positions of a side of splash_attention's blocks, for a row of so many; it divides the row's length once filled.
+
+    The largest wins: smaller blocks skip more scores, but the steps of the kernel's grid and the backward pass's
+    partial sums for the queries, one for each block of keys, grow faster than that (docs/tpu.md).
+    """
+    filled = -(-length // _LANES) * _LANES
+    return next(size for size in (512, 384, 256, 128) if filled % size == 0)
+
+
+def visited_blocks(segment_ids: Int[Array, " s"], block: int) -> Bool[Array, "n n"]:
+    """Which blocks of queries and keys have a segment in common, padding being one; `block` divides the row."""
+    of_block = segment_ids.reshape(-1, block)
+    return jnp.any(of_block[:, None, :, None] == of_block[None, :, None, :], axis=(2, 3))
+
+
+def _skipping(whole: splash.SplashAttentionKernel, visited: Bool[Array, "n n"]) -> splash.SplashAttentionKernel:
+    """The kernel `whole` on the visited blocks alone: a step of its grid without one neither loads nor computes.
+
+    The library makes such tables from masks of all pairs of positions; segments need none, for the kernel masks them
+    itself. Where a version of jax has no such tables, `whole` is right, too, and the log says so.
+    """
+    n = visited.shape[0]
+    at_or_after = jax.lax.cummin(jnp.where(visited, jnp.arange(n), n), axis=1, reverse=True)
+    last = jnp.max(jnp.where(visited, jnp.arange(n), 0), axis=1, keepdims=True)
+    loaded: Any = jnp.minimum(at_or_after, last).astype(jnp.int32)  # the next one visited, or still the last one
+    table: dict[str, Any] = {
+        "block_mask": visited[None].astype(jnp.int32),
+        "mask_next": None,
+        "partial_mask_blocks": None,
+    }
+    try:
+        forward = whole.fwd_mask_info._replace(data_next=loaded[None], **table)
+        of_gradient: Any = whole.dkv_mask_info
+        backward = of_gradient._replace(data_next=loaded.T[None], **table)
+        return splash.SplashAttentionKernel(forward, None, backward, **whole.kwargs)
+    except (AttributeError, TypeError, ValueError) as error:
+        log.warning("attention visits all blocks: splash attention of jax %s differs: %s", jax.__version__, error)
+        return whole
 
 
 def _heads_first(x: Array) -> Array:

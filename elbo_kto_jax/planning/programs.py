@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.network import MaskPredictor
 from elbo_kto_jax.planning import hlo
 from elbo_kto_jax.planning.chips import Topology
+from elbo_kto_jax.planning.workload import Workload
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.denoise import take_steps
@@ -99,13 +100,12 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, lengths: Sequence[int], sampler: bool
+    config: Config, model_config: ModelConfig, devices: list[jax.Device], work: Workload, *, sampler: bool
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `lengths` are those of the rows of each micro-batch of a step: in one pass the residuals of all of them wait at
-    once. Programs that take rows are compiled for the longest that a run may meet, and for these. Where residuals are
-    kept has to be said by the config.
+    In one pass the residuals of all micro-batches of `work` wait at once. Programs that take rows are compiled for the
+    longest that a run may meet, and for those of `work`. Where residuals are kept has to be said by the config.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -126,11 +126,11 @@ def compile_programs(
     scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws, residuals=residuals)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
-    compiler = _Compiler(model_config, mesh, shapes, online=online)
-    for length in sorted({config.data.max_length, *lengths}, reverse=True):
+    compiler = _Compiler(model_config, mesh, shapes, work, online=online)
+    for length in sorted({config.data.max_length, *work.row_lengths}, reverse=True):
         shapes = shapes._replace(rows=_rows(config, model_config, mesh, length))
         if scorer.takes_one_pass:
-            yield from _one_pass(compiler, scorer, programs, shapes, len(lengths), online=online)
+            yield from _one_pass(compiler, scorer, programs, shapes, work.micro_batches, online=online)
         else:
             yield from _two_passes(compiler, scorer, programs, shapes)
     loss, go = (_everywhere((), dtype, mesh) for dtype in (jnp.float32, jnp.bool_))
@@ -189,8 +189,9 @@ def _rows(config: Config, model: ModelConfig, mesh: Mesh, length: int) -> Any:
 class _Compiler:
     """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
 
-    def __init__(self, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
+    def __init__(self, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, work: Workload, *, online: bool):
         self._num_devices, self._mesh, self._model = mesh.devices.size, mesh, model_config
+        self._visited = dict(work.visited)
         # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
         # base.
         self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
@@ -244,7 +245,8 @@ class _Compiler:
             return None
         if name == "sampler":  # how often its loops run depends on the data
             return None
-        kernels = kernel_flops(self._model, self._mesh, rows) if rows else {}
+        visited = self._visited.get(rows[1], 1.0) if rows else 1.0  # rows that are not of the typical batch: all
+        kernels = kernel_flops(self._model, self._mesh, rows[1], visited) if rows else {}
         trips = math.ceil(rows[1] / 2 / CHUNK) if rows else 0  # of the head's loop: half of a row is scored
         return hlo.program_cost(text, kernels=kernels, dynamic_trips=trips, chips=self._num_devices)
 
@@ -313,10 +315,13 @@ def bytes_on_chip(tree: Any) -> int:
     )
 
 
-def kernel_flops(model: ModelConfig, mesh: Mesh, tokens_shape: tuple[int, int]) -> dict[str, float]:
-    """FLOPs of one call of splash attention on one device: two products forward, five backward, every tile visited."""
-    rows, length = tokens_shape[0] // rules.row_shards(mesh), -(-tokens_shape[1] // 128) * 128
-    product = 2.0 * rows * (model.n_heads // mesh.shape["tensor"]) * model.head_dim * length**2
+def kernel_flops(model: ModelConfig, mesh: Mesh, length: int, visited: float) -> dict[str, float]:
+    """FLOPs of one call of splash attention on one device, which is for one row of `length` tokens.
+
+    Two products forward and five backward, of that part of the blocks which is `visited`.
+    """
+    length = -(-length // 128) * 128
+    product = 2.0 * (model.n_heads // mesh.shape["tensor"]) * model.head_dim * length**2 * visited
     return {"splash_mha_fwd": 2 * product, "splash_mha_dkv": 5 * product}
 
 

@@ -7,11 +7,13 @@ that packs them is that of training. A run meets other batches as well, and thei
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from elbo_kto_jax.data.fitting import Fitted
 from elbo_kto_jax.data.packing import Layout
+from elbo_kto_jax.models.attention_kernels import splash_block
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.scoring.layout import layout_for
@@ -31,6 +33,7 @@ class Workload:
     rows_at_once: int  # of each micro-batch
     lengths: tuple[int, ...]  # tokens of each sequence of a step, a draw of an example
     residuals: Kept  # of a step's micro-batches, until their backward pass
+    visited: tuple[tuple[int, float], ...]  # of rows of a length: the part of their blocks that attention visits
 
     @property
     def one_pass(self) -> bool:
@@ -71,6 +74,7 @@ def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> 
         row_lengths=tuple(micro_batch.length for micro_batch in packed),
         rows_at_once=layout.rows,
         lengths=lengths,
+        visited=_visited(lengths, packed) if layout.packed else (),
         residuals="recompute" if config.train.residuals == "auto" else config.train.residuals,
     )
 
@@ -92,6 +96,23 @@ def spread_lengths(examples: int, mean: float, longest: int) -> np.ndarray:
         is_enough = np.minimum(scale * spread, longest).mean() >= min(mean, longest)
         low, high = (low, scale) if is_enough else (scale, high)
     return np.clip(np.rint(high * spread), 1, longest).astype(int)
+
+
+def _visited(lengths: Sequence[int], packed: Sequence[Fitted]) -> tuple[tuple[int, float], ...]:
+    """Length of rows -> the part of their blocks that attention visits, on average."""
+    of_length: dict[int, list[float]] = {}
+    for length, rows in packed:
+        of_length.setdefault(length, []).extend(visited_fraction([lengths[i] for i in row], length) for row in rows)
+    return tuple((length, float(np.mean(found))) for length, found in of_length.items())
+
+
+def visited_fraction(row: Sequence[int], length: int) -> float:
+    """The part of a row's blocks that attention visits on a TPU; `row`: tokens of its segments, of `length` in all."""
+    block = splash_block(length)
+    places = -(-length // block) * block
+    segment = np.repeat(np.arange(len(row) + 1), [*row, places - sum(row)])  # the last one is what is empty
+    first, last = segment[::block], segment[block - 1 :: block]
+    return float(np.mean((first[:, None] <= last) & (first <= last[:, None])))
 
 
 def mesh_sizes(config: Config, devices: int) -> dict[str, int]:

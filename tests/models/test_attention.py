@@ -1,9 +1,14 @@
 """models/attention*.py: the formula in numpy, and the tiled form against it in values and gradients."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from elbo_kto_jax.models import attention, attention_cpu, attention_kernels
 from elbo_kto_jax.models.attention_cpu import block_attention
@@ -127,6 +132,87 @@ def test_the_kernels_are_the_plain_form(form, options, s, kv, padding):
 
     for found, expected in zip(run(form, **options), run(plain_attention), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def packed_rows(length):
+    """One segment; many short ones; padding at the end; a border that is no border of blocks; the same id twice."""
+    at = np.arange(length)
+    rows = [at * 0 + 1, 1 + at // 7, np.where(at < 300, 1 + at // 130, 0), 1 + (at >= 200), 1 + (at // 256) % 2]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def test_the_kernel_for_tpus_on_rows_of_many_blocks():
+    """In values and gradients, also where a row has blocks in which nothing is visited; 600 positions are 5 blocks."""
+    segment_ids = packed_rows(600)
+    inputs = random_inputs(600, b=len(segment_ids), h=2, kv=1, e=8)
+    is_real = (segment_ids > 0)[..., None, None]
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32) * is_real
+
+    def run(form):
+        @jax.jit
+        def both(*inputs):
+            found, pull = jax.vjp(lambda *inputs: form(*inputs, segment_ids), *inputs)
+            return found * is_real, *pull(cotangent)
+
+        return [np.asarray(x) for x in both(*inputs)]
+
+    for found, expected in zip(
+        run(functools.partial(splash_attention, interpret=True)), run(plain_attention), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_for_tpus_visits_no_block_without_a_common_segment():
+    """What is no number in another segment's blocks reaches neither values nor gradients: zero times it would."""
+    first = slice(0, 256)  # two blocks; the other segment has three
+    segment_ids = jnp.where(jnp.arange(640) < 256, 1, 2)[None]
+    inputs = [x.at[:, 256:].set(jnp.nan) for x in random_inputs(640, b=1, h=1, kv=1, e=8)]
+
+    @jax.jit
+    def both(*inputs):
+        found, pull = jax.vjp(lambda *inputs: splash_attention(*inputs, segment_ids, interpret=True), *inputs)
+        return found, *pull(jnp.ones_like(found))
+
+    found = both(*inputs)
+    assert all(np.isfinite(x[:, first]).all() for x in found)
+    alone = plain_attention(*(x[:, first] for x in inputs), segment_ids[:, first])
+    np.testing.assert_allclose(found[0][:, first], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_blocks_that_are_visited():
+    found = attention_kernels.visited_blocks(jnp.asarray([1, 1, 1, 2, 2, 2, 3, 3, 0, 0]), 2)
+    touching = np.eye(5, dtype=bool)
+    touching[0, 1] = touching[1, 0] = touching[1, 2] = touching[2, 1] = True  # by segments 1 and 2
+    touching[1, 1:3] = True
+    np.testing.assert_array_equal(found, touching)
+
+
+def test_a_jax_without_the_tables_visits_all_blocks_and_says_so(caplog):
+    nothing: Any = None
+    whole = attention_kernels.splash.SplashAttentionKernel(nothing, nothing, nothing)
+    assert attention_kernels._skipping(whole, jnp.ones((2, 2), bool)) is whole
+    assert "attention visits all blocks" in caplog.text
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_the_kernel_for_tpus_compiles_for_them(monkeypatch, topology):
+    """Forward and backward, several rows of several blocks, grouped heads."""
+    pytest.importorskip("libtpu")
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(device))
+
+    def loss(query, key, value, segment_ids):
+        return splash_attention(query, key, value, segment_ids).astype(jnp.float32).sum()
+
+    inputs = shape(2, 640, 2, 64), shape(2, 640, 1, 64), shape(2, 640, 1, 64), shape(2, 640, dtype=jnp.int32)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*inputs).lower(lowering_platforms=("tpu",)).compile()
+    text = gradient.as_text()
+    assert "splash_mha_fwd" in text
+    assert "splash_mha_dkv" in text
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def test_padded_rows_hold_one_segment_each(config):
     assert workload.workload(config, shards=8, examples=100, mean_tokens=500).rows == 32 * 8
 
 
+def test_the_blocks_that_attention_visits():
+    """Of 8 x 8 blocks of 512 tokens: all; those of one segment each; and those that their borders cut, two more."""
+    assert workload.visited_fraction([4096], 4096) == workload.visited_fraction([], 4096) == 1
+    assert workload.visited_fraction([512] * 8, 4096) == 8 / 64
+    assert workload.visited_fraction([500] * 8, 4096) == (8 + 2 * 7) / 64
+    assert workload.visited_fraction([512, 1024], 2048) == (1 + 4 + 1) / 16
+    assert workload.visited_fraction([1000], 1000) == 1  # 1,024 positions
+
+
 @pytest.mark.parametrize(
     ("flops", "hbm", "overlapped", "exposed", "expected"),
     [
@@ -285,14 +294,15 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, *, lengths, sampler):
+    def compile_programs(option, model, devices, work, *, sampler):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")
         seconds = {2: 2.0, 3: 1.0, 4: 3.0}[len(asked)]
         names = ("forward", "backward") if option.train.residuals != "recompute" else ("score", "grad")
         of_rows = [
-            [program(names[0], length=n), program(names[1], 197e12 * seconds, length=n)] for n in {4096, *lengths}
+            [program(names[0], length=n), program(names[1], 197e12 * seconds, length=n)]
+            for n in {4096, *work.row_lengths}
         ]
         return [*itertools.chain(*of_rows), program("update")]
 
