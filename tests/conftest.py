@@ -21,11 +21,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *(f for f in os.environ.get("XLA_FLAGS", "").split() if f not in FLAGS)])
 
 # Many tests build the same program anew: it is compiled once, in a cache that goes with the session and that
-# pytest-xdist's workers inherit.
+# pytest-xdist's workers and the commands that tests start inherit; the hundreds of small ones of a run, too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Every worker has cores of its own: processes of one thread each do more of these small programs' work than one process
 # whose threads share them.
@@ -80,6 +80,17 @@ def _programs_of_one_file():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Equal runs in a file share their compiled programs, as those of one process do: a file that is about what runs
+    read and leave need not trace the same step for each of them anew."""
+    from tests.sharing import share_programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.data.capitals import write_data
 from elbo_kto_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
 SHORT = {"steps": 2, "global_batch_size": 4, "samples": 0}
 
