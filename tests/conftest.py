@@ -48,18 +48,23 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # A file runs in one process. The longest begin first, so that none is left over when the others are done.
 LONGEST = (
+    "launch/test_quickstart.py",
+    "training/test_families.py",
     "training/test_lora.py",
     "runtime/test_processes.py",
-    "robustness/test_kills.py",
-    "training/test_step.py",
-    "test_benchmark.py",
-    "training/test_work_split.py",
-    "sampling/test_decode.py",
-    "robustness/test_cases.py",
     "runtime/test_workdir.py",
-    "training/test_step_goldens.py",
-    "launch/test_quickstart.py",
+    "robustness/test_cases.py",
+    "robustness/test_kills.py",
+    "sampling/test_decode.py",
+    "training/test_loop.py",
+    "sampling/test_families.py",
     "test_sweep.py",
+    "test_evaluate.py",
+    "training/test_step_goldens.py",
+    "test_benchmark.py",
+    "evaluation/test_harness.py",
+    "training/test_step.py",
+    "training/test_work_split.py",
 )
 
 
