@@ -21,11 +21,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *(f for f in os.environ.get("XLA_FLAGS", "").split() if f not in FLAGS)])
 
 # Many tests build the same program anew: it is compiled once, in a cache that goes with the session and that
-# pytest-xdist's workers inherit.
+# pytest-xdist's workers and the commands that tests start inherit; the hundreds of small ones of a run, too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="elbo_kto_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Every worker has cores of its own: processes of one thread each do more of these small programs' work than one process
 # whose threads share them.
@@ -48,18 +48,23 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 # A file runs in one process. The longest begin first, so that none is left over when the others are done.
 LONGEST = (
+    "launch/test_quickstart.py",
+    "training/test_families.py",
     "training/test_lora.py",
     "runtime/test_processes.py",
-    "robustness/test_kills.py",
-    "training/test_step.py",
-    "test_benchmark.py",
-    "training/test_work_split.py",
-    "sampling/test_decode.py",
-    "robustness/test_cases.py",
     "runtime/test_workdir.py",
-    "training/test_step_goldens.py",
-    "launch/test_quickstart.py",
+    "robustness/test_cases.py",
+    "robustness/test_kills.py",
+    "sampling/test_decode.py",
+    "training/test_loop.py",
+    "sampling/test_families.py",
     "test_sweep.py",
+    "test_evaluate.py",
+    "training/test_step_goldens.py",
+    "test_benchmark.py",
+    "evaluation/test_harness.py",
+    "training/test_step.py",
+    "training/test_work_split.py",
 )
 
 
@@ -80,6 +85,17 @@ def _programs_of_one_file():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Equal runs in a file share their compiled programs, as those of one process do: a file that is about what runs
+    read and leave need not trace the same step for each of them anew."""
+    from tests.sharing import share_programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

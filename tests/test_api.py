@@ -3,26 +3,36 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from elbo_kto_jax import api, score, train
-from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.data.capitals import write_data
 from elbo_kto_jax.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
-SHORT = {"steps": 2, "global_batch_size": 4, "samples": 0}
+SHORT = {"steps": 2, "global_batch_size": 4, "microbatch_tokens": 1024, "samples": 0}  # a row for each device
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint, tmp_path_factory):
+    """What the example needs."""
+    made = tmp_path_factory.mktemp("made")
+    shutil.copytree(tiny_checkpoint, made / "base")
+    write_data(made, seed=0)
+    lines = (made / "feedback.jsonl").read_text().splitlines(keepends=True)
+    (made / "feedback.jsonl").write_text("".join(lines[:8]))
+    return made
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(made, tmp_path, monkeypatch):
     """A folder with what the example needs, and in it."""
-    write_untrained(tmp_path / "base", seed=0)
-    write_data(tmp_path, seed=0)
-    lines = (tmp_path / "feedback.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "feedback.jsonl").write_text("".join(lines[:8]))
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -59,13 +69,12 @@ def test_it_gives_the_numbers_of_the_commands(folder, tmp_path):
     config["train"].update(SHORT)
     record = {"id": "a", "prompt": "Capitals abc", "completion": "ABC"}
     (tmp_path / "records.jsonl").write_text(json.dumps(record) + "\n")
-    flags = ["--config=tiny", "--checkpoint=base", "--data=records.jsonl"]
-    score.main([*flags, "--out=scores.jsonl"])
+    changes = [f"--config.train.{key}={value}" for key, value in SHORT.items()]
+    score.main(["--config=tiny", *changes, "--checkpoint=base", "--data=records.jsonl", "--out=scores.jsonl"])
     expected = json.loads((tmp_path / "scores.jsonl").read_text())
     assert api.load("base", config).score([record]) == [expected]
     assert api.load("base", config).score("records.jsonl") == [expected]
 
-    changes = [f"--config.train.{key}={value}" for key, value in SHORT.items()]
     changes += ["--config.model.path=base", "--config.data.train=feedback.jsonl"]
     summary = train.main(["--config=tiny", *changes, "--workdir=command"])
     run = api.train(config, "library")

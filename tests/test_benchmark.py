@@ -24,11 +24,17 @@ needs_torch = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def feedback(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    capitals.write_data(folder, seed=0)
+    return folder / "feedback.jsonl"
+
+
 @pytest.fixture
-def arguments(tiny_checkpoint, tmp_path, monkeypatch):
+def arguments(tiny_checkpoint, feedback, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", " ".join(QUICK_COMPILATION))  # of the workers, which need one device
-    capitals.write_data(tmp_path / "data", seed=0)
-    settings = {"model.path": tiny_checkpoint, "data.train": tmp_path / "data" / "feedback.jsonl"}
+    settings = {"model.path": tiny_checkpoint, "data.train": feedback}
     return runs.flags(
         settings, "--records=12", "--rounds=1", "--max-length=32", f"--out={tmp_path / 'out'}", "--overwrite"
     )

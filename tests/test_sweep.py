@@ -22,6 +22,8 @@ from elbo_kto_jax.sharding import rules
 from tests import runs
 from tests.evaluation.chat_server import serve
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Capitals {word}"}], "answer": word} for word in ("a", "bc", "def")]
 SAMPLERS = [{}, {"steps": 2}]
 

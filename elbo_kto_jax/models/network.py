@@ -11,6 +11,7 @@ Beside "params" there may be the collection "cache": every layer's rotated keys,
 may not attends to them as well as to its own, as `key_segment_ids` says.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -183,7 +184,7 @@ def abstract_params(model: MaskPredictor) -> Params:
     Raises:
       ValueError: a parameter of the network has no row in its architecture's table, or a row no parameter.
     """
-    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    tree = _shapes(MaskPredictor(model.config, param_dtype=model.param_dtype))
     found = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     said = {path: row.shape for path, row in registry.parameters(model.config).items()}
     if wrong := {path for path in found.keys() | said.keys() if found.get(path) != said.get(path)}:
@@ -192,4 +193,10 @@ def abstract_params(model: MaskPredictor) -> Params:
             f"models/{model.config.architecture}.py: parameter {'/'.join(path)} has the shape {said.get(path)} in the "
             f"table and {found.get(path)} in the network"
         )
-    return tree
+    return jax.tree.map(lambda leaf: leaf, tree)  # the caller's own
+
+
+@functools.cache
+def _shapes(model: MaskPredictor) -> Params:
+    """Shapes and dtypes of a network on one device. Every command asks several times, and tracing takes a while."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.checkpoints import names
-from elbo_kto_jax.models import axes, registry
+from elbo_kto_jax.models import axes, network, registry
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.models.lora import abstract_adapters
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
@@ -149,6 +149,15 @@ def test_a_bias_needs_its_kernel_to_be_used(edited):
     model = edited("illada", lambda table: table | {row.path: row})
     with pytest.raises(ValueError, match="blocks/attn_norm/bias"):
         abstract_params(MaskPredictor(model))
+
+
+def test_shapes_are_traced_once_and_the_tree_is_the_caller_s_own(monkeypatch):
+    traced, init = [], network.init_params
+    monkeypatch.setattr(network, "init_params", lambda *a: traced.append(1) or init(*a))
+    network._shapes.cache_clear()
+    abstract_params(tiny.model("bfloat16", "full")).clear()
+    assert abstract_params(tiny.model())["wte"]
+    assert len(traced) == 1
 
 
 def test_every_parameter_and_what_lora_adds_is_laid_out_over_a_mesh(family, cpu_devices):

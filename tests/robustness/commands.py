@@ -38,7 +38,7 @@ def environment(**more: str) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": os.environ.get(
             "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "elbo_kto_jax_robustness_compiled")
         ),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **more,
     }
 

@@ -15,6 +15,8 @@ from elbo_kto_jax.training.health import Health, divergence
 from tests import runs
 from tests.published import same_bits
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def settings(tiny_checkpoint, tmp_path_factory):

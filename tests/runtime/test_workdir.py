@@ -23,6 +23,7 @@ from elbo_kto_jax.training import inputs, loop
 from elbo_kto_jax.training import reference as reference_module
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 STEPS = 3
 
 

@@ -30,6 +30,7 @@ from elbo_kto_jax.training.reference import ReferenceCache
 from elbo_kto_jax.training.state import learning_rate
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 STEPS = runs.SMALL["train.steps"]
 METRICS = {  # INTERFACES: workdir/metrics.jsonl
     *"""step loss reward_desirable reward_undesirable reward_margin reference_point saturated_fraction grad_norm

@@ -29,6 +29,8 @@ from tests.models.test_lora import adapters, merged, quantized
 from tests.share import cases
 from tests.training.steps import KEEP_GRADIENT, ONE_DEVICE, assert_same_gradient, plain_kto_loss, relative_distance
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SCALE, NUM = 0.7, 6
 ESTIMATOR = config.Estimator(2, "uniform")
 

@@ -10,6 +10,8 @@ from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.training import loop
 from tests import runs
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 STEPS = 4
 
 
