@@ -89,7 +89,8 @@ def plan(config: Config, model: ModelConfig, topology: Topology, examples: int, 
     devices = topology_devices(topology)
     mesh = mesh_sizes(config, len(devices))
     work = workload(config, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
-    compiled = list(compile_programs(config, model, devices, waiting=work.waiting, sampler=True))
+    found = compile_programs(config, model, devices, topology=topology, waiting=work.waiting, sampler=True)
+    compiled = list(found)
     return result(config, model, topology, work, compiled, examples, mean_tokens)
 
 

@@ -93,11 +93,18 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], *, waiting: int, sampler: bool
+    config: Config,
+    model_config: ModelConfig,
+    devices: list[jax.Device],
+    *,
+    topology: Topology,
+    waiting: int,
+    sampler: bool,
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    `waiting` is how many micro-batches wait for their backward pass at once in one pass; 0: two passes.
+    `devices` are those of the `topology`, as libtpu describes them. `waiting` is how many micro-batches wait for their
+    backward pass at once in one pass; 0: two passes.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -115,7 +122,7 @@ def compile_programs(
     scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
-    compiler = _Compiler(config, model_config, mesh, shapes, online=online)
+    compiler = _Compiler(config, model_config, mesh, shapes, topology, online=online)
     if waiting:
         accumulates = config.train.one_pass_microbatches > 1
         yield from _one_pass(compiler, scorer, programs, shapes, waiting, online=online, accumulates=accumulates)
@@ -175,8 +182,17 @@ def _shapes(
 class _Compiler:
     """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
 
-    def __init__(self, config: Config, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, *, online: bool):
-        self._num_devices = mesh.devices.size
+    def __init__(
+        self,
+        config: Config,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        shapes: _Shapes,
+        topology: Topology,
+        *,
+        online: bool,
+    ):
+        self._num_devices, self._topology = mesh.devices.size, topology
         # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
         # base.
         self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
@@ -227,7 +243,13 @@ class _Compiler:
             return None
         if name == "sampler":  # how often its loops run depends on the data
             return None
-        return hlo.program_cost(text, kernels=self._kernels, dynamic_trips=self._trips, chips=self._num_devices)
+        return hlo.program_cost(
+            text,
+            kernels=self._kernels,
+            dynamic_trips=self._trips,
+            chips=self._num_devices,
+            flops_per_byte=lambda group: self._topology.chip.flops / self._topology.bandwidth(group),
+        )
 
 
 def _one_pass(

@@ -110,7 +110,8 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, waiting=work.waiting, sampler=False))
+            programs = compile_programs(option, model, devices, topology=topology, waiting=work.waiting, sampler=False)
+            compiled = list(programs)
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})
