@@ -7,12 +7,15 @@ caller says how often those run, and what a kernel's call costs.
 Async collectives are recognised in their three forms: `x-start` and `x-done`; `async-start` of a computation; and
 TPU's fusions, of which one begins the collective (AsyncCollectiveStart) and the others, which name it again, carry it
 on beside a matrix product. Everything else waits, and is exposed.
+
+An async collective is hidden only as far as the products between its start and its end take that long: the text is in
+the order of the schedule, and the links serve what is under way in turn. The rest of it is exposed, too.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -58,7 +61,14 @@ class _Instruction(NamedTuple):
     attributes: str
 
 
-def program_cost(text: str, *, kernels: Mapping[str, float], dynamic_trips: float, chips: int) -> Cost:
+def program_cost(
+    text: str,
+    *,
+    kernels: Mapping[str, float],
+    dynamic_trips: float,
+    chips: int,
+    flops_per_byte: Callable[[int], float],
+) -> Cost:
     """The cost of the entry computation of an optimized HLO module.
 
     Args:
@@ -66,6 +76,7 @@ def program_cost(text: str, *, kernels: Mapping[str, float], dynamic_trips: floa
       kernels: FLOPs of one call of a Pallas kernel, by the beginning of its name.
       dynamic_trips: of loops whose condition has no constant.
       chips: that run the program, for collectives over all of them.
+      flops_per_byte: the work that a chip does at its peak while it sends a byte in a collective of so many chips.
 
     Raises:
       ValueError: the text has no entry computation, or calls a kernel that is not in `kernels`.
@@ -73,7 +84,7 @@ def program_cost(text: str, *, kernels: Mapping[str, float], dynamic_trips: floa
     computations, entry = _parse(text)
     if entry is None:
         raise ValueError("text: expected an HLO module with an ENTRY computation")
-    flops, collectives = _Walk(computations, kernels, dynamic_trips, chips).cost(entry)
+    flops, collectives = _Walk(computations, kernels, dynamic_trips, chips, flops_per_byte).cost(entry)
     return Cost(flops, tuple(collectives))
 
 
@@ -103,10 +114,62 @@ def array_bytes(shape: str) -> float:
     return sum(_elements(dims) * _item_bytes(dtype) for dtype, dims in _ARRAY.findall(_LAYOUT.sub("", shape)))
 
 
+class _UnderWay:
+    """The async collectives of one computation: the links serve them one after another beside the chip's work."""
+
+    def __init__(self, flops_per_byte: Callable[[int], float]):
+        self._flops_per_byte = flops_per_byte
+        self._waiting: dict[str, list[tuple[Collective, float]]] = {}  # by the start's name; FLOPs still needed
+
+    def begin(self, name: str, collectives: Iterable[Collective]) -> None:
+        self._waiting[name] = [(c, self._work(c)) for c in collectives]
+
+    def compute(self, flops: float) -> None:
+        """Work of the chip, during which the links go on."""
+        for name, waiting in self._waiting.items():
+            for i, (collective, needed) in enumerate(waiting):
+                self._waiting[name][i] = collective, max(0.0, needed - flops)
+                flops = max(0.0, flops - needed)
+
+    def end(self, name: str, by_name: Mapping[str, _Instruction]) -> list[Collective]:
+        """The collective that the instruction `name` ends, in what was hidden and what was not."""
+        start = self._start_of(name, by_name)
+        return self._split(self._waiting.pop(start)) if start else []
+
+    def rest(self) -> list[Collective]:
+        """What nothing in this computation ended."""
+        return [part for waiting in self._waiting.values() for part in self._split(waiting)]
+
+    def _work(self, c: Collective) -> float:
+        return c.bytes * c.times * self._flops_per_byte(c.group)
+
+    def _split(self, waiting: Iterable[tuple[Collective, float]]) -> list[Collective]:
+        parts = []
+        for c, needed in waiting:
+            exposed = c.bytes * needed / self._work(c) if needed else 0.0
+            parts += [dataclasses.replace(c, bytes=c.bytes - exposed, overlapped=True)] if exposed < c.bytes else []
+            parts += [dataclasses.replace(c, bytes=exposed, overlapped=False)] if exposed else []
+        return parts
+
+    def _start_of(self, name: str, by_name: Mapping[str, _Instruction]) -> str | None:
+        """The start whose result comes to an instruction, through the fusions that carry the collective on."""
+        for operand in by_name[name].operands:
+            if operand in self._waiting:
+                return operand
+            through = by_name.get(operand)
+            carries = through is not None and (
+                through.opcode in ("get-tuple-element", "async-update")
+                or "%async_collective_fusion" in through.attributes
+            )
+            if carries and (found := self._start_of(operand, by_name)):
+                return found
+        return None
+
+
 class _Walk:
-    def __init__(self, computations, kernels, dynamic_trips, chips):
+    def __init__(self, computations, kernels, dynamic_trips, chips, flops_per_byte):
         self.computations, self.kernels, self.chips = computations, kernels, chips
-        self.dynamic_trips = dynamic_trips
+        self.dynamic_trips, self.flops_per_byte = dynamic_trips, flops_per_byte
         self.done: dict[str, tuple[float, list[Collective]]] = {}
 
     def cost(self, name: str) -> tuple[float, list[Collective]]:
@@ -115,47 +178,67 @@ class _Walk:
         return self.done[name]
 
     def _cost(self, name: str) -> tuple[float, list[Collective]]:
-        body = self.computations.get(name, ())
-        shapes = {instruction.name: instruction.shape for instruction in body}
-        targets = " ".join(instruction.attributes for instruction in body)
-        starts = 'custom_call_target="AsyncCollectiveStart"' in targets
-        goes_on = not starts and (
-            'custom_call_target="AsyncCollectiveDone"' in targets or name.startswith("async_collective_fusion")
-        )
-        flops, found = 0.0, []
+        by_name = {instruction.name: instruction for instruction in self.computations.get(name, ())}
+        total, found, under_way = 0.0, [], _UnderWay(self.flops_per_byte)
+        repeats = self._role(name) in ("goes on", "ends")
+        for instruction in by_name.values():
+            flops, collectives = self._of(instruction, by_name, name)
+            role = self._role_of(instruction)
+            if role == "starts":
+                under_way.begin(instruction.name, collectives)
+            elif role == "ends":
+                found += under_way.end(instruction.name, by_name)
+            elif not repeats:
+                found += collectives
+            under_way.compute(flops)
+            total += flops
+        return total, found + under_way.rest()
 
-        def add(called: str, times: float = 1.0, overlapped: bool = False) -> float:
-            inner_flops, inner = self.cost(called)
-            for c in inner:
-                found.append(dataclasses.replace(c, times=c.times * times, overlapped=c.overlapped or overlapped))
-            return inner_flops * times
+    def _role_of(self, instruction: _Instruction) -> str:
+        """What an instruction has to do with an async collective: "starts", "goes on", "ends" or ""."""
+        opcode = instruction.opcode
+        for ending, role in (("-start", "starts"), ("-done", "ends")):
+            if opcode.endswith(ending) and opcode.removesuffix(ending) in (*KINDS, "async"):
+                return role
+        return self._role(_called_as("calls", instruction.attributes)) if opcode == "fusion" else ""
 
-        for instruction in body:
-            opcode = instruction.opcode
-            kind = opcode.removesuffix("-start")
-            called = re.findall(r"(?:calls|to_apply)=%([^\s,)}]+)", instruction.attributes)
-            if opcode in ("convolution", "dot"):
-                flops += _product_flops(instruction, shapes)
-            elif kind in KINDS:
-                if not goes_on:
-                    is_start = starts or opcode.endswith("-start")
-                    found.append(self._collective(kind, instruction, shapes, is_start, name))
-            elif opcode == "while":
-                condition, loop = (_called_as(role, instruction.attributes) for role in ("condition", "body"))
-                trips = trip_count(self.computations.get(condition, ()))
-                flops += add(loop, self.dynamic_trips if trips is None else trips)
-            elif opcode == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-                names = re.findall(r"%([^\s,]+)", branches[1]) if branches else []
-                names += re.findall(r"(?:true|false)_computation=%([^\s,)}]+)", instruction.attributes)
-                if names:
-                    flops += add(max(names, key=lambda branch: self.cost(branch)[0]))
-            elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes:
-                flops += self._kernel_flops(instruction.name)
-            elif opcode in ("fusion", "call", "async-start"):
-                for other in called:
-                    flops += add(other, overlapped=opcode == "async-start")
-        return flops, found
+    def _role(self, name: str) -> str:
+        """The same of a computation."""
+        targets = " ".join(instruction.attributes for instruction in self.computations.get(name, ()))
+        for target, role in (("Start", "starts"), ("Done", "ends")):
+            if f'custom_call_target="AsyncCollective{target}"' in targets:
+                return role
+        return "goes on" if name.startswith("async_collective_fusion") else ""
+
+    def _of(
+        self, instruction: _Instruction, by_name: Mapping[str, _Instruction], computation: str
+    ) -> tuple[float, list[Collective]]:
+        """One instruction's cost."""
+        opcode, attributes = instruction.opcode, instruction.attributes
+        if opcode in ("convolution", "dot"):
+            return _product_flops(instruction, by_name), []
+        if opcode.removesuffix("-start") in KINDS:
+            return 0.0, [self._collective(opcode.removesuffix("-start"), instruction, by_name, computation)]
+        if opcode == "while":
+            condition, loop = (_called_as(role, attributes) for role in ("condition", "body"))
+            trips = trip_count(self.computations.get(condition, ()))
+            return self._sum([loop], self.dynamic_trips if trips is None else trips)
+        if opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+            names = re.findall(r"%([^\s,]+)", branches[1]) if branches else []
+            names += re.findall(r"(?:true|false)_computation=%([^\s,)}]+)", attributes)
+            return self._sum(sorted(names, key=lambda branch: self.cost(branch)[0])[-1:])
+        if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
+            return self._kernel_flops(instruction.name), []
+        if opcode in ("fusion", "call", "async-start"):
+            return self._sum(re.findall(r"(?:calls|to_apply)=%([^\s,)}]+)", attributes))
+        return 0.0, []
+
+    def _sum(self, names: Iterable[str], times: float = 1.0) -> tuple[float, list[Collective]]:
+        """The cost of some computations, each run so often."""
+        costs = [self.cost(name) for name in names]
+        found = [dataclasses.replace(c, times=c.times * times) for _, inner in costs for c in inner]
+        return times * sum(flops for flops, _ in costs), found
 
     def _kernel_flops(self, name: str) -> float:
         for prefix, flops in self.kernels.items():
@@ -163,9 +246,9 @@ class _Walk:
                 return flops
         raise ValueError(f"kernels: expected an entry for {name}, got {list(self.kernels)}")
 
-    def _collective(self, kind, instruction, shapes, overlapped, computation) -> Collective:
+    def _collective(self, kind, instruction, by_name, computation) -> Collective:
         group = group_size(instruction.attributes, self.chips)
-        size = sum(array_bytes(shapes.get(operand, "")) for operand in instruction.operands)
+        size = sum(array_bytes(by_name[operand].shape) for operand in instruction.operands if operand in by_name)
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # TPU's fusion that keeps a part of the sum as it is made
         share = (group - 1) / group
@@ -176,7 +259,7 @@ class _Walk:
             "all-to-all": size * share,
             "collective-permute": size,
         }[kind]
-        return Collective(kind, sent, group, overlapped, 1.0)
+        return Collective(kind, sent, group, False, 1.0)
 
 
 def group_size(attributes: str, chips: int) -> int:
@@ -184,6 +267,8 @@ def group_size(attributes: str, chips: int) -> int:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+        return _ring({int(source): int(target) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])})
     if listed := re.search(r"replica_groups=\{\{([^}]*)\}", attributes):
         return len(listed[1].split(","))
     if regular := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -191,9 +276,18 @@ def group_size(attributes: str, chips: int) -> int:
     return chips
 
 
-def _product_flops(instruction: _Instruction, shapes: Mapping[str, str]) -> float:
+def _ring(targets: dict[int, int]) -> int:
+    """How many chips a permutation leads through before it comes back, or ends."""
+    first = at = next(iter(targets))
+    size = 1
+    while (at := targets.get(at, first)) != first:
+        size += 1
+    return size
+
+
+def _product_flops(instruction: _Instruction, by_name: Mapping[str, _Instruction]) -> float:
     """2 M N K of a matrix product, which is 2 sqrt(MK KN MN): no notation of the dimensions matters."""
-    sizes = [shapes.get(name, "") for name in instruction.operands[:2]] + [instruction.shape]
+    sizes = [by_name[name].shape for name in instruction.operands[:2] if name in by_name] + [instruction.shape]
     elements = [math.prod(_elements(dims) for _, dims in _ARRAY.findall(_LAYOUT.sub("", size))) for size in sizes]
     return 2.0 * math.sqrt(math.prod(elements))
 

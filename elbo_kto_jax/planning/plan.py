@@ -115,7 +115,7 @@ def plan(config: Config, model: ModelConfig, topology: Topology, examples: int, 
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         is_last = option.train.residuals == "recompute" or option == config
         try:
-            compiled = list(compile_programs(option, model, devices, work, sampler=True))
+            compiled = list(compile_programs(option, model, topology, devices, work, sampler=True))
         except DoesNotFit as refusal:
             if is_last:
                 raise

@@ -100,12 +100,19 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_programs(
-    config: Config, model_config: ModelConfig, devices: list[jax.Device], work: Workload, *, sampler: bool
+    config: Config,
+    model_config: ModelConfig,
+    topology: Topology,
+    devices: list[jax.Device],
+    work: Workload,
+    *,
+    sampler: bool,
 ) -> Iterator[Compiled]:
     """The programs of a step, and the sampler's, one after another, for they take minutes.
 
-    In one pass the residuals of all micro-batches of `work` wait at once. Programs that take rows are compiled for the
-    longest that a run may meet, and for those of `work`. Where residuals are kept has to be said by the config.
+    `devices` are those of the `topology`, as libtpu describes them. In one pass the residuals of all micro-batches of
+    `work` wait at once. Programs that take rows are compiled for the longest that a run may meet, and for those of
+    `work`. Where residuals are kept has to be said by the config.
 
     Raises:
       UserError: the model, the mesh and the shapes do not fit together.
@@ -126,7 +133,7 @@ def compile_programs(
     scorer = Scorer(model, mesh, size=config.train.global_batch_size * draws, residuals=residuals)
     programs = build_programs(scorer, objective, draws=draws, tx=tx, shardings=shardings)
     online = objective.needs.reference and config.reference.mode == "online"
-    compiler = _Compiler(model_config, mesh, shapes, work, online=online)
+    compiler = _Compiler(model_config, mesh, shapes, topology, work, online=online)
     for length in sorted({config.data.max_length, *work.row_lengths}, reverse=True):
         shapes = shapes._replace(rows=_rows(config, model_config, mesh, length))
         if scorer.takes_one_pass:
@@ -189,9 +196,18 @@ def _rows(config: Config, model: ModelConfig, mesh: Mesh, length: int) -> Any:
 class _Compiler:
     """Compiles programs for the devices of a mesh, and adds what the run keeps there besides."""
 
-    def __init__(self, model_config: ModelConfig, mesh: Mesh, shapes: _Shapes, work: Workload, *, online: bool):
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        shapes: _Shapes,
+        topology: Topology,
+        work: Workload,
+        *,
+        online: bool,
+    ):
         self._num_devices, self._mesh, self._model = mesh.devices.size, mesh, model_config
-        self._visited = dict(work.visited)
+        self._topology, self._visited = topology, dict(work.visited)
         # What stays on the chip: the state, the adapters' base, and an online reference, which adapters have in their
         # base.
         self._held = bytes_on_chip(shapes.weights) + bytes_on_chip(shapes.state.opt_state)
@@ -248,7 +264,13 @@ class _Compiler:
         visited = self._visited.get(rows[1], 1.0) if rows else 1.0  # rows that are not of the typical batch: all
         kernels = kernel_flops(self._model, self._mesh, rows[1], visited) if rows else {}
         trips = math.ceil(rows[1] / 2 / CHUNK) if rows else 0  # of the head's loop: half of a row is scored
-        return hlo.program_cost(text, kernels=kernels, dynamic_trips=trips, chips=self._num_devices)
+        return hlo.program_cost(
+            text,
+            kernels=kernels,
+            dynamic_trips=trips,
+            chips=self._num_devices,
+            flops_per_byte=lambda group: self._topology.chip.flops / self._topology.bandwidth(group),
+        )
 
 
 def _two_passes(compiler: _Compiler, scorer: Scorer, programs: Programs, shapes: _Shapes) -> Iterator[Compiled]:

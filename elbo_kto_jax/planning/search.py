@@ -113,7 +113,7 @@ def search(
         work = workload(option, mesh["data"] * mesh["fsdp"], examples, mean_tokens)
         log.info("candidate: %s", " ".join(flags) or "the config as it is")
         try:
-            compiled = list(compile_programs(option, model, devices, work, sampler=False))
+            compiled = list(compile_programs(option, model, topology, devices, work, sampler=False))
         except DoesNotFit as refusal:
             log.info("does not fit: %s", refusal)
             tried.append({"flags": flags, "fits": False, "why": str(refusal)})

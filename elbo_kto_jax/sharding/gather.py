@@ -1,17 +1,22 @@
 """Parameters inside a shard_map over the rows: each device holds a part, and gathers a layer when it needs it.
 
 Written down rather than left to the compiler, which sums a weight's gradient everywhere before it keeps a part of it:
-the transpose of `all_gather` is `psum_scatter`, so here a gradient is summed and split in one go, one collective for
-each fsdp axis of the mesh. What travels has the dtype of the activations.
+here a gradient is summed and split in one go. What travels has the dtype of the activations.
+
+Where fsdp is two axes of the mesh, a layer is gathered along both at once, which keeps the links of both axes busy. A
+gradient goes along one after the other: of a sum along both at once XLA would make an all-reduce, twice the traffic. It
+goes in single sends, which run beside the products of the backward pass. For a reduce-scatter a TPU v5e waits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.sharding import rules
@@ -46,19 +51,20 @@ def whole(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf, prefix: str = ""
     Each device has its part of it along fsdp.
     """
 
+    over = _split_axes(mesh)
+
     def gathered(path, leaf):
         axes = axes_of(prefix + _name(path))[-leaf.ndim :]
-        names = [(i, name) for i, axis in enumerate(axes) if axis == "model" for name in rules.mesh_axes(axis, mesh)]
-        names = [(i, name) for i, name in reversed(names) if mesh.shape[name] > 1]
+        split = [i for i, axis in enumerate(axes) if axis == "model"] if over else []
         # int8 matrices travel as they are, and the scales of their channels are not to be rounded.
         keeps = leaf.ndim == 1 or leaf.dtype == jnp.int8 or _on_cpu(mesh)
 
         def gather(part):
-            for dimension, name in names:
-                part = jax.lax.all_gather(part, name, axis=dimension, tiled=True)
+            for dimension in split:
+                part = _all_gather(part, over, dimension)
             return part
 
-        if not names:
+        if not split:
             return leaf
         leaf = leaf if keeps else leaf.astype(dtype)
         if mesh.shape["tensor"] == 1:
@@ -72,13 +78,59 @@ def whole(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf, prefix: str = ""
     return jax.tree_util.tree_map_with_path(gathered, params)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(part: Shaped[Array, "..."], names: tuple[str, ...], dimension: int) -> Shaped[Array, "..."]:
+    """The parts of all devices along these axes of the mesh, the major one first; see the module."""
+    return jax.lax.all_gather(part, names, axis=dimension, tiled=True)
+
+
+def _reduce_scatter(
+    names: tuple[str, ...], dimension: int, _: None, whole: Float[Array, "..."]
+) -> tuple[Float[Array, "..."]]:
+    """The transpose: each device's part of the sum over these devices."""
+    if len(names) == 1:
+        return (jax.lax.psum_scatter(whole, names[0], scatter_dimension=dimension, tiled=True),)
+    for name in names:
+        whole = ring_reduce_scatter(whole, name, dimension)
+    return (whole,)
+
+
+def ring_reduce_scatter(whole: Float[Array, "..."], name: str, dimension: int) -> Float[Array, "..."]:
+    """psum_scatter along one axis, in as many sends as it has devices but one.
+
+    The ring goes up by the even devices and comes back by the odd ones, so that no send goes further than two devices:
+    where an axis of a TPU is an open line, a send over more of them does not run in the background.
+    """
+    devices = jax.lax.axis_size(name)
+    order = [*range(0, devices, 2), *reversed(range(1, devices, 2))]
+    onwards = list(zip(order, order[1:] + order[:1], strict=True))
+    place = jnp.asarray(np.argsort(order))[jax.lax.axis_index(name)]
+    size = whole.shape[dimension] // devices
+
+    def part(at: Int[Array, ""]) -> Float[Array, "..."]:
+        return jax.lax.dynamic_slice_in_dim(whole, jnp.asarray(order)[at % devices] * size, size, dimension)
+
+    total = part(place - 1)
+    for step in range(2, devices + 1):
+        total = jax.lax.ppermute(total, name, onwards) + part(place - step)
+    return total
+
+
+_all_gather.defvjp(lambda part, names, dimension: (_all_gather(part, names, dimension), None), _reduce_scatter)
+
+
 def embed(table: Float[Array, "v part"], tokens: Int[AnyArray, "b s"], mesh: Mesh, dtype: Any) -> Float[Array, "b s d"]:
     """The tokens' embeddings: each device looks up its part for the tokens of all, and they swap the results."""
-    names = tuple(name for name in rules.mesh_axes("model", mesh) if mesh.shape[name] > 1)
+    names = _split_axes(mesh)
     if not names:
         return table[tokens].astype(dtype)
     everyones = jax.lax.all_gather(tokens, names, axis=0, tiled=True)
     return jax.lax.all_to_all(table[everyones].astype(dtype), names, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _split_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the mesh over which the model dimension lies in parts, the major one first."""
+    return tuple(name for name in rules.mesh_axes("model", mesh) if mesh.shape[name] > 1)
 
 
 def _on_cpu(mesh: Mesh) -> bool:

@@ -34,9 +34,13 @@ PRODUCT = 2 * 8 * 16 * 32
 GATHERED = 3 * 4 * 32 * 2  # bytes: three more parts of 4 x 32 bfloat16 pass through a chip's hands
 
 
-def cost(limit="constant(7)", groups="{{0,1,2,3},{4,5,6,7}}", kernels=(("kernel", 100.0),), module=MODULE):
+def cost(
+    limit="constant(7)", groups="{{0,1,2,3},{4,5,6,7}}", kernels=(("kernel", 100.0),), module=MODULE, per_byte=1.0
+):
     text = module.replace("LIMIT", limit).replace("GROUPS", groups)
-    return hlo.program_cost(text, kernels=dict(kernels), dynamic_trips=3, chips=8)
+    return hlo.program_cost(
+        text, kernels=dict(kernels), dynamic_trips=3, chips=8, flops_per_byte=lambda group: per_byte
+    )
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -79,14 +83,48 @@ def test_bytes_of_each_kind(instruction, kind, sent):
     assert found.sent([kind]) == found.sent() == sent
 
 
-def test_start_and_done_are_one_that_overlaps():
-    module = MODULE.replace(
-        "  %all-gather.1 = bf16[16,32]{1,0} all-gather(%w.1)",
-        "  %s.1 = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) all-gather-start(%w.1), replica_groups={{0,1,2,3}}\n"
-        "  %all-gather.1 = bf16[16,32]{1,0} all-gather-done(%s.1)",
+BESIDE = "  %z.N = f32[8,32]{1,0} convolution(%x.1, %v.1), dim_labels=bf_io->bf\n"  # of as many FLOPs as PRODUCT
+
+
+def split(starts: int, between: str) -> str:
+    """The module with the all-gather begun `starts` times over, and `between` that and its end."""
+    begin = "  %s.N = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) all-gather-start(%w.1), replica_groups=GROUPS\n"
+    end = "  %all-gather.N = bf16[16,32]{1,0} all-gather-done(%s.N)"
+    numbers = [str(i + 1) for i in range(starts)]
+    text = "".join(begin.replace("N", n) for n in numbers) + between + "\n".join(end.replace("N", n) for n in numbers)
+    found = MODULE.replace(
+        "  %all-gather.1 = bf16[16,32]{1,0} all-gather(%w.1), channel_id=1, replica_groups=GROUPS, dimensions={0}", text
     )
-    found = cost(module=module)
-    assert found.sent(["all-gather"], overlapped=True) == found.sent() == 7 * GATHERED
+    return found.replace("  %w.1 =", "  %v.1 = bf16[16,32]{1,0} constant({...})\n  %w.1 =")
+
+
+@pytest.mark.parametrize(
+    ("starts", "products", "per_byte", "hidden"),
+    [
+        (1, 0, 1.0, 0.0),  # it is waited for at once
+        (1, 1, 1.0, 1.0),
+        (1, 1, 4 * PRODUCT / GATHERED, 1 / 4),
+        (1, 2, 4 * PRODUCT / GATHERED, 1 / 2),
+        (2, 1, PRODUCT / GATHERED, 1 / 2),  # one after the other: the second begins when the product ends
+    ],
+)
+def test_start_and_done_hide_what_the_products_between_them_cover(starts, products, per_byte, hidden):
+    found = cost(module=split(starts, "".join(BESIDE.replace("N", str(i)) for i in range(products))), per_byte=per_byte)
+    assert found.sent(["all-gather"]) == pytest.approx(starts * 7 * GATHERED)
+    assert found.sent(["all-gather"], overlapped=True) == pytest.approx(hidden * starts * 7 * GATHERED)
+
+
+def test_a_collective_that_nothing_ends_is_not_hidden_by_what_comes_later():
+    module = split(1, "").replace("all-gather-done(%s.1)", "copy(%w.1)")
+    found = cost(module=module, per_byte=2 * PRODUCT / GATHERED)
+    assert found.sent(overlapped=True) == found.sent(overlapped=False) == pytest.approx(7 * GATHERED / 2)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "size"), [("{{0,1},{1,0},{2,3},{3,2}}", 2), ("{{0,2},{2,4},{4,6},{1,3},{3,5},{5,7}}", 4)]
+)
+def test_a_permutation_is_of_the_chips_that_it_leads_through(pairs, size):
+    assert hlo.group_size(f", channel_id=1, source_target_pairs={pairs}", 8) == size
 
 
 def test_the_fusions_that_carry_a_collective_on_do_not_count_again():
@@ -98,8 +136,10 @@ def test_the_fusions_that_carry_a_collective_on_do_not_count_again():
   ROOT %c.1 = bf16[16,32]{1,0} custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
 }
 
-%async_collective_fusion.1 (a.2: bf16[4,32]) -> bf16[16,32] {
-  %a.2 = bf16[4,32]{1,0} parameter(0)
+%async_collective_fusion.1 (a.2: bf16[16,32], b.2: bf16[8,16]) -> bf16[16,32] {
+  %a.2 = bf16[16,32]{1,0} parameter(0)
+  %b.2 = bf16[8,16]{1,0} parameter(1)
+  %y.2 = f32[8,32]{1,0} convolution(%b.2, %a.2), dim_labels=bf_io->bf
   ROOT %g.2 = bf16[16,32]{1,0} all-gather(%a.2), channel_id=1, replica_groups=GROUPS, dimensions={0}
 }
 
@@ -113,8 +153,8 @@ def test_the_fusions_that_carry_a_collective_on_do_not_count_again():
     ).replace(
         "  %all-gather.1 = bf16[16,32]{1,0} all-gather(%w.1), channel_id=1, replica_groups=GROUPS, dimensions={0}",
         """  %f.1 = bf16[16,32]{1,0} fusion(%w.1), kind=kCustom, calls=%begin.1
-  %f.2 = bf16[16,32]{1,0} fusion(%w.1), kind=kOutput, calls=%async_collective_fusion.1
-  %all-gather.1 = bf16[16,32]{1,0} fusion(%w.1), kind=kCustom, calls=%end.1""",
+  %f.2 = bf16[16,32]{1,0} fusion(%f.1, %x.1), kind=kOutput, calls=%async_collective_fusion.1
+  %all-gather.1 = bf16[16,32]{1,0} fusion(%f.2), kind=kCustom, calls=%end.1""",
     )
     found = cost(module=module)
     assert found.sent(["all-gather"], overlapped=True) == found.sent() == 7 * GATHERED
@@ -141,7 +181,7 @@ def test_an_unknown_kernel_is_an_error():
 
 def test_text_without_a_program_is_an_error():
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo.program_cost("", kernels={}, dynamic_trips=1, chips=1)
+        hlo.program_cost("", kernels={}, dynamic_trips=1, chips=1, flops_per_byte=float)
 
 
 @pytest.mark.parametrize(

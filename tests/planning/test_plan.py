@@ -294,7 +294,7 @@ def test_a_search_takes_the_fastest_that_the_compiler_accepts(config, monkeypatc
     """The first candidate is refused, the third is the fastest; refusals do not count."""
     asked = []
 
-    def compile_programs(option, model, devices, work, *, sampler):
+    def compile_programs(option, model, topology, devices, work, *, sampler):
         asked.append(option)
         if len(asked) == 1:
             raise DoesNotFit("grad: needs 20G of 15.75G HBM")

@@ -1,6 +1,7 @@
 """sharding/gather.py: what each device gathers and sums, over one and over two fsdp axes."""
 
 import functools
+import re
 from unittest import mock
 
 import jax
@@ -61,6 +62,40 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
     params = jax.device_put(params, shardings)
     found = value_and_gradient(gather.over_rows(of_part, mesh, params, AXES_OF))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_two_axes_are_gathered_at_once_and_summed_one_after_the_other(cpu_devices):
+    """On a TPU the first keeps the links of both axes busy; the second, in single sends, runs beside products."""
+    mesh = Mesh(np.asarray(cpu_devices[:8]).reshape(1, 4, 2, 1), tuple(MESHES[1]), axis_types=(AxisType.Auto,) * 4)
+    params = {"head": {"kernel": jnp.zeros((16, 6))}}
+
+    def of_part(params, rows):
+        return rows * jnp.sum(gather.whole(params, mesh, jnp.float32, AXES_OF)["head"]["kernel"])
+
+    def total(params):
+        return jnp.sum(gather.over_rows(of_part, mesh, params, AXES_OF)(params, jnp.ones(8)))
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params))
+    assert re.findall(r"all_gather\[.*?axis_name=(\(.*?\))", text, re.DOTALL) == ["('fsdp_x', 'fsdp_y')"]
+    assert re.findall(r"ppermute\[.*?axis_name=\(.(\w+)", text, re.DOTALL) == ["fsdp_x"] * 3 + ["fsdp_y"]
+    assert "reduce_scatter[" not in text
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4, 8])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_ring_of_sends_is_a_reduce_scatter(devices, dimension, cpu_devices):
+    mesh = Mesh(np.asarray(cpu_devices[:devices]), ("x",))
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(devices * 24, 48)), jnp.float32)
+
+    def summed(function):
+        of_each = lambda part: function(part, "x", dimension)  # noqa: E731
+        spec = jax.P("x")
+        return jax.jit(jax.shard_map(of_each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(values)
+
+    def plain(part, name, dimension):
+        return jax.lax.psum_scatter(part, name, scatter_dimension=dimension, tiled=True)
+
+    np.testing.assert_allclose(summed(gather.ring_reduce_scatter), summed(plain), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
