@@ -129,21 +129,35 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def two_passes(tmp_path_factory):
+    """Where it is written, summary and plan of two passes on a slice whose chips form a square."""
+    folder = tmp_path_factory.mktemp("two_passes")
+    return folder, *compiled(folder, "v5e:4x4", **{"train.residuals": "recompute", "train.global_batch_size": 8})
+
+
 @needs_libtpu
-def test_a_small_model(tmp_path):
-    summary, found = compiled(tmp_path, **{"train.residuals": "recompute"})
+def test_a_small_model(two_passes):
+    folder, summary, found = two_passes
     assert summary["fits"] is True
-    assert summary["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert summary["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
     assert 0 < summary["bytes_per_chip"] < summary["usable_bytes_per_chip"] == int(15.75 * 2**30)
     assert 0 < summary["text_mfu_bound"] < summary["mfu_bound"] < 1
     assert summary["cost_bound"] == 2 * summary["chip_hours_bound"] > 0
     assert summary["versions"] == found["versions"] == programs.versions()
     assert found["versions"]["libtpu"][0].isdigit()
     assert set(found["programs"]) == {"score", "grad", "update", "sampler"}
-    grad = found["programs"]["grad"]
-    assert grad["flops"] > 3 * found["programs"]["score"]["flops"]
-    assert grad["collectives"]["reduce-scatter"]["exposed_bytes"] > 0
-    assert "bound, not measured" in (tmp_path / "out" / "report.html").read_text()
+    assert found["programs"]["grad"]["flops"] > 3 * found["programs"]["score"]["flops"]
+    assert "bound, not measured" in (folder / "out" / "report.html").read_text()
+
+
+@needs_libtpu
+def test_gradients_are_summed_beside_products(two_passes):
+    """In single sends: this libtpu runs no reduce-scatter of a v5e in the background (sharding/gather.py)."""
+    collectives = two_passes[2]["programs"]["grad"]["collectives"]
+    assert collectives["collective-permute"]["overlapped_bytes"] > 0
+    sums = sum(collectives.get(kind, {}).get("exposed_bytes", 0) for kind in ("reduce-scatter", "all-reduce"))
+    assert sums < collectives["collective-permute"]["overlapped_bytes"]
 
 
 @needs_libtpu
@@ -162,30 +176,24 @@ def test_one_pass_of_a_small_model(tmp_path):
 
 
 @needs_libtpu
-def test_residuals_on_the_host_take_no_memory_of_the_device(tmp_path):
-    """Flat: what lies beside a micro-batch is the same for two of them and for eight, and within 5% of two passes."""
-    kept, few = (
-        compiled(tmp_path / name, **{"train.residuals": "host", "train.global_batch_size": batch})[1]["programs"]
-        for name, batch in (("eight", 8), ("two", 2))
-    )
-    again = compiled(tmp_path / "again", **{"train.residuals": "recompute"})[1]["programs"]
-    size = 256 * 256 * 2  # of an activation: a row, in bfloat16
-    for name, found in kept.items():
-        assert found["bytes_per_chip"] == few[name]["bytes_per_chip"]
-    assert kept["forward"]["transferred"] == kept["backward"]["transferred"] > 2 * size  # the inputs of two layers
-    assert kept["forward"]["host"] == 4 * few["forward"]["host"] > 0
-    tallest = max(again[name]["bytes_per_chip"] for name in ("score", "grad"))
-    assert max(kept[name]["bytes_per_chip"] for name in ("forward", "backward")) <= 1.05 * tallest
+def test_residuals_on_the_host_take_no_memory_of_the_device(two_passes, tmp_path):
+    """One pass in the memory of two, with four fifths of their work."""
+    flags = {"train.residuals": "host", "train.global_batch_size": 8}
+    kept, again = compiled(tmp_path, "v5e:4x4", **flags)[1]["programs"], two_passes[2]["programs"]
+    inputs = 2 * 256 * 256 * 2  # of two layers: a row of 256 tokens, in bfloat16
+    assert kept["forward"]["transferred"] == kept["backward"]["transferred"] > inputs
+    assert kept["forward"]["outputs"] - kept["forward"]["aliased"] < inputs / 8
+    assert kept["forward"]["host"] > kept["forward"]["transferred"]  # of several micro-batches
+    assert kept["backward"]["bytes_per_chip"] <= 1.05 * again["grad"]["bytes_per_chip"]
     work = {name: found["flops"] for name, found in {**again, **kept}.items()}
-    assert work["forward"] + work["backward"] <= 0.85 * (work["score"] + work["grad"])
+    assert work["forward"] + work["backward"] == pytest.approx(0.8 * (work["score"] + work["grad"]), rel=0.05)
 
 
 @needs_libtpu
 def test_adapters_of_a_small_model(tmp_path):
     """On one chip: of the base only the forward pass and the gradient of the activations, none of its own size."""
-    summary, found = compiled(
-        tmp_path, "v5e:1x1", **{"lora.rank": 8, "lora.alpha": 8.0, "lora.base_quantization": "int8"}
-    )
+    flags = {"lora.rank": 8, "lora.alpha": 8.0, "lora.base_quantization": "int8", "train.residuals": "recompute"}
+    summary, found = compiled(tmp_path, "v5e:1x1", **flags)
     score, grad = found["programs"]["score"], found["programs"]["grad"]
     assert summary["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert 2 < grad["flops"] / score["flops"] < 3.2  # 2 passes, the layers' recomputation, the adapters

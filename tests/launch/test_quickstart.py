@@ -28,8 +28,10 @@ FOUR_STANDARD_ERRORS = 4 * 0.5 / capitals.HELD_OUT**0.5
 def run(tmp_path_factory):
     """Runs the script with more flags, in the folder of the runs before; returns its summary."""
     workdir, cache = tmp_path_factory.mktemp("quickstart") / "run", tmp_path_factory.mktemp("cache")
-    # As users have it: not the eight CPU devices, the compiler's flags and the cache of the other tests.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_"))}
+    # As users have it: not the eight CPU devices, the compiler's flags and the cache of the other tests. The platform
+    # stays, since libtpu may be installed where there is no TPU.
+    dropped = ("XLA_", "JAX_COMPILATION", "JAX_PERSISTENT")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     environment |= {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(cache)}
 
     def run(*flags: str) -> dict:
