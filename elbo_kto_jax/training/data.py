@@ -17,7 +17,7 @@ from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.training.step import Batch
 
-_REPRESENTATIVE = 200  # steps
+_REPRESENTATIVE = 50  # steps
 _PREFETCH = 4  # batches made ahead of the step that needs them
 
 

@@ -227,7 +227,8 @@ def _residuals(config: Config, model: MaskPredictor, mesh: Mesh, objective: Obje
     tensor = mesh.shape["tensor"]
     sizes = {"fsdp": mesh.size // mesh.shape["data"] // tensor, "tensor": tensor}
     memory = memory_of(mesh.local_devices)
-    return where_to_keep(config, model.config, sizes, memory, objective.needs, data.most_micro_batches())
+    micro_batches = data.most_micro_batches() if config.train.residuals == "auto" else 0  # which takes a while
+    return where_to_keep(config, model.config, sizes, memory, objective.needs, micro_batches)
 
 
 def _group(objective: Objective) -> int:
