@@ -31,7 +31,9 @@ def measurement():
     mesh = rules.make_mesh(config.Mesh(1, 1, 1), jax.devices()[:1])
     settings = config.Config.from_mapping(load_config_file(str(runs.CONFIG)).to_dict())
     settings = dataclasses.replace(settings, seed=SEED, objective=tiny.KTO)
-    setup = Setup(settings, tiny.model(), {}, tiny_tokenizer(), mesh, objectives.build(tiny.KTO), data, None)
+    setup = Setup(
+        settings, tiny.model(), {}, tiny_tokenizer(), mesh, objectives.build(tiny.KTO), data, None, "recompute"
+    )
     return Measurement(setup, RECORDS, SETTINGS)
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.checkpoints import names
-from elbo_kto_jax.models import axes, network, registry
+from elbo_kto_jax.models import axes, memory, network, registry
 from elbo_kto_jax.models.flops import forward_flops, layer_matrices
 from elbo_kto_jax.models.lora import abstract_adapters
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
 from elbo_kto_jax.models.table import bias, scale
-from elbo_kto_jax.planning import estimate
 from elbo_kto_jax.runtime.config import Mesh
 from elbo_kto_jax.sharding import rules
 from tests import families, tiny
@@ -178,9 +177,9 @@ def test_every_parameter_and_what_lora_adds_is_laid_out_over_a_mesh(family, cpu_
 
 def test_counts_agree_with_the_tree(family):
     model, tree = tiny.MODEL, abstract_params(tiny.model())
-    assert estimate.parameters(model) == sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert memory.parameters(model) == sum(leaf.size for leaf in jax.tree.leaves(tree))
     adapters = abstract_adapters(tree, 3, jnp.float32)
-    assert estimate.adapters(model, 3) == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    assert memory.adapters(model, 3) == sum(leaf.size for leaf in jax.tree.leaves(adapters))
     kernels = sum(group["kernel"].size for group in tree["blocks"].values() if "kernel" in group)
     assert layer_matrices(model) * model.n_layers == kernels
     # One sequence of 21 tokens, of which 5 are scored, written out: a tied head is multiplied with as any other.

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elbo_kto_jax.models import axes, lora
+from elbo_kto_jax.models import axes, lora, memory
 from elbo_kto_jax.models.network import MaskPredictor, abstract_params
-from elbo_kto_jax.planning import estimate
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sharding import rules
@@ -99,7 +98,7 @@ def test_targets_choose_the_matrices():
     every = adapters(0, random_b=False)["blocks"]
     jax.tree.map(np.testing.assert_array_equal, tree["blocks"], {name: every[name] for name in abstract["blocks"]})
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    assert estimate.adapters(tiny.MODEL, RANK, options.targets) == size
+    assert memory.adapters(tiny.MODEL, RANK, options.targets) == size
     with pytest.raises(UserError, match=r"config\.lora\.targets: .*attn_out.*v_proj.*, got 'qproj'"):
         train_state.abstract_trained(tiny.model(), config.Lora(RANK, 1.0, "none", ["q_proj", "qproj"]))
 
