@@ -7,8 +7,9 @@
 
 The loss may need every score of the global batch before any gradient, hence two passes over the micro-batches; memory
 is that of one micro-batch, whatever the number of draws or examples. In one pass GRAD falls apart into FORWARD, which
-scores and hands out what the backward pass needs, and BACKWARD, with LOSS between them: memory grows by what every
-micro-batch keeps, and the step does three quarters of the work.
+scores and hands out its residuals, what the backward pass needs, and BACKWARD, with LOSS between them. The step then
+does four fifths of the work. The residuals of all micro-batches wait on the devices, or in the host's memory, where
+they cost the devices nothing (training/residuals.py).
 
 Where adapters are trained (models/lora.py), the programs take a lora.Adapted for params, state and gradient hold the
 adapters alone, and the reference is the base with the adapters' scale at 0.
