@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import math
 import os
+import time
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ from elbo_kto_jax.checkpoints.model import Model, Source
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.table import TreePath
 from elbo_kto_jax.runtime.files import ahead, writing
+
+_SETTLED = 0.2  # seconds without a new file after which an interrupted save is over
+_PATIENCE = 10.0  # seconds after which it is not waited for any longer
 
 # Largest sizes of a chunk of a converted model by logical axis: meshes split `model` most finely, 4096 up to 64 times
 # before two devices share a chunk. The others as long as the pieces in which conversions read, names.ROWS.
@@ -68,16 +72,34 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
         ):
             checkpointer.save(folder, args=ocp.args.Composite(**items), force=True)
     except BaseException:  # a full disk, a signal: what there is of the checkpoint only takes room
-        _remove_unfinished(folder)
+        _remove_interrupted(folder)
         raise
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    for left in folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"):
+    for left in _unfinished(folder):
         if os.path.islink(left):
             os.unlink(left)
         else:
             left.rmtree()
+
+
+def _unfinished(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
+
+
+def _remove_interrupted(folder: epath.Path) -> None:
+    """Removes what an exception left, again until nothing comes back: threads of Orbax go on for a moment."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            _remove_unfinished(folder)
+        except OSError:  # a thread wrote into a folder that was being emptied
+            if time.monotonic() > until:
+                raise
+        time.sleep(_SETTLED)
+        if not _unfinished(folder) or time.monotonic() > until:
+            return
 
 
 def chunk_shape(axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,9 +1,12 @@
 """Models come back bit by bit, whole or not at all, and never wrong."""
 
+import contextlib
 import dataclasses
 import gc
 import json
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +105,29 @@ def test_a_save_that_fails_leaves_nothing_that_loads(tmp_path, model, monkeypatc
     monkeypatch.undo()
     save_model(tmp_path / "saved", model)
     assert_same_trees(load_model(tmp_path / "saved").params, model.params)
+
+
+def test_an_interrupted_save_waits_for_its_threads(tmp_path, model, monkeypatch):
+    """Orbax's threads may go on writing after the signal; nothing of theirs stays, and the interruption is told."""
+    folder, ended = tmp_path / "model.orbax-checkpoint-tmp" / "params", threading.Event()
+
+    def goes_on():
+        for number in range(40):
+            with contextlib.suppress(FileNotFoundError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(number)).write_text("late")
+            time.sleep(0.01)
+        ended.set()
+
+    def interrupted(*_, **__):
+        threading.Thread(target=goes_on, daemon=True).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tmp_path / "model", model)
+    assert ended.is_set()
+    assert not list(tmp_path.glob("model*"))
 
 
 # Orbax reads arrays concurrently and leaves the failures after the first one unawaited.
