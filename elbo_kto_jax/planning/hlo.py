@@ -9,7 +9,8 @@ TPU's fusions, of which one begins the collective (AsyncCollectiveStart) and the
 on beside a matrix product. Everything else waits, and is exposed.
 
 An async collective is hidden only as far as the products between its start and its end take that long: the text is in
-the order of the schedule, and the links serve what is under way in turn. The rest of it is exposed, too.
+the order of the schedule, and the links serve what is under way in turn. The rest of it is exposed, too. Sends along
+one axis of a mesh leave the links of the other axis free.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BOTH = frozenset({"major", "minor"})  # axes of a torus
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # others: by the digits
 _COMPUTATION = re.compile(r"(?:ENTRY )?%([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*)$")
@@ -35,6 +37,7 @@ class Collective:
     group: int  # chips that take part together
     overlapped: bool  # runs beside other work
     times: float
+    axes: frozenset[str] = BOTH  # of the torus, whose links it uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +129,12 @@ class _UnderWay:
 
     def compute(self, flops: float) -> None:
         """Work of the chip, during which the links go on."""
+        left = dict.fromkeys(BOTH, flops)
         for name, waiting in self._waiting.items():
             for i, (collective, needed) in enumerate(waiting):
-                self._waiting[name][i] = collective, max(0.0, needed - flops)
-                flops = max(0.0, flops - needed)
+                served = min(needed, *(left[axis] for axis in collective.axes))
+                self._waiting[name][i] = collective, needed - served
+                left |= {axis: left[axis] - served for axis in collective.axes}
 
     def end(self, name: str, by_name: Mapping[str, _Instruction]) -> list[Collective]:
         """The collective that the instruction `name` ends, in what was hidden and what was not."""
@@ -259,7 +264,7 @@ class _Walk:
             "all-to-all": size * share,
             "collective-permute": size,
         }[kind]
-        return Collective(kind, sent, group, False, 1.0)
+        return Collective(kind, sent, group, False, 1.0, axes_of(instruction.attributes, group, self.chips))
 
 
 def group_size(attributes: str, chips: int) -> int:
@@ -267,13 +272,28 @@ def group_size(attributes: str, chips: int) -> int:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
-        return _ring({int(source): int(target) for source, target in re.findall(r"(\d+),(\d+)", pairs[1])})
+    if pairs := _pairs(attributes):
+        return _ring({int(source): int(target) for source, target in re.findall(r"(\d+),(\d+)", pairs)})
     if listed := re.search(r"replica_groups=\{\{([^}]*)\}", attributes):
         return len(listed[1].split(","))
     if regular := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(regular[1])
     return chips
+
+
+def axes_of(attributes: str, group: int, chips: int) -> frozenset[str]:
+    """Whose links a collective uses: of one axis those that go around rings of neighbours, or across such rings."""
+    pairs = [(int(source), int(target)) for source, target in re.findall(r"\{(\d+),(\d+)\}", _pairs(attributes))]
+    if not pairs or group == chips:
+        return BOTH
+    within = all(source // group == target // group for source, target in pairs)
+    return frozenset({"minor" if within else "major"})
+
+
+def _pairs(attributes: str) -> str:
+    """The pairs of a permutation: {{0,1},{1,0}}."""
+    found = re.search(r"source_target_pairs=(\{(?:\{\d+,\d+\},?)*\})", attributes)
+    return found[1] if found else ""
 
 
 def _ring(targets: dict[int, int]) -> int:

@@ -61,8 +61,9 @@ def program_seconds(program: Compiled, topology: Topology, estimate: hlo.Cost) -
     cost, chip = program.cost or estimate, topology.chip
 
     def communication(overlapped: bool) -> float:
-        return sum(
-            c.bytes * c.times / topology.bandwidth(c.group) for c in cost.collectives if c.overlapped == overlapped
+        found = [c for c in cost.collectives if c.overlapped == overlapped]
+        return max(
+            sum(c.bytes * c.times / topology.bandwidth(c.group) for c in found if axis in c.axes) for axis in hlo.BOTH
         )
 
     return Seconds(

@@ -3,9 +3,10 @@
 Written down rather than left to the compiler, which sums a weight's gradient everywhere before it keeps a part of it:
 here a gradient is summed and split in one go. What travels has the dtype of the activations.
 
-Where fsdp is two axes of the mesh, a layer is gathered along both at once, which keeps the links of both axes busy. A
-gradient goes along one after the other: of a sum along both at once XLA would make an all-reduce, twice the traffic. It
-goes in single sends, which run beside the products of the backward pass. For a reduce-scatter a TPU v5e waits.
+Where fsdp is two axes of the mesh, a layer is gathered along both at once, which keeps the links of both axes busy. Of
+a gradient, half goes along one axis and then along the other, and half the other way round: of a sum along both at once
+XLA would make an all-reduce, twice the traffic. It goes in single sends, which run beside the products of the backward
+pass. For a reduce-scatter a TPU v5e waits.
 """
 
 import functools
@@ -90,13 +91,26 @@ def _reduce_scatter(
     """The transpose: each device's part of the sum over these devices."""
     if len(names) == 1:
         return (jax.lax.psum_scatter(whole, names[0], scatter_dimension=dimension, tiled=True),)
-    for name in names:
-        whole = ring_reduce_scatter(whole, name, dimension)
-    return (whole,)
+    major, minor = names
+    return (sum_along_both(whole, major, minor, dimension),)
 
 
-def ring_reduce_scatter(whole: Float[Array, "..."], name: str, dimension: int) -> Float[Array, "..."]:
-    """psum_scatter along one axis, in as many sends as it has devices but one.
+def sum_along_both(whole: Float[Array, "..."], major: str, minor: str, dimension: int) -> Float[Array, "..."]:
+    """psum_scatter along two axes. Half of a matrix goes along the one first, half along the other, so that the links
+    of both are in use at any time."""
+    sizes = jax.lax.axis_size(major), jax.lax.axis_size(minor)
+    parts = whole.reshape(*whole.shape[:dimension], *sizes, -1, *whole.shape[dimension + 1 :])
+    across = dimension + 3 if dimension + 3 < parts.ndim else 0
+    if across == dimension:  # a vector
+        return ring_reduce_scatter(ring_reduce_scatter(parts, major, 0), minor, 0)
+    one, other = jnp.split(parts, [parts.shape[across] // 2], across)
+    one = ring_reduce_scatter(ring_reduce_scatter(one, major, dimension), minor, dimension)
+    other = ring_reduce_scatter(ring_reduce_scatter(other, minor, dimension + 1), major, dimension)
+    return jnp.concatenate([one, other], across - 2 if across else 0)
+
+
+def ring_reduce_scatter(parts: Float[Array, "..."], name: str, dimension: int) -> Float[Array, "..."]:
+    """Each device's element along `dimension` of the sum over one axis, in as many sends as it has devices but one.
 
     The ring goes up by the even devices and comes back by the odd ones, so that no send goes further than two devices:
     where an axis of a TPU is an open line, a send over more of them does not run in the background.
@@ -105,10 +119,10 @@ def ring_reduce_scatter(whole: Float[Array, "..."], name: str, dimension: int) -
     order = [*range(0, devices, 2), *reversed(range(1, devices, 2))]
     onwards = list(zip(order, order[1:] + order[:1], strict=True))
     place = jnp.asarray(np.argsort(order))[jax.lax.axis_index(name)]
-    size = whole.shape[dimension] // devices
 
     def part(at: Int[Array, ""]) -> Float[Array, "..."]:
-        return jax.lax.dynamic_slice_in_dim(whole, jnp.asarray(order)[at % devices] * size, size, dimension)
+        index = jnp.asarray(order)[at % devices]
+        return jax.lax.dynamic_index_in_dim(parts, index, dimension, keepdims=False)
 
     total = part(place - 1)
     for step in range(2, devices + 1):

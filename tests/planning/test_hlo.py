@@ -43,6 +43,32 @@ def cost(
     )
 
 
+@pytest.mark.parametrize(
+    ("attributes", "group", "expected"),
+    [
+        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", 2, {"minor"}),
+        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", 2, {"major"}),
+        ("source_target_pairs={{0,1},{1,3},{3,2},{2,0}}", 4, hlo.BOTH),
+        ("replica_groups={{0,1},{2,3}}", 2, hlo.BOTH),  # not known: at worst
+    ],
+)
+def test_sends_along_one_axis_use_the_links_of_that_axis(attributes, group, expected):
+    assert hlo.axes_of(attributes, group, chips=4) == expected
+
+
+def test_sends_along_two_axes_are_under_way_at_once():
+    def hidden(*axes):
+        under_way = hlo._UnderWay(lambda group: 1.0)
+        names = [f"{index}" for index, _ in enumerate(axes)]
+        for name, along in zip(names, axes, strict=True):
+            under_way.begin(name, [hlo.Collective("collective-permute", 8.0, 2, True, 1.0, frozenset(along))])
+        under_way.compute(8.0)
+        return sum(c.bytes for c in under_way.rest() if c.overlapped)
+
+    assert hidden({"major"}, {"minor"}) == 16
+    assert hidden({"major"}, {"major"}) == hidden(hlo.BOTH, {"minor"}) == 8
+
+
 def test_a_loop_counts_as_often_as_it_runs():
     found = cost()
     assert found.flops == pytest.approx(7 * PRODUCT + 100)

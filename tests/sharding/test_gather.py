@@ -64,7 +64,7 @@ def test_rows_meet_whole_parameters_and_gradients_are_sums_over_rows(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
-def test_two_axes_are_gathered_at_once_and_summed_one_after_the_other(cpu_devices):
+def test_two_axes_are_gathered_at_once_and_summed_in_sends_along_both(cpu_devices):
     """On a TPU the first keeps the links of both axes busy; the second, in single sends, runs beside products."""
     mesh = Mesh(np.asarray(cpu_devices[:8]).reshape(1, 4, 2, 1), tuple(MESHES[1]), axis_types=(AxisType.Auto,) * 4)
     params = {"head": {"kernel": jnp.zeros((16, 6))}}
@@ -77,7 +77,12 @@ def test_two_axes_are_gathered_at_once_and_summed_one_after_the_other(cpu_device
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert re.findall(r"all_gather\[.*?axis_name=(\(.*?\))", text, re.DOTALL) == ["('fsdp_x', 'fsdp_y')"]
-    assert re.findall(r"ppermute\[.*?axis_name=\(.(\w+)", text, re.DOTALL) == ["fsdp_x"] * 3 + ["fsdp_y"]
+    assert re.findall(r"ppermute\[.*?axis_name=\(.(\w+)", text, re.DOTALL) == [
+        *["fsdp_x"] * 3,
+        "fsdp_y",
+        "fsdp_y",
+        *["fsdp_x"] * 3,
+    ]
     assert "reduce_scatter[" not in text
 
 
@@ -95,7 +100,27 @@ def test_a_ring_of_sends_is_a_reduce_scatter(devices, dimension, cpu_devices):
     def plain(part, name, dimension):
         return jax.lax.psum_scatter(part, name, scatter_dimension=dimension, tiled=True)
 
-    np.testing.assert_allclose(summed(gather.ring_reduce_scatter), summed(plain), rtol=1e-5, atol=1e-5)
+    def ring(part, name, dimension):
+        parts = part.reshape(*part.shape[:dimension], devices, -1, *part.shape[dimension + 1 :])
+        return gather.ring_reduce_scatter(parts, name, dimension)
+
+    np.testing.assert_allclose(summed(ring), summed(plain), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("shape", "dimension"), [((16, 5), 0), ((5, 16), 1), ((16,), 0), ((3, 16, 2), 1)])
+def test_half_a_gradient_goes_along_either_axis_first(sides, shape, dimension, cpu_devices):
+    mesh = Mesh(np.asarray(cpu_devices).reshape(sides), ("x", "y"))
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(8, *shape)), jnp.float32)
+
+    def summed(function):
+        of_each = lambda part: function(part[0])[None]  # noqa: E731
+        spec = jax.P(("x", "y"))
+        return jax.jit(jax.shard_map(of_each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(values)
+
+    ours = summed(lambda part: gather.sum_along_both(part, "x", "y", dimension))
+    plain = summed(lambda part: jax.lax.psum_scatter(part, ("x", "y"), scatter_dimension=dimension, tiled=True))
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
