@@ -31,7 +31,7 @@ from elbo_kto_jax.scoring.scorer import Kept, Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training.data import TrainingData
-from elbo_kto_jax.training.residuals import memory_of, where_to_keep
+from elbo_kto_jax.training.residuals import memory_of, shards_of, where_to_keep
 
 log = logging.getLogger(__name__)
 _MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
@@ -224,11 +224,9 @@ def _read(
 
 def _residuals(config: Config, model: MaskPredictor, mesh: Mesh, objective: Objective, data: TrainingData) -> Kept:
     """Where the run keeps its residuals."""
-    tensor = mesh.shape["tensor"]
-    sizes = {"fsdp": mesh.size // mesh.shape["data"] // tensor, "tensor": tensor}
     memory = memory_of(mesh.local_devices)
     micro_batches = data.most_micro_batches() if config.train.residuals == "auto" else 0  # which takes a while
-    return where_to_keep(config, model.config, sizes, memory, objective.needs, micro_batches)
+    return where_to_keep(config, model.config, shards_of(mesh), memory, objective.needs, micro_batches)
 
 
 def _group(objective: Objective) -> int:

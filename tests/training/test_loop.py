@@ -248,6 +248,52 @@ def test_a_held_out_metric_that_there_is_not(settings, tmp_path):
         train.main(runs.flags({**settings, "train.keep_best": "loss"}, f"--workdir={tmp_path}"))
 
 
+# ---- a dry run says what the run is ----
+
+
+def files_in(folder: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_has_the_figures_of_the_run(whole, settings, tmp_path):
+    rows = metrics_of(whole[0])
+    found = train.main(runs.flags(settings, f"--workdir={tmp_path / 'run'}", "--dry-run"))
+    assert not (tmp_path / "run").exists()
+    tokens = np.diff([0, *(row["tokens"] for row in rows)])
+    positions = tokens / [row["real_token_fraction"] for row in rows]
+    assert (found["steps"], found["steps_done"], found["evaluations"]) == (STEPS, 0, 2)
+    assert (found["tokens_of_run"], found["tokens_per_step"]) == (rows[-1]["tokens"], tokens.mean())
+    assert found["real_token_fraction"] == pytest.approx(tokens.sum() / positions.sum(), rel=1e-12)
+    assert (found["steps_per_epoch"], found["steps_packed"]) == (2, STEPS)
+    assert (found["data"], found["eval_data"]) == (whole[1]["data"], whole[1]["eval_data"])
+    assert (found["desirable"], found["undesirable"]) == (3, 3)
+    assert found["seconds"] is None
+    assert found["config"] == {**recorded(whole[0])["config"], "train": found["config"]["train"]}
+
+
+def test_a_dry_run_of_a_run_that_goes_on(whole, settings, caplog, monkeypatch):
+    """Its time is that of its earlier steps; the rate of the last two is not that of the first, which compiled."""
+    workdir, before = whole[0], files_in(whole[0])
+    longer = {**settings, "train.samples": 2, "train.steps": 2 * STEPS + 1}
+    with caplog.at_level("INFO"):
+        found = train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run"))
+    first, *_, last = metrics_of(workdir, without=())
+    per_token = (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"])
+    assert (found["steps_done"], found["seconds_from"]) == (STEPS, "earlier steps of this run")
+    assert found["seconds"] == pytest.approx(per_token * (found["tokens_of_run"] - last["tokens"]))
+    assert f"would go on from step {STEPS} of {2 * STEPS + 1}" in caplog.text
+    assert files_in(workdir) == before
+    with pytest.raises(UserError, match=r"config\.objective\.beta: 0\.1 -> 0\.3"):
+        train.main(runs.flags({**longer, "objective.beta": 0.3}, f"--workdir={workdir}", "--dry-run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "of_setup", lambda _: {"config.data.train": {"examples": 7}})
+        with pytest.raises(UserError, match=r"began with other inputs \(config\.data\.train: 6 examples -> 7"):
+            train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run"))
+    found = train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run", "--overwrite"))
+    assert (found["steps_done"], found["replaces_a_run"]) == (0, True)
+    assert files_in(workdir) == before
+
+
 # ---- the same command goes on ----
 
 
