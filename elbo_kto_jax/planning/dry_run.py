@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, absolute, progress_of
 from elbo_kto_jax.data.examples import Examples
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.memory import residual_bytes, step_bytes, step_memory
@@ -22,6 +23,7 @@ from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.workdir import look_into, read_metrics, refuse_other_inputs
 from elbo_kto_jax.training import inputs
 from elbo_kto_jax.training.data import TrainingData
+from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.residuals import memory_of, shards_of
 from elbo_kto_jax.training.setup import Setup, check_held_out, prepare
 
@@ -40,29 +42,31 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
     setup = prepare(config, skip_bad=skip_bad, moment=moment)
     began = {} if record is None else record.get("inputs", {})
     refuse_other_inputs(workdir, began, inputs.of_setup(setup), overwrite=overwrite)
-    done = 0 if record is None else _latest_step(workdir)
-    steps = _steps(setup, done)
+    progress = Progress() if record is None else _progress(workdir)
+    progress.plan(setup.total_steps)
+    steps = _steps(setup, progress.step)
     return {
         "dry_run": True,
         "workdir": str(workdir),
         "replaces_a_run": record is None and overwrite and (workdir / "config.json").is_file(),
         **_data(setup),
         **steps,
+        "stopped_early": progress.is_out_of(config.train.patience) and progress.step < setup.total_steps,
         "devices": {"number": jax.device_count(), "kind": jax.devices()[0].device_kind},
         "residuals": setup.residuals,
         "memory": _memory(setup),
         "checkpoint_bytes": _checkpoint_bytes(setup),
         "slices": smallest_slices(config, setup),
-        **_time(setup, workdir if done else None, steps),
+        **_time(setup, workdir if progress.step else None, steps),
         "config": config.to_dict(),
     }
 
 
-def _latest_step(workdir: Path) -> int:
-    """The step from which a run would go on."""
-    steps = workdir / "checkpoints"
-    found = steps.iterdir() if steps.is_dir() else ()
-    return max((int(step.name) for step in found if step.name.isdecimal()), default=0)
+def _progress(workdir: Path) -> Progress:
+    """Where a run would go on."""
+    steps = absolute(workdir / STEPS_FOLDER)
+    found = [step for step in steps.iterdir() if step.name.isdecimal()] if steps.is_dir() else []
+    return Progress.restored(progress_of(max(found, key=lambda step: int(step.name)))) if found else Progress()
 
 
 def _data(setup: Setup) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _steps(setup: Setup, done: int) -> dict[str, Any]:
     tokens = sum(size.tokens for size in sizes) if packed == total else tokens_of(data, total)
     return {
         "steps": total,
-        "steps_done": min(done, total),
+        "steps_done": done,
         "steps_per_epoch": data.steps_per_epoch,
         "epochs": total / data.steps_per_epoch,
         "evaluations": total // every if setup.eval_data and every else 0,

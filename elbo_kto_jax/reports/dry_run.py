@@ -49,6 +49,8 @@ def _steps(summary: Mapping[str, Any]) -> str:
     found = f"{summary['steps']:,} of {train['global_batch_size']:,} examples, {_count(draws, 'draw')} of each"
     if summary["evaluations"]:
         found += f"; {summary['evaluations']:,} evaluations on held-out data"
+    if train["patience"]:
+        found += f"; ends after {_count(train['patience'], 'evaluation')} without a better {train['keep_best']}"
     return f"{found}; {summary['epochs']:.3g} epochs of {_count(summary['steps_per_epoch'], 'step')}"
 
 
@@ -87,6 +89,8 @@ def _workdir(summary: Mapping[str, Any]) -> str:
     if summary["replaces_a_run"]:
         return f"{summary['workdir']}: --overwrite would delete the run in it"
     done = summary["steps_done"]
+    if summary["stopped_early"]:
+        return f"{summary['workdir']}: stopped early at step {done:,}; a larger train.patience goes on"
     begins = f"would go on from step {done:,} of {summary['steps']:,}" if done else "would begin at step 0"
     return f"{summary['workdir']}: {begins}"
 

@@ -131,7 +131,13 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
 
 
 def check_held_out(config: Config) -> None:
-    """Raises UserError where a run is to be evaluated on held-out data, and there are none."""
+    """Raises UserError where a run is to be evaluated on held-out data and there are none, or to stop by no metric."""
+    if config.train.patience and not (config.train.eval_every and config.train.keep_best):
+        missing = "eval_every is 0" if not config.train.eval_every else "keep_best is ''"
+        raise UserError(
+            f"config.train.patience: {config.train.patience}, but config.train.{missing}, so that nothing is compared; "
+            "set data.eval, train.eval_every and train.keep_best, or patience to 0"
+        )
     if config.train.eval_every and not config.data.eval:
         raise UserError(
             f"config.train.eval_every: {config.train.eval_every}, but config.data.eval names no held-out records; "

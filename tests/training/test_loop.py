@@ -248,6 +248,88 @@ def test_a_held_out_metric_that_there_is_not(settings, tmp_path):
         train.main(runs.flags({**settings, "train.keep_best": "loss"}, f"--workdir={tmp_path}"))
 
 
+# ---- the best step, and the end where none is better ----
+
+
+@pytest.fixture(scope="module")
+def stopping(settings):
+    """At rate 0 every evaluation is as good as the first, of step 2: the second one, of step 4, ends the run."""
+    return {
+        **settings,
+        "objective.name": "sft",
+        "optimizer.learning_rate": 0.0,
+        "train.patience": 1,
+        "train.keep_checkpoints": 1,
+        "train.checkpoint_every": 3,
+        "train.log_every": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def stopped(stopping, tmp_path_factory):
+    """A run that stopped early, after a crash in the step that was to be its last: its folder and its summary."""
+    workdir, taken, real = tmp_path_factory.mktemp("stopped") / "run", [], loop.train_step
+    argv = runs.flags(stopping, f"--workdir={workdir}")
+
+    def crash(*arguments, **options):
+        taken.append(1)
+        if len(taken) == 4:
+            raise RuntimeError("the machine's fault")
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", crash)
+        with pytest.raises(RuntimeError, match="machine"):
+            train.main(argv)
+    return workdir, train.main(argv)
+
+
+def test_a_run_that_stops_early(stopped):
+    workdir, summary = stopped
+    rows = {row["step"]: row for row in metrics_of(workdir)}
+    assert list(rows) == [1, 2, 3, 4]  # every evaluation has its line
+    assert rows[4]["eval_loss"] == rows[2]["eval_loss"]
+    assert (summary["steps"], summary["stopped_early"], summary["interrupted"]) == (4, True, False)
+    assert (summary["best_step"], summary["best_metric"]) == (2, "eval_loss")
+    assert summary["best_value"] == rows[2]["eval_loss"]
+    assert summary["best_checkpoint"] == load_model(workdir / "checkpoints" / "best").source
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    page = (workdir / "report.html").read_text()
+    assert "Stopped early." in page
+    assert "Best held out" in page
+
+
+def test_a_run_that_stopped_early_goes_on_where_patience_grows(stopped, stopping, tmp_path, in_step, caplog):
+    caplog.set_level("INFO")
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped[0], workdir)
+    argv = runs.flags(stopping, f"--workdir={workdir}")
+    in_step(loop, "train_step", 1, lambda: pytest.fail("the run has ended"))
+    assert train.main(argv)["stopped_early"]
+    assert "stopped early, at step 4 of 5, after 1 evaluations without a better eval_loss" in caplog.messages
+    assert f"--source={workdir}/checkpoints/2 " in caplog.messages[-1]
+    dry = train.main([*argv, "--dry-run"])
+    assert (dry["steps_done"], dry["stopped_early"]) == (4, True)
+    with pytest.raises(pytest.fail.Exception, match="has ended"):  # a longer one is waited for anew
+        train.main(runs.flags({**stopping, "train.steps": 6}, f"--workdir={workdir}"))
+    summary = train.main(runs.flags({**stopping, "train.steps": 6, "train.patience": 3}, f"--workdir={workdir}"))
+    assert (summary["steps"], summary["stopped_early"]) == (6, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train.eval_every": 0}, "config.train.patience: 1, but config.train.eval_every is 0"),
+        ({"train.keep_best": ""}, "config.train.patience: 1, but config.train.keep_best is ''"),
+        ({"data.eval": ""}, "config.data.eval names no held-out records"),
+    ],
+)
+def test_patience_without_evaluations_is_refused(stopping, tmp_path, changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.main(runs.flags({**stopping, **changes}, f"--workdir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
 # ---- a dry run says what the run is ----
 
 
