@@ -57,6 +57,7 @@ _TRAIN = {
     "checkpoint_every": 100,  # [ours]
     "keep_checkpoints": 2,  # [ours] each is 95 GB; 0: all
     "keep_best": "eval_loss",  # [ours] where eval_every is set, the best by this stays, too; "": none
+    "patience": 0,  # [ours] run to the end; else end after so many evaluations without a better one
     "eval_every": 0,  # [ours] no held-out data above
     "log_every": 1,  # [ours]
     "samples": 4,  # [ours]

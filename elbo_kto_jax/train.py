@@ -1,9 +1,16 @@
 """python -m elbo_kto_jax.train --config=configs/FILE.py --workdir=DIR: a config's recipe, from data to checkpoint."""
 
+import itertools
+import shlex
 from pathlib import Path
 
 from elbo_kto_jax import cli
+from elbo_kto_jax.planning.dry_run import dry_run
+from elbo_kto_jax.reports.dry_run import as_text
+from elbo_kto_jax.runtime.flags import command_line
 from elbo_kto_jax.training.loop import train
+
+_DRY_RUN = "--dry-run"
 
 
 def main(argv: list[str]) -> dict:
@@ -11,8 +18,29 @@ def main(argv: list[str]) -> dict:
     flags.add_config(workdir=True)
     flags.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
+    flags.add_argument(_DRY_RUN, action="store_true", help="say what the run would be: load no weights, write nothing")
     options, config = flags.parse(argv)
-    return train(config, Path(options.workdir), overwrite=options.overwrite, skip_bad=options.skip_bad_records)
+    how = {"overwrite": options.overwrite, "skip_bad": options.skip_bad_records}
+    if not options.dry_run:
+        return train(config, Path(options.workdir), **how)
+    summary = dry_run(config, Path(options.workdir), **how)
+    cli.log.info("%s", as_text(summary))
+    _say_what_is_next(argv, summary["slices"])
+    return summary
+
+
+def _say_what_is_next(argv: list[str], slices: list[str]) -> None:
+    """The command of the run itself, and that which compiles it for slices of TPUs."""
+    words = [word for word in argv if word != _DRY_RUN]
+    cli.log.info("next: %s %s", command_line("elbo_kto_jax.train"), shlex.join(words))
+    if slices:
+        of_config = [
+            word
+            for before, word in itertools.pairwise(["", *words])
+            if word.startswith("--config") or (before.startswith("--config") and "=" not in before)
+        ]
+        plan = f"{command_line('launch.plan')} {shlex.join(of_config)} --topology={slices[0]}"
+        cli.log.info("on TPUs (%s hold a step, by estimate): %s", ", ".join(slices), plan)
 
 
 if __name__ == "__main__":

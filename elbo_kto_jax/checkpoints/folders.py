@@ -26,12 +26,13 @@ from etils.epath import stat_utils
 from elbo_kto_jax.checkpoints import hub
 from elbo_kto_jax.runtime import lock
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import check_writable
+from elbo_kto_jax.runtime.files import check_writable, from_json
 
 log = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
 SIZES_FILE = "sizes.json"
 STEPS_FOLDER = "checkpoints"
+_BEST = "best"  # of the steps, by a held-out metric; no folder has that name
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
@@ -53,6 +54,8 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
     folder = absolute(path)
     if ocp.utils.is_tmp_checkpoint(folder):
         raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
+    if means_best(folder):
+        return _best(folder.parent, f"{flag}={path}")
     if folder.is_dir():
         steps = folder / STEPS_FOLDER
         if steps.is_dir() and not any(folder.glob("*.safetensors")):
@@ -75,6 +78,38 @@ def _latest(steps: epath.Path, said: str) -> epath.Path:
         latest = max(complete, key=lambda step: int(step.name))
         if lock.read(latest):
             return latest
+
+
+def means_best(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is WORKDIR/checkpoints/best, which stands for the best step of the run."""
+    found = absolute(folder)
+    return found.name == _BEST and found.parent.name == STEPS_FOLDER and found.parent.is_dir() and not found.exists()
+
+
+def _best(steps: epath.Path, said: str) -> epath.Path:
+    """The best step, as the latest one says; it stays as the latest one does."""
+    while True:
+        progress = progress_of(_latest(steps, said))
+        step = progress.get("best_step", 0)
+        if not isinstance(step, int) or step < 1:
+            raise UserError(f"{said}: no step is known as the best; train with data.eval, eval_every and keep_best")
+        if lock.read(steps / str(step)):
+            return steps / str(step)
+        if progress_of(_latest(steps, said)) == progress:  # no better one has come meanwhile
+            raise UserError(f"{said}: the checkpoint of the best step, {step}, is gone; name another step")
+
+
+def progress_of(step: epath.Path) -> dict:
+    """Where training stood at a step.
+
+    Raises:
+      UserError: the step does not say so, or is damaged.
+    """
+    file = step / "progress" / "metadata"
+    try:
+        return dict(from_json(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{file}: missing or damaged; name a step of {step.parent} that is whole") from None
 
 
 def remove_step(steps: epath.Path, step: int) -> None:

@@ -38,6 +38,22 @@ CHIPS = {
     "v6e": Chip(918e12, 31.24 * _GIB, 1638e9, 100e9, 32e9, _PLANE),
     "tpu7x": Chip(2307e12 / 2, 94.74 * _GIB, 7380e9 / 2, 100e9 / 2, 16e9 / 2, _CUBE, devices=2),
 }
+# What jax calls a device -> its peak, bfloat16. A v4 chip is one device where it runs. GPUs: NVIDIA's data sheets,
+# without sparsity.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["tpu7x"].flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v5": "v5p", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _COUNTED_IN_CORES = ("v4", "v5p", "tpu7x")  # v5p-8 has four chips
 
@@ -72,6 +88,11 @@ class Topology:
         if len(self.sides) == 2:
             return side == 16  # only the whole pod closes
         return all(side % 4 == 0 for side in self.sides)
+
+
+def peak_flops(kind: str) -> float | None:
+    """The bfloat16 FLOP/s of a device that jax calls `kind`; None: not known."""
+    return _PEAKS.get(kind)
 
 
 def parse_topology(name: str) -> Topology:

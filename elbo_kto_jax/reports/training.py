@@ -152,6 +152,7 @@ def write_training_report(
         key_numbers=_key_numbers(metrics, summary),
         notices=_notices(metrics, summary),
         checkpoint=summary.get("checkpoint"),
+        best=summary.get("best_checkpoint"),
         window=_window(len(metrics)),
         figures=_curves(metrics),
         samples=[_sample(one) for one in samples],
@@ -242,6 +243,9 @@ def _key_numbers(metrics: Sequence[Mapping], summary: Mapping) -> list[KeyNumber
         counts = summary.get("data") or {}
         note = f"over {_whole(number(counts['examples']))} examples" if "examples" in counts else ""
         items.append(KeyNumber("Epochs", format_number(summary["epochs"]), note))
+    if summary.get("best_step"):
+        note = f"{summary.get('best_metric')}, at step {_whole(number(summary['best_step']))}"
+        items.append(KeyNumber("Best held out", format_number(summary.get("best_value")), note))
     for key, label in (("examples_per_second", "Examples / second"), ("tokens_per_second", "Tokens / second")):
         value = number(summary.get(key))
         if math.isfinite(value):
@@ -254,6 +258,9 @@ def _notices(metrics: Sequence[Mapping], summary: Mapping) -> list[Notice]:
     if summary.get("interrupted"):
         text = "The run was saved before its end; the same command goes on from there."
         notices.append(Notice("Interrupted.", text))
+    if summary.get("stopped_early"):
+        text = "Held-out data did not get better for so many evaluations as train.patience says; a larger one goes on."
+        notices.append(Notice("Stopped early.", text))
     for key, name in (("data", "Training data"), ("eval_data", "Held-out data")):
         if lost := _lost(summary.get(key) or {}):
             notices.append(Notice(f"{name}: not all of it was used.", f"{lost}; the log says why."))

@@ -115,8 +115,9 @@ class Train:
     checkpoint_every: Count  # steps between checkpoints; the last step is always saved
     keep_checkpoints: CountOrZero  # the latest so many stay; 0: all
     keep_best: str  # a held-out metric of metrics.jsonl: its best checkpoint stays, too; "": none
+    patience: CountOrZero  # evaluations in a row that are not better by keep_best, after which the run ends; 0: never
     eval_every: CountOrZero  # steps between evaluations on data.eval; 0: never
-    log_every: Count  # steps between lines of metrics.jsonl
+    log_every: Count  # steps between lines of metrics.jsonl; evaluations have theirs in any case
     samples: CountOrZero  # prompts answered before and after training, for report.html
     on_bad_numbers: Literal["stop", "skip"]  # a loss or gradient that is not finite: stop, or leave the step out
 

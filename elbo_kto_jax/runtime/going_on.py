@@ -8,7 +8,7 @@ from elbo_kto_jax.runtime.config import differences
 from elbo_kto_jax.runtime.older_configs import as_written_now
 
 _LONGER = ("train.steps", "train.epochs")  # these may grow
-_BETWEEN = ("eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")
+_BETWEEN = ("eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "patience")
 # Keys and whole groups. With other devices sums round differently in the last digits, as with `mesh.fsdp=-1`, which
 # means whatever devices there are; and with residuals that are kept elsewhere or computed again.
 _FREE = (*(f"train.{key}" for key in _BETWEEN), "train.residuals", "mesh", "tasks", "benchmarks", "judge", "trackers")

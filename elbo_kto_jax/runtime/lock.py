@@ -38,12 +38,41 @@ def inside(folder: str | os.PathLike, flag: str) -> Iterator[None]:
     Raises:
       UserError: another command holds it, who says the message; or it cannot be taken.
     """
+    folder = _usable(folder, flag)
+    with _hold(folder / LOCK_FILE, f"{flag}={folder}"):
+        yield
+
+
+def check_free(folder: str | os.PathLike, flag: str) -> None:
+    """Checks that `inside` would get its lock, and leaves nothing there.
+
+    Raises:
+      UserError: as `inside`.
+    """
+    folder = _usable(folder, flag)
+    file = folder / LOCK_FILE
+    try:
+        opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a link
+        raise _unusable(file, error.strerror or str(error)) from None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if refusal := _refusal(error, _read_holder(opened), file, f"{flag}={folder}"):
+            raise refusal from None
+    finally:
+        os.close(opened)
+
+
+def _usable(folder: str | os.PathLike, flag: str) -> Path:
+    """Raises UserError where there can be no folder of that name in which a command keeps its work."""
     folder = Path(folder)
     check_writable(folder, flag)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag}={folder}: a file, not a folder; choose another name")
-    with _hold(folder / LOCK_FILE, f"{flag}={folder}"):
-        yield
+    return folder
 
 
 @contextlib.contextmanager
@@ -87,14 +116,9 @@ def _take(file: Path, place: str) -> int:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _read_holder(opened)
-            has_locks = error.errno not in _NO_LOCKS
-            if has_locks or _is_alive(holder):
+            if refusal := _refusal(error, _read_holder(opened), file, place):
                 os.close(opened)
-                remedy = "" if has_locks else f", or remove {file} if it has ended"
-                raise UserError(
-                    f"{place}: in use by {_describe(holder)}; wait until it has ended, or choose another place{remedy}"
-                ) from None
+                raise refusal from None
             log.warning("%s: this file system has no locks: let no other command write there meanwhile", place)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(opened), os.stat(file)):
@@ -114,6 +138,17 @@ def _take(file: Path, place: str) -> int:
     return opened
 
 
+def _refusal(error: OSError, holder: dict, file: Path, place: str) -> UserError | None:
+    """What to raise where the `error` with which a lock was not given, or its holder, says that it is held."""
+    has_locks = error.errno not in _NO_LOCKS
+    if not has_locks and not _is_alive(holder):
+        return None
+    remedy = "" if has_locks else f", or remove {file} if it has ended"
+    return UserError(
+        f"{place}: in use by {_describe(holder)}; wait until it has ended, or choose another place{remedy}"
+    )
+
+
 def _open(file: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     reason = "not a regular file"
@@ -126,7 +161,11 @@ def _open(file: Path) -> int:
         os.close(opened)
     except OSError as error:  # a link
         reason = error.strerror or str(error)
-    raise UserError(f"{file}: cannot be used as a lock ({reason}); remove it")
+    raise _unusable(file, reason)
+
+
+def _unusable(file: Path, reason: str) -> UserError:
+    return UserError(f"{file}: cannot be used as a lock ({reason}); remove it")
 
 
 def _read_holder(opened: int) -> dict:

@@ -10,17 +10,19 @@ class Metric(NamedTuple):
       group: of TensorBoard's tags.
       unit: "1" for a bare number.
       meaning: in a few words.
+      low: whether a low value is a good one.
     """
 
     group: str
     unit: str
     meaning: str
+    low: bool = False
 
 
 EVAL = "eval_"  # before a metric's name: the same on the held-out data
 
 METRICS = {
-    "loss": Metric("train", "of the objective; sft: nats per token", "mean over the batch"),
+    "loss": Metric("train", "of the objective; sft: nats per token", "mean over the batch", low=True),
     "grad_norm": Metric("train", "1", "norm of the gradient before clipping"),
     "learning_rate": Metric("train", "1", "that the step was taken with"),
     "weights_rms": Metric("train", "1", "root mean square of the weights that are trained"),
@@ -47,6 +49,12 @@ THROUGHPUT = {
     "tokens_per_second": Metric("throughput", "tokens per second", "since the step logged before, over all devices"),
     "examples_per_second": Metric("throughput", "examples per second", "the same"),
 }
+
+
+def is_better(name: str, value: float, than: float) -> bool:
+    """Whether a value of a metric is better than another; where the table does not have it, a high value is."""
+    known = METRICS.get(name.removeprefix(EVAL))
+    return value < than if known is not None and known.low else value > than
 
 
 def tag(name: str) -> str:

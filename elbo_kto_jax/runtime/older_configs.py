@@ -9,7 +9,7 @@ _LATER_KEYS: dict[str, dict[str, Any]] = {
     "objective": {"label_smoothing": 0.0},
     "optimizer": {"moments_dtype": "float32", "schedule": "cosine"},
     "lora": {"targets": []},
-    "train": {"keep_checkpoints": 0, "keep_best": ""},
+    "train": {"keep_checkpoints": 0, "keep_best": "", "patience": 0},
 }
 _LATER_GROUPS: dict[str, Any] = {
     "benchmarks": {"table": "", "limit": 0},

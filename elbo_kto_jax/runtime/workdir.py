@@ -21,6 +21,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -61,6 +62,28 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool, command: str) -
         yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]), run_log)
 
 
+def look_into(workdir: Path, config: Config, overwrite: bool, command: str) -> tuple[dict | None, datetime.datetime]:
+    """What config.json says of the run with which `command` would go on in `workdir`, and the moment of that run.
+
+    None: it would begin a new one, now. Nothing is touched.
+
+    Raises:
+      UserError: as `open_workdir`.
+    """
+    found: list[dict | None] = [None]
+
+    def look() -> None:
+        _refuse_foreign(workdir)
+        lock.check_free(workdir, "--workdir")
+        found.append(_read(workdir, config, overwrite, command))
+        if found[-1] is not None or not overwrite:  # what --overwrite deletes may be of any kind
+            _check_kinds(workdir)
+
+    processes.first(look)
+    record = processes.json_of_first(found[-1])
+    return record, _moment(record)
+
+
 class Workdir:
     """A working folder in use.
 
@@ -74,10 +97,10 @@ class Workdir:
         """`found`: what config.json says of the run that goes on; None: a new one begins."""
         self.path, self._log = path, run_log
         self._found, self._mark = found, {"unfinished": command} if overwrite else {}
-        moment = datetime.datetime.now().replace(microsecond=0).isoformat()
-        moment = processes.json_of_first((found or {}).get("moment", moment))
+        self.moment = _moment(found)
+        moment = self.moment.isoformat()
         versions = {"jax": jax.__version__, "elbo_kto_jax": elbo_kto_jax.__version__}
-        new = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
+        new: dict[str, Any] = {"config": config.to_dict(), "versions": versions, "moment": moment, **self._mark}
         begun = {**(found or {}), "config": new["config"], "moment": moment}
         extension = longer(as_written_now(found["config"]), new["config"]) if found is not None else ""
         if extension:
@@ -85,7 +108,6 @@ class Workdir:
             rate = f"the rate now follows the {config.optimizer.schedule} schedule of its new length"
             log.info("the run becomes longer (%s); %s", extension, rate)
         self._record = {**new, "inputs": {}, "files": {}} if found is None else begun
-        self.moment = datetime.datetime.fromisoformat(moment)
         self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
         self._start: dict = {}
         self._tell_of_changes(versions)
@@ -102,7 +124,7 @@ class Workdir:
         """
         self._start = provenance.of_this_start()
         if self._found is not None or not self._mark:  # what --overwrite deletes may be of any kind
-            self._check_kinds()
+            _check_kinds(self.path)
         if self._found is None:
             processes.first(self._delete_other)
         if self._found is None:
@@ -135,13 +157,7 @@ class Workdir:
         Raises:
           UserError: what differs, and what to do.
         """
-        changes = [line for key, now in inputs.items() for line in _changes(key, self.inputs.get(key, {}), now)]
-        if changes:
-            remedy = "delete the folder to start again" if self._mark else "pass --overwrite to delete that run"
-            raise UserError(
-                f"--workdir={self.path} holds a run that began with other inputs ({_shown(changes)});\n"
-                f"put back what it began with, choose another --workdir, or {remedy}"
-            )
+        refuse_other_inputs(self.path, self.inputs, inputs, overwrite=bool(self._mark))
         for key, now in inputs.items():
             self.inputs[key] = {**self.inputs.get(key, {}), **now}
         self._record["inputs"] = self.inputs
@@ -163,14 +179,6 @@ class Workdir:
             log.warning("going on under another version, results may differ in their last digits: %s", _shown(changes))
         if self._mark:
             log.info("--overwrite: going on with the run that this command began; delete %s to start again", self.path)
-
-    def _check_kinds(self) -> None:
-        """Raises UserError where a file stands in the place of a folder of a run, or the other way round."""
-        for name in (*_FILES, *_FOLDERS):
-            found = self.path / name
-            if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
-                kind = "folder" if name in _FOLDERS else "file"
-                raise UserError(f"{found}: not a {kind}; remove it or choose another --workdir")
 
     def _delete_other(self) -> None:
         file = self.path / CONFIG
@@ -213,10 +221,38 @@ def _read(workdir: Path, config: Config, overwrite: bool, command: str) -> dict 
     return found if _has_results(workdir) else None
 
 
+def _check_kinds(workdir: Path) -> None:
+    """Raises UserError where a file stands in the place of a folder of a run, or the other way round."""
+    for name in (*_FILES, *_FOLDERS):
+        found = workdir / name
+        if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+            kind = "folder" if name in _FOLDERS else "file"
+            raise UserError(f"{found}: not a {kind}; remove it or choose another --workdir")
+
+
+def _moment(found: Mapping | None) -> datetime.datetime:
+    """When a run began, of which config.json says `found`; None: now."""
+    now = datetime.datetime.now().replace(microsecond=0).isoformat()
+    return datetime.datetime.fromisoformat(processes.json_of_first((found or {}).get("moment", now)))
+
+
 def _has_results(workdir: Path) -> bool:
     """Whether anything but the description of a run stands in its folder: until then its inputs may change."""
     files = (path for path in workdir.rglob("*") if not path.is_dir())
     return any(not is_leftover(file) and file.name not in (CONFIG, LOG, lock.LOCK_FILE) for file in files)
+
+
+def refuse_other_inputs(
+    workdir: Path, began: Mapping[str, Mapping], now: Mapping[str, Mapping], *, overwrite: bool
+) -> None:
+    """Raises UserError where inputs (see `Workdir`) differ from those with which a run began; what is new may be."""
+    changes = [line for key, found in now.items() for line in _changes(key, began.get(key, {}), found)]
+    if changes:
+        remedy = "delete the folder to start again" if overwrite else "pass --overwrite to delete that run"
+        raise UserError(
+            f"--workdir={workdir} holds a run that began with other inputs ({_shown(changes)});\n"
+            f"put back what it began with, choose another --workdir, or {remedy}"
+        )
 
 
 def _check_record(found: dict) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elbo_kto_jax.checkpoints.folders import means_best
 from elbo_kto_jax.checkpoints.load import load_config
 from elbo_kto_jax.models.registry import architecture
 from elbo_kto_jax.runtime import recipes
@@ -51,7 +52,7 @@ def settings_of(source: str, flag: str, recipe: str = "") -> dict[str, Any]:
 
 def _config_of_run(source: str) -> tuple[Path, Mapping[str, Any]] | None:
     """The config.json of the training run to whose working folder `source` belongs, and the config in it."""
-    if not os.path.exists(source):  # a name on the hub
+    if not os.path.exists(source) and not means_best(source):  # a name on the hub
         return None
     places = [Path(os.path.abspath(source)), Path(os.path.realpath(source))]
     for folder in dict.fromkeys(folder for place in places for folder in (place, *place.parents)):

@@ -5,6 +5,7 @@ its rows of the batch without asking another, and the reference pass meets the r
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -19,6 +20,15 @@ from elbo_kto_jax.training.step import Batch
 
 _REPRESENTATIVE = 50  # steps
 _PREFETCH = 4  # batches made ahead of the step that needs them
+
+
+class Size(NamedTuple):
+    """What a step has to get through."""
+
+    examples: int
+    tokens: int  # of text, every draw counted
+    positions: int  # of the micro-batches, empty ones included
+    micro_batches: int
 
 
 class TrainingData(DrawnExamples):
@@ -72,6 +82,14 @@ class TrainingData(DrawnExamples):
     def batch(self, step: int) -> Batch:
         """The global batch of step `step`, counted from 0."""
         return self.batch_of(self.indices(step), epoch=step // self.steps_per_epoch)
+
+    def size(self, step: int) -> Size:
+        """That of `batch(step)`, without making it."""
+        indices = self.indices(step)
+        lengths = self.lengths(indices)
+        fitted = self.layout.fit(lengths.tolist())
+        positions = self.layout.rows * sum(micro_batch.length for micro_batch in fitted)
+        return Size(len(indices), int(lengths.sum()), positions, len(fitted))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The global batches of the steps from `start` to `stop` - 1, made ahead in the background."""

@@ -24,6 +24,7 @@ from elbo_kto_jax.models.network import Params
 from elbo_kto_jax.runtime import config, processes
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.runtime.metric_names import EVAL
 from elbo_kto_jax.runtime.workdir import MetricsLog
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.training import state as train_state
@@ -40,7 +41,7 @@ Measured = dict[str, Array | float]
 _INSPECT = "not_finite"  # folder of the working folder for the state before a step with bad numbers
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Step:
     """A step that was taken.
 
@@ -49,7 +50,7 @@ class Step:
       batch: what it was taken on.
       metrics: on the devices; hooks add to them.
       figures: what was known of the run right after it.
-      is_last: of the run.
+      is_last: of the run; a hook that ends the run says so in `measure`.
     """
 
     number: int
@@ -122,7 +123,25 @@ class HeldOut(Hook):
             labels.append(batch.feedback.is_desirable[here])
         found = programs.objective.held_out(np.concatenate(values), np.concatenate(labels))
         loss = float(np.average(losses, weights=counts))
-        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in found.items()}}
+        return {f"{EVAL}{name}": value for name, value in {"loss": loss, **found}.items()}
+
+
+class BestSoFar(Hook):
+    """Notices which step is the best by a held-out metric, and ends the run where none has been for too long.
+
+    An evaluation has its numbers on the host already, so nothing waits for this.
+    """
+
+    def __init__(self, options: config.Train, progress: Progress):
+        self._options, self._progress = options, progress
+
+    def measure(self, step: Step, state: TrainState) -> Measured:
+        value = step.metrics.get(self._options.keep_best)
+        if value is not None:
+            agreed = processes.json_of_first(float(value))
+            self._progress.notice_best(self._options.keep_best, step.number, agreed)
+            step.is_last |= self._progress.is_out_of(self._options.patience)
+        return {}
 
 
 class HealthWarnings(Hook):
@@ -238,7 +257,8 @@ class Journal(Hook):
         self._num_examples, self._counts = len(setup.data.examples), setup.data.examples.counts
 
     def tell(self, step: Step, values: dict[str, float], state: TrainState) -> None:
-        if step.number % self._every and step.number != 1 and not step.is_last:
+        is_evaluated = any(name.startswith(EVAL) for name in values)
+        if step.number % self._every and step.number != 1 and not step.is_last and not is_evaluated:
             return
         positions = sum(rows.tokens.size for rows in step.batch.micro_batches)
         row = {
@@ -276,8 +296,7 @@ class Checkpoints(Hook):
         self._best = self._best_so_far()  # of those that were saved
 
     def wants_rest(self, step: Step) -> bool:
-        value = step.metrics.get(self._options.keep_best)  # on the host already
-        is_best = value is not None and self._progress.notice_best(self._options.keep_best, step.number, float(value))
+        is_best = self._best_so_far() == step.number
         return step.is_last or step.number % self._options.checkpoint_every == 0 or is_best
 
     def rest(self, step: Step, state: TrainState) -> None:

@@ -61,7 +61,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         writes="tensorboard" in setup.config.trackers and processes.is_first(),
     )
     samples = Samples(setup, folder.path / "samples.json", board)
-    if progress.step < setup.total_steps:
+    if progress.step < setup.total_steps and not progress.is_out_of(setup.config.train.patience):
         samples.forget("after")
 
     def finished(interrupted: bool) -> dict:
@@ -99,6 +99,7 @@ def hooks_of(
     return [
         hooks.NoiseScale(setup.config.optimizer, setup.data.most_examples),
         hooks.HeldOut(setup, trainer.programs, trainer.policy, held_out),
+        hooks.BestSoFar(setup.config.train, progress),
         hooks.HealthWarnings(),
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
         hooks.Divergence(setup, checkpoints),
@@ -113,15 +114,16 @@ def take_steps(
     trainer: Trainer, state: TrainState, reference: RunReference, watching: Sequence[Hook], progress: Progress
 ) -> TrainState:
     """Takes the remaining steps. Metrics are read one step late, so that the devices never wait for the host."""
-    data, total = trainer.setup.data, trainer.setup.total_steps
-    stops_on_bad_numbers = trainer.setup.config.train.on_bad_numbers == "stop"
+    data, total, options = trainer.setup.data, trainer.setup.total_steps, trainer.setup.config.train
+    first, end = progress.step, progress.step if progress.is_out_of(options.patience) else total
+    stops_on_bad_numbers = options.on_bad_numbers == "stop"
     began = time.monotonic() - progress.seconds
     go: Bool[Array, ""] | None = None
     late: Step | None = None
     with contextlib.ExitStack() as stack:
         for hook in watching:
             stack.callback(hook.close)
-        for index, batch in zip(itertools.count(progress.step), data.batches(progress.step, total)):
+        for index, batch in zip(itertools.count(first), data.batches(first, end)):
             state, metrics = train_step(
                 trainer.programs, state, batch, reference.of_step(index), base=trainer.base, go=go
             )
@@ -138,6 +140,8 @@ def take_steps(
                 late = None
                 for hook in watching:
                     hook.rest(step, state)
+            if step.is_last:
+                break
     return state
 
 

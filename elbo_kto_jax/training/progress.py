@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from elbo_kto_jax.runtime.metric_names import is_better
 from elbo_kto_jax.training.step import Batch
 
 
@@ -18,8 +19,10 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0  # steps with bad numbers
     best_metric: str = ""  # of the held-out ones: that by which a step is the best so far; "": none was measured
-    best_step: int = 0
+    best_step: int = 0  # 0: none is known
     best_value: float = 0.0
+    waited: int = 0  # evaluations since then, by the same metric
+    planned: int = 0  # steps that the run was to take
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> "Progress":
@@ -33,14 +36,24 @@ class Progress:
         self.tokens += batch.real_tokens
         self.seconds = seconds
 
-    def notice_best(self, metric: str, step: int, value: float) -> bool:
-        """Keeps `step` as the best so far if it is, by a held-out metric; losses should be low, all others high."""
-        sign = -1 if metric.endswith("loss") else 1
-        known = self.best_metric == metric
-        if not math.isfinite(value) or (known and sign * value <= sign * self.best_value):
-            return False
-        self.best_metric, self.best_step, self.best_value = metric, step, value
-        return True
+    def plan(self, steps: int) -> None:
+        """Says how many steps the run is to take; one that has become longer is waited for anew."""
+        if steps > self.planned:
+            self.waited = 0
+        self.planned = steps
+
+    def notice_best(self, metric: str, step: int, value: float) -> None:
+        """Keeps `step` as the best so far if it is, by a held-out metric; a value that is not finite never is."""
+        if self.best_metric != metric:
+            self.best_metric, self.best_step, self.waited = metric, 0, 0
+        if math.isfinite(value) and (not self.best_step or is_better(metric, value, self.best_value)):
+            self.best_step, self.best_value, self.waited = step, value, 0
+        else:
+            self.waited += 1
+
+    def is_out_of(self, patience: int) -> bool:
+        """Whether so many evaluations in a row were not better; never for 0."""
+        return 0 < patience <= self.waited
 
     def figures(self) -> dict[str, float]:
         """What metrics.jsonl has of them."""

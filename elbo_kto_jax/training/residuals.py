@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.memory import residual_bytes, step_bytes
@@ -60,6 +61,12 @@ def memory_of(devices: Sequence[jax.Device]) -> Memory:
     elif devices[0].platform == "gpu":
         ram = min(ram, float(os.environ.get(_GPU_LIMIT, 64)) * 1e9)
     return Memory(each, ram, len(devices))
+
+
+def shards_of(mesh: Mesh) -> dict[str, int]:
+    """Over how many devices a mesh splits the model's dimension (fsdp, of one axis or two) and widths (tensor)."""
+    tensor = mesh.shape["tensor"]
+    return {"fsdp": mesh.size // mesh.shape["data"] // tensor, "tensor": tensor}
 
 
 def where_to_keep(

@@ -31,7 +31,7 @@ from elbo_kto_jax.scoring.scorer import Kept, Scorer
 from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training.data import TrainingData
-from elbo_kto_jax.training.residuals import memory_of, where_to_keep
+from elbo_kto_jax.training.residuals import memory_of, shards_of, where_to_keep
 
 log = logging.getLogger(__name__)
 _MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
@@ -131,7 +131,13 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
 
 
 def check_held_out(config: Config) -> None:
-    """Raises UserError where a run is to be evaluated on held-out data, and there are none."""
+    """Raises UserError where a run is to be evaluated on held-out data and there are none, or to stop by no metric."""
+    if config.train.patience and not (config.train.eval_every and config.train.keep_best):
+        missing = "eval_every is 0" if not config.train.eval_every else "keep_best is ''"
+        raise UserError(
+            f"config.train.patience: {config.train.patience}, but config.train.{missing}, so that nothing is compared; "
+            "set data.eval, train.eval_every and train.keep_best, or patience to 0"
+        )
     if config.train.eval_every and not config.data.eval:
         raise UserError(
             f"config.train.eval_every: {config.train.eval_every}, but config.data.eval names no held-out records; "
@@ -224,11 +230,9 @@ def _read(
 
 def _residuals(config: Config, model: MaskPredictor, mesh: Mesh, objective: Objective, data: TrainingData) -> Kept:
     """Where the run keeps its residuals."""
-    tensor = mesh.shape["tensor"]
-    sizes = {"fsdp": mesh.size // mesh.shape["data"] // tensor, "tensor": tensor}
     memory = memory_of(mesh.local_devices)
     micro_batches = data.most_micro_batches() if config.train.residuals == "auto" else 0  # which takes a while
-    return where_to_keep(config, model.config, sizes, memory, objective.needs, micro_batches)
+    return where_to_keep(config, model.config, shards_of(mesh), memory, objective.needs, micro_batches)
 
 
 def _group(objective: Objective) -> int:

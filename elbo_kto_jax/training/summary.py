@@ -28,6 +28,8 @@ def finish(
     """Writes report.html and returns the summary."""
     latest, best = checkpoints.latest_step(), progress.best_step
     is_best = bool(best) and progress.best_metric == setup.config.train.keep_best and checkpoints.has(best)
+    patience = setup.config.train.patience
+    stopped_early = progress.is_out_of(patience) and progress.step < setup.total_steps
     rows = read_metrics(workdir)
     last, seconds = rows[-1] if rows else {}, max(progress.seconds, 1e-9)
     summary = {
@@ -41,6 +43,9 @@ def finish(
         "checkpoint": None if latest is None else str(workdir / "checkpoints" / str(latest)),
         "best_checkpoint": str(workdir / "checkpoints" / str(best)) if is_best else None,
         "best_step": best if is_best else None,
+        "best_metric": progress.best_metric if is_best else None,
+        "best_value": progress.best_value if is_best else None,
+        "stopped_early": stopped_early,
         "interrupted": interrupted,
         "skipped_steps": progress.skipped,
         "report": str(workdir / "report.html"),
@@ -59,10 +64,14 @@ def finish(
         summary=summary,
     )
     if not interrupted:
+        if stopped_early:
+            why = f"{progress.waited} evaluations without a better {progress.best_metric}"
+            log.info("stopped early, at step %d of %d, after %s", progress.step, setup.total_steps, why)
         if is_best:
-            what = (progress.best_metric, progress.best_value, best, summary["best_checkpoint"])
-            log.info("best held-out figure: %s %.4g at step %d, %s", *what)
+            what = f"{progress.best_metric} {progress.best_value:.4g}"
+            log.info("best held-out figure: %s at step %d, %s", what, best, summary["best_checkpoint"])
         log.info("report: %s", summary["report"])
-        words = [f"--source={summary['checkpoint']}", f"--out={workdir / 'huggingface'}"]
+        source = summary["best_checkpoint"] if stopped_early and is_best else summary["checkpoint"]
+        words = [f"--source={source}", f"--out={workdir / 'huggingface'}"]
         log.info("next: %s %s", command_line("conversion.to_hf"), shlex.join(words))
     return summary

@@ -66,6 +66,7 @@ class Trainer(NamedTuple):
             params, opt_state, found = checkpoints.restore_latest(TrainingState(*wanted, progress={}))
             state, progress = TrainState(params, opt_state), Progress.restored(found)
             log.info("going on from step %d", step)
+        progress.plan(setup.total_steps)
         if self.adaptation is not None:
             weights.check(inputs.MODEL, self.adaptation.base_digest)
         log.info(

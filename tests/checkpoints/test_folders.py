@@ -2,6 +2,7 @@
 
 import fcntl
 import grp
+import json
 import os
 import pwd
 import time
@@ -65,6 +66,32 @@ def test_a_folder_s_name_is_no_pattern(tmp_path, model, state, name):
         assert_same_trees(checkpoints.restore_latest(abstract_state(state)).opt_state, state.opt_state)
         checkpoints.close()
     assert_same_trees(load_model(tmp_path / name).params, state.params)
+
+
+def test_the_best_step_of_a_run(tmp_path):
+    """It is the one that the latest step names; a folder of that name is what it is."""
+    best = tmp_path / "checkpoints" / "best"
+
+    def at(step: int, progress: dict) -> None:
+        file = tmp_path / "checkpoints" / str(step) / "progress" / "metadata"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(progress))
+
+    with pytest.raises(UserError, match="no such folder"):
+        locate(best, "--checkpoint", weights=True)
+    at(7, {"step": 7})
+    with pytest.raises(UserError, match=f"--checkpoint={best}: no step is known as the best; train with data.eval"):
+        locate(best, "--checkpoint", weights=True)
+    at(9, {"best_step": 8})
+    with pytest.raises(UserError, match=f"--checkpoint={best}: the checkpoint of the best step, 8, is gone"):
+        locate(best, "--checkpoint", weights=True)
+    at(8, {"best_step": 8})
+    assert locate(best, "--checkpoint", weights=True) == tmp_path / "checkpoints" / "8"
+    (tmp_path / "checkpoints" / "9" / "progress" / "metadata").write_text("{")
+    with pytest.raises(UserError, match="missing or damaged"):
+        locate(best, "--checkpoint", weights=True)
+    best.mkdir()
+    assert locate(best, "--checkpoint", weights=True) == best
 
 
 def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(tmp_path, model):

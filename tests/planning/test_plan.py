@@ -172,6 +172,15 @@ def test_adapters_are_counted(config):
     assert by_dtype["none"] < memory.step_bytes(config, LLADA_8B, mesh, waiting=0) / 3
 
 
+def test_an_online_reference_is_counted(config):
+    mesh = {"data": 1, "fsdp": 4, "tensor": 1}
+    online = dataclasses.replace(config, reference=dataclasses.replace(config.reference, mode="online"))
+    sft = dataclasses.replace(online, objective=dataclasses.replace(config.objective, name="sft"))
+    of = {name: memory.step_bytes(c, LLADA_8B, mesh, 0) for name, c in (("no", config), ("yes", online), ("sft", sft))}
+    assert of["yes"] - of["no"] == pytest.approx(4 * memory.parameters(LLADA_8B) / 4)  # float32, over four devices
+    assert of["sft"] == of["no"]
+
+
 def test_one_pass_keeps_what_every_micro_batch_hands_out(config):
     """By estimate: full rematerialisation keeps a layer's input; an accumulator is needed from two micro-batches on."""
     mesh = {"data": 1, "fsdp": 64, "tensor": 1}

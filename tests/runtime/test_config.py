@@ -200,6 +200,7 @@ def test_a_grid_may_grow_and_no_more(key, before, now, said):
         ("train.epochs", 1, 2, True),
         ("mesh.fsdp", 1, -1, True),
         ("train.keep_best", "eval_loss", "", True),
+        ("train.patience", 3, 1, True),
         ("train.microbatch_tokens", 64, 32, False),
         ("optimizer.schedule", "cosine", "constant", False),
     ],

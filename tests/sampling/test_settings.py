@@ -28,7 +28,7 @@ def run(tmp_path, tiny_checkpoint):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("inside", ["", "checkpoints/40", "exported/model"])
+@pytest.mark.parametrize("inside", ["", "checkpoints/40", "checkpoints/best", "exported/model"])
 def test_a_run_has_its_own_settings(run, inside):
     (run / "checkpoints" / "40").mkdir(parents=True)
     found = settings_of(str(run / inside), "--checkpoint")

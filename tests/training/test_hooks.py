@@ -45,12 +45,16 @@ def take(folder: Path, first: int, last: int, progress: Progress, **options) -> 
     recipe = Config.from_mapping(recipes.load("tiny").to_dict()).train
     train = dataclasses.replace(recipe, **{"checkpoint_every": 3, "keep_checkpoints": 1, **options})
     checkpoints, state = TrainingCheckpoints(folder), TrainState({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
-    hook = hooks.Checkpoints(train, {}, checkpoints, progress)
+    best, hook = hooks.BestSoFar(train, progress), hooks.Checkpoints(train, {}, checkpoints, progress)
+    progress.plan(LAST)
     for number in range(first, last + 1):
         progress.step = number
         step = hooks.Step(number, NO_BATCH, {"eval_loss": LOSSES[number]}, {}, is_last=number == LAST)
+        best.measure(step, state)
         if hook.wants_rest(step):
             hook.rest(step, state)
+        if step.is_last:
+            break
     hook.close()
     checkpoints.close()
     return progress
@@ -86,4 +90,34 @@ def test_losses_are_best_low_and_all_else_high(metric, best):
     for step, value in enumerate((2.0, 1.0, 3.0, 1.0), start=1):
         progress.notice_best(metric, step, value)
     assert progress.best_step == best
-    assert progress.notice_best("eval_other", 9, -1.0)  # another metric begins anew
+    progress.notice_best("eval_other", 9, -1.0)  # another metric begins anew
+    assert (progress.best_step, progress.best_value, progress.waited) == (9, -1.0, 0)
+
+
+@pytest.mark.parametrize(("patience", "last"), [(0, 5), (1, 3), (2, 4), (3, 5)])
+def test_a_run_ends_where_patience_does_and_its_state_is_saved(tmp_path, patience, last):
+    """Step 2 is the best of the first four; the loss of step 4 is not finite, and so no better one."""
+    progress = take(tmp_path, 1, 5, Progress(), patience=patience)
+    assert (progress.step, progress.is_out_of(patience)) == (last, 0 < last < 5)
+    assert present(tmp_path) == {5} if last == 5 else {2, last}
+    saved = Progress.restored(json.loads((tmp_path / str(last) / "progress" / "metadata").read_text()))
+    assert saved == progress
+
+
+def test_a_longer_run_is_waited_for_anew():
+    progress = Progress(best_metric="eval_loss", best_step=2, waited=2, planned=5)
+    progress.plan(5)
+    assert progress.is_out_of(2)
+    assert not progress.is_out_of(3)
+    progress.plan(6)
+    assert not progress.is_out_of(1)
+    assert progress.best_step == 2
+
+
+def test_nothing_is_best_where_no_value_is_finite():
+    progress = Progress()
+    for step in (1, 2):
+        progress.notice_best("eval_loss", step, float("nan"))
+    assert (progress.best_step, progress.waited) == (0, 2)
+    progress.notice_best("eval_loss", 3, 7.0)
+    assert (progress.best_step, progress.waited) == (3, 0)

@@ -248,6 +248,134 @@ def test_a_held_out_metric_that_there_is_not(settings, tmp_path):
         train.main(runs.flags({**settings, "train.keep_best": "loss"}, f"--workdir={tmp_path}"))
 
 
+# ---- the best step, and the end where none is better ----
+
+
+@pytest.fixture(scope="module")
+def stopping(settings):
+    """At rate 0 every evaluation is as good as the first, of step 2: the second one, of step 4, ends the run."""
+    return {
+        **settings,
+        "objective.name": "sft",
+        "optimizer.learning_rate": 0.0,
+        "train.patience": 1,
+        "train.keep_checkpoints": 1,
+        "train.checkpoint_every": 3,
+        "train.log_every": 3,
+    }
+
+
+@pytest.fixture(scope="module")
+def stopped(stopping, tmp_path_factory):
+    """A run that stopped early, after a crash in the step that was to be its last: its folder and its summary."""
+    workdir, taken, real = tmp_path_factory.mktemp("stopped") / "run", [], loop.train_step
+    argv = runs.flags(stopping, f"--workdir={workdir}")
+
+    def crash(*arguments, **options):
+        taken.append(1)
+        if len(taken) == 4:
+            raise RuntimeError("the machine's fault")
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", crash)
+        with pytest.raises(RuntimeError, match="machine"):
+            train.main(argv)
+    return workdir, train.main(argv)
+
+
+def test_a_run_that_stops_early(stopped):
+    workdir, summary = stopped
+    rows = {row["step"]: row for row in metrics_of(workdir)}
+    assert list(rows) == [1, 2, 3, 4]  # every evaluation has its line
+    assert rows[4]["eval_loss"] == rows[2]["eval_loss"]
+    assert (summary["steps"], summary["stopped_early"], summary["interrupted"]) == (4, True, False)
+    assert (summary["best_step"], summary["best_metric"]) == (2, "eval_loss")
+    assert summary["best_value"] == rows[2]["eval_loss"]
+    assert summary["best_checkpoint"] == load_model(workdir / "checkpoints" / "best").source
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    page = (workdir / "report.html").read_text()
+    assert "Stopped early." in page
+    assert "Best held out" in page
+
+
+def test_a_run_that_stopped_early_goes_on_where_patience_grows(stopped, stopping, tmp_path, in_step, caplog):
+    caplog.set_level("INFO")
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped[0], workdir)
+    argv = runs.flags(stopping, f"--workdir={workdir}")
+    in_step(loop, "train_step", 1, lambda: pytest.fail("the run has ended"))
+    assert train.main(argv)["stopped_early"]
+    assert "stopped early, at step 4 of 5, after 1 evaluations without a better eval_loss" in caplog.messages
+    assert f"--source={workdir}/checkpoints/2 " in caplog.messages[-1]
+    dry = train.main([*argv, "--dry-run"])
+    assert (dry["steps_done"], dry["stopped_early"]) == (4, True)
+    with pytest.raises(pytest.fail.Exception, match="has ended"):  # a longer one is waited for anew
+        train.main(runs.flags({**stopping, "train.steps": 6}, f"--workdir={workdir}"))
+    summary = train.main(runs.flags({**stopping, "train.steps": 6, "train.patience": 3}, f"--workdir={workdir}"))
+    assert (summary["steps"], summary["stopped_early"]) == (6, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train.eval_every": 0}, "config.train.patience: 1, but config.train.eval_every is 0"),
+        ({"train.keep_best": ""}, "config.train.patience: 1, but config.train.keep_best is ''"),
+        ({"data.eval": ""}, "config.data.eval names no held-out records"),
+    ],
+)
+def test_patience_without_evaluations_is_refused(stopping, tmp_path, changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.main(runs.flags({**stopping, **changes}, f"--workdir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- a dry run says what the run is ----
+
+
+def files_in(folder: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_has_the_figures_of_the_run(whole, settings, tmp_path):
+    rows = metrics_of(whole[0])
+    found = train.main(runs.flags(settings, f"--workdir={tmp_path / 'run'}", "--dry-run"))
+    assert not (tmp_path / "run").exists()
+    tokens = np.diff([0, *(row["tokens"] for row in rows)])
+    positions = tokens / [row["real_token_fraction"] for row in rows]
+    assert (found["steps"], found["steps_done"], found["evaluations"]) == (STEPS, 0, 2)
+    assert (found["tokens_of_run"], found["tokens_per_step"]) == (rows[-1]["tokens"], tokens.mean())
+    assert found["real_token_fraction"] == pytest.approx(tokens.sum() / positions.sum(), rel=1e-12)
+    assert (found["steps_per_epoch"], found["steps_packed"]) == (2, STEPS)
+    assert (found["data"], found["eval_data"]) == (whole[1]["data"], whole[1]["eval_data"])
+    assert (found["desirable"], found["undesirable"]) == (3, 3)
+    assert found["seconds"] is None
+    assert found["config"] == {**recorded(whole[0])["config"], "train": found["config"]["train"]}
+
+
+def test_a_dry_run_of_a_run_that_goes_on(whole, settings, caplog, monkeypatch):
+    """Its time is that of its earlier steps; the rate of the last two is not that of the first, which compiled."""
+    workdir, before = whole[0], files_in(whole[0])
+    longer = {**settings, "train.samples": 2, "train.steps": 2 * STEPS + 1}
+    with caplog.at_level("INFO"):
+        found = train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run"))
+    first, *_, last = metrics_of(workdir, without=())
+    per_token = (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"])
+    assert (found["steps_done"], found["seconds_from"]) == (STEPS, "earlier steps of this run")
+    assert found["seconds"] == pytest.approx(per_token * (found["tokens_of_run"] - last["tokens"]))
+    assert f"would go on from step {STEPS} of {2 * STEPS + 1}" in caplog.text
+    assert files_in(workdir) == before
+    with pytest.raises(UserError, match=r"config\.objective\.beta: 0\.1 -> 0\.3"):
+        train.main(runs.flags({**longer, "objective.beta": 0.3}, f"--workdir={workdir}", "--dry-run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "of_setup", lambda _: {"config.data.train": {"examples": 7}})
+        with pytest.raises(UserError, match=r"began with other inputs \(config\.data\.train: 6 examples -> 7"):
+            train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run"))
+    found = train.main(runs.flags(longer, f"--workdir={workdir}", "--dry-run", "--overwrite"))
+    assert (found["steps_done"], found["replaces_a_run"]) == (0, True)
+    assert files_in(workdir) == before
+
+
 # ---- the same command goes on ----
 
 
