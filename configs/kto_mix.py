@@ -101,7 +101,8 @@ def get_config() -> ConfigDict:
             "optimizer": _OPTIMIZER,
             "train": _TRAIN,
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # [paper] FSDP over all devices
-            "lora": {"rank": 0, "alpha": 1.0, "base_quantization": "none", "targets": []},  # [paper] full fine-tuning
+            # [paper] full fine-tuning
+            "lora": {"rank": 0, "alpha": 1.0, "base_quantization": "none", "targets": [], "path": ""},
             "sampler": _SAMPLER,
             "tasks": "",  # benchmarks of `evaluate`, "gsm8k,arc_challenge"; their settings: configs/tasks.py
             "benchmarks": {"table": "", "limit": 0},  # "": configs/tasks.py; examples per task, 0: all

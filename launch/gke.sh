@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Runs a command of this project as a job on TPU slices of a GKE cluster, as a JobSet or through XPK (which makes one):
 #   bash launch/gke.sh --name=JOB --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 [--chips-per-host=4]
-#       [--slices=1] [--claim=VOLUME_CLAIM] [--restarts=10] [--dry-run] -- COMMAND
+#       [--slices=1] [--claim=VOLUME_CLAIM] [--service-account=NAME] [--restarts=10] [--dry-run] -- COMMAND
 #   bash launch/gke.sh --xpk-cluster=CLUSTER --name=JOB --image=IMAGE --accelerator=v5litepod-16 [--slices=1] ... -- COMMAND
-#   COMMAND, say: python -m elbo_kto_jax.train --config=configs/kto_mix.py --workdir=/mnt/shared/runs/kto_mix
-# IMAGE      holds this project, installed with its extra `tpu`, as the working folder (docs/tpu.md has a Dockerfile).
+#   COMMAND, say: elbo-kto train --config=kto_mix --workdir=gs://BUCKET/runs/kto_mix
+# IMAGE      made from launch/Dockerfile.tpu.
 # --claim    a persistent volume claim that many nodes may write (Filestore), mounted at /mnt/shared; not with XPK, which
-#            attaches what `xpk storage attach` has named.
+#            attaches what `xpk storage attach` has named. A working folder in a bucket needs none.
+# --service-account  of Kubernetes, which may write to the bucket (Workload Identity); not with XPK, which has its own.
 # --dry-run  prints the manifest, or what it would run.
 # A job that was preempted, or lost a machine, starts again --restarts times and goes on from its latest checkpoint.
 set -euo pipefail
 
-name='' image='' accelerator='' topology='' chips_per_host=4 slices=1 claim='' restarts=10 xpk_cluster='' dry_run=''
+name='' image='' accelerator='' topology='' chips_per_host=4 slices=1 claim='' account='' restarts=10 xpk_cluster='' dry_run=''
 
 fail() {
   echo "error: $1" >&2
@@ -27,6 +28,7 @@ while (($#)); do
     --chips-per-host=?*) chips_per_host=${1#*=} ;;
     --slices=?*) slices=${1#*=} ;;
     --claim=?*) claim=${1#*=} ;;
+    --service-account=?*) account=${1#*=} ;;
     --restarts=?*) restarts=${1#*=} ;;
     --xpk-cluster=?*) xpk_cluster=${1#*=} ;;
     --dry-run) dry_run=1 ;;
@@ -43,7 +45,8 @@ done
 
 if [[ $xpk_cluster ]]; then
   command=(xpk workload create --cluster="$xpk_cluster" --workload="$name" --tpu-type="$accelerator"
-    --num-slices="$slices" --max-restarts="$restarts" --docker-image="$image" --command="$(printf '%q ' "$@")")
+    --num-slices="$slices" --max-restarts="$restarts" --restart-on-exit-codes=1-126
+    --termination-grace-period-seconds=300 --docker-image="$image" --command="$(printf '%q ' "$@")")
   if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}"
     echo
@@ -95,6 +98,8 @@ spec:
                   image: $(quoted "$image")
                   command:
 $(for word in "$@"; do echo "                    - $(quoted "$word")"; done)
+                  securityContext:
+                    runAsUser: 0 # opens the chips' devices
                   resources:
                     limits:
                       google.com/tpu: $chips_per_host
@@ -109,6 +114,9 @@ YAML
                   persistentVolumeClaim:
                     claimName: $(quoted "$claim")
 YAML
+  fi
+  if [[ $account ]]; then
+    echo "              serviceAccountName: $(quoted "$account")"
   fi
 }
 

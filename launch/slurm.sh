@@ -2,8 +2,10 @@
 # Runs a command of this project as a SLURM job, one process per GPU:
 #   bash launch/slurm.sh --nodes=2 --gpus-per-node=8 [--python=.venv/bin/python] [SBATCH OPTIONS] [--dry-run] -- COMMAND
 #   COMMAND, say: python -m elbo_kto_jax.train --config=configs/kto_mix.py --workdir=/shared/runs/kto_mix
-# The folder of this project and those in COMMAND must be on a file system that all nodes share. Other options (--time=...,
-# --partition=..., --account=...) go to sbatch as they are.
+#   or one with --workdir=gs://BUCKET/runs/kto_mix; what gives access to the bucket (GOOGLE_APPLICATION_CREDENTIALS,
+#   AWS_PROFILE) must be in the environment, which goes with the job.
+# The folder of this project must be on a file system that all nodes share, and so must those in COMMAND that are not in
+# a bucket. Other options (--time=..., --partition=..., --account=...) go to sbatch as they are.
 # --python   what `python` means in COMMAND (default: the one that is active).
 # --dry-run  prints the batch script.
 # Five minutes before its time is over the job saves, and queues itself again to go on.

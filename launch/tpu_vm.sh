@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs a command of this project on every worker of a TPU VM slice:
 #   bash launch/tpu_vm.sh --name=SLICE --zone=ZONE [--project=PROJECT] [--share=HOST:/EXPORT] [--install] [--dry-run] -- COMMAND
-#   COMMAND, say: python -m elbo_kto_jax.train --config=configs/kto_mix.py --workdir=/mnt/shared/runs/kto_mix
+#   COMMAND, say: python -m elbo_kto_jax.train --config=configs/kto_mix.py --workdir=gs://BUCKET/runs/kto_mix
 # --install  copies this folder to the workers and makes a virtual environment there; once, and after every change.
-# --share    mounts an NFS export (Filestore) at /mnt/shared, for data, checkpoints and the working folder.
+# --share    mounts an NFS export (Filestore) at /mnt/shared, for data, checkpoints and the working folder where these are
+#            not in a bucket.
 # --dry-run  prints what it would run.
 # The workers find each other through the slice's metadata. Ctrl-C stops the job after it has saved; the same again goes on.
 set -euo pipefail
@@ -52,7 +53,7 @@ if [[ $install ]]; then
   # shellcheck disable=SC2016 # expanded there, not here; uv, because the machines' own Python is too old
   on_all_workers 'rm -rf elbo_kto_jax && mkdir elbo_kto_jax && tar -xzf elbo_kto_jax.tar.gz -C elbo_kto_jax &&
     python3 -m pip install --quiet --user uv && cd elbo_kto_jax && python3 -m uv venv --quiet --python=3.12 &&
-    python3 -m uv pip install --quiet --editable ".[tpu]"'
+    python3 -m uv pip install --quiet --editable ".[tpu,gcs]"'
 fi
 if [[ $share ]]; then
   on_all_workers "mountpoint -q /mnt/shared || { sudo apt-get install -y -q nfs-common &&

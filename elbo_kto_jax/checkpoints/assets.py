@@ -18,11 +18,11 @@ from elbo_kto_jax.runtime.files import from_json
 
 CONFIG_FILE = "config.json"
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # of config.json: transformers 4 and 5
+_OF_MODEL = (CONFIG_FILE, "generation_config.json")
 # What a checkpoint carries besides its weights: the configuration, the tokenizer, and the Python files to which the
 # `auto_map` of config.json points (copied so that an exported folder is complete; never executed here).
 ASSETS = (
-    CONFIG_FILE,
-    "generation_config.json",
+    *_OF_MODEL,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,6 +34,7 @@ ASSETS = (
     "chat_template.json",
 )
 CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py", "generation_utils.py")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # PEFT's (peft.py)
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:
@@ -47,6 +48,19 @@ def read_assets(folder: Path) -> dict[str, bytes]:
     for file in found:
         check_link(file, folder)
     return {file.name: file.read_bytes() for file in found}
+
+
+def tokenizer_of(assets: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer's files among `assets`, without the model's."""
+    return {name: assets[name] for name in assets if name in ASSETS and name not in _OF_MODEL}
+
+
+def with_tokenizer(assets: Mapping[str, bytes], other: Mapping[str, bytes]) -> dict[str, bytes]:
+    """`assets` with the tokenizer of `other`, if that has one."""
+    if "tokenizer.json" not in other:
+        return dict(assets)
+    tokenizer = tokenizer_of(assets)
+    return {name: assets[name] for name in assets if name not in tokenizer} | tokenizer_of(other)
 
 
 def check_link(file: Path, folder: Path) -> None:

@@ -4,29 +4,35 @@ Pieces go from file to file, so that memory does not grow with the model. What i
 """
 
 import argparse
+import logging
 import math
 import re
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from elbo_kto_jax.checkpoints import huggingface, names
-from elbo_kto_jax.checkpoints.assets import with_dtype, with_mask
+from elbo_kto_jax.checkpoints import huggingface, names, peft
+from elbo_kto_jax.checkpoints.adapters import StoredAdapters, find_adapters
+from elbo_kto_jax.checkpoints.arrays import by_path
+from elbo_kto_jax.checkpoints.assets import tokenizer_of, with_dtype, with_mask
 from elbo_kto_jax.checkpoints.buffers import Buffers
 from elbo_kto_jax.checkpoints.digest import Digest
-from elbo_kto_jax.checkpoints.folders import check_destination, is_checkpoint, locate
+from elbo_kto_jax.checkpoints.folders import absolute, check_destination, is_checkpoint, locate
 from elbo_kto_jax.checkpoints.load import open_source
 from elbo_kto_jax.checkpoints.manifest import unsaid_mask
 from elbo_kto_jax.checkpoints.model import Source
-from elbo_kto_jax.checkpoints.publish import write_folder
+from elbo_kto_jax.checkpoints.publish import replacing, write_folder
+from elbo_kto_jax.checkpoints.safetensors_file import header_of
 from elbo_kto_jax.checkpoints.save import save_model
 from elbo_kto_jax.runtime import lock, terminal
 from elbo_kto_jax.runtime.errors import UserError
 
+log = logging.getLogger(__name__)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -99,6 +105,78 @@ def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike
         check=lambda: source.check(digest),
     )
     return sum(struct.size * struct.dtype.itemsize for struct in structs.values())
+
+
+def to_peft(source: str, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
+    """Writes adapters in the form of the library PEFT (peft.py); the summary: tensors, bytes of them, seconds.
+
+    Args:
+      source: checkpoint of adapters, working folder of a run that trained them, or folder of PEFT's.
+      out: the folder.
+      base: the published model that PEFT is to put them on, a folder or a hub id; None: the one of the run.
+      dtype: of every tensor; None: as stored.
+      overwrite: whether PEFT's adapters at `out` are replaced.
+
+    Raises:
+      UserError: `source` holds no adapters, PEFT cannot read their base, a value is too large for `dtype`, or `out`
+        cannot be written.
+    """
+    started = time.monotonic()
+    with lock.beside(out, "--out"):
+        check_destination(out, overwrite, peft.is_peft)
+        adapters = find_adapters(locate(source, "--source", weights=True))
+        if adapters is None:
+            raise UserError(f"--source={source}: a whole model without adapters; leave --adapter out")
+        base = base or _base_for_peft(adapters)
+        if adapters.adaptation.base_quantization != "none":
+            log.warning(
+                "%s: these adapters were trained on an int8 base; PEFT adds them to the base as it is published, which "
+                "rounds differently. Without --adapter the export is the model that was trained",
+                source,
+            )
+        size, count = _write_peft(out, adapters, base, dtype)
+    return {"tensors": count, "bytes": size, "seconds": time.monotonic() - started}
+
+
+def _base_for_peft(adapters: StoredAdapters) -> str:
+    """Where the base of adapters is.
+
+    Raises:
+      UserError: PEFT cannot read it.
+    """
+    base = adapters.adaptation.base_path
+    if is_checkpoint(absolute(base)):
+        raise UserError(
+            f"{adapters.folder}: its base {base} is a converted checkpoint, which PEFT does not read; name the model "
+            "that it was converted from: --base=HUB_ID_OR_FOLDER"
+        )
+    return base
+
+
+def _write_peft(out: Path, adapters: StoredAdapters, base: str, dtype: str | None) -> tuple[int, int]:
+    """Writes adapters, replacing `out` at the end; bytes and number of their tensors."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for path, x in adapters.leaves.items()}
+    arrays = {path: np.asarray(x) for path, x in by_path(adapters.read(names.unflatten(abstract))).items()}
+    tensors = {}
+    for name, (matrix, leaf, layer) in peft.slots(adapters.config).items():
+        if ("blocks", matrix, leaf) in arrays:
+            values = arrays["blocks", matrix, leaf][layer].T
+            tensors[name] = np.empty(values.shape, dtype or values.dtype)
+            names.convert(tensors[name], values, f"{adapters.folder}: {name}")
+    said = peft.metadata(adapters.adaptation, unsaid_mask(adapters.config, adapters.assets))
+    structs = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    matrices = {path[1] for path in adapters.leaves}
+    with replacing(out) as partial:
+        with (partial / peft.WEIGHTS_FILE).open("wb") as file:
+            file.write(header_of(structs, said))
+            for tensor in tensors.values():
+                file.write(tensor.view(np.uint8).data)
+        files = tokenizer_of(adapters.assets)
+        files[peft.CONFIG_FILE] = peft.config_text(adapters.config, adapters.adaptation, matrices, base)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+    return sum(tensor.nbytes for tensor in tensors.values()), len(tensors)
 
 
 def shard_size(text: str) -> int:

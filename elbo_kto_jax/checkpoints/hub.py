@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from elbo_kto_jax.checkpoints.assets import ASSETS, CODE
+from elbo_kto_jax.checkpoints.assets import ADAPTERS, ASSETS, CODE
 from elbo_kto_jax.checkpoints.safetensors_file import INDEX_FILE
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -18,7 +18,8 @@ def download(hub_id: str, flag: str, weights: bool) -> Path:
     Args:
       hub_id: ORGANISATION/NAME, or ORGANISATION/NAME@REVISION with a branch, tag or commit.
       flag: the flag that named the model, for the error.
-      weights: also the safetensors files; otherwise only the configuration and the tokenizer.
+      weights: also the safetensors files; otherwise only the configuration and the tokenizer,
+        and adapters, which are small.
 
     Raises:
       UserError: it is neither in the cache nor can it be downloaded.
@@ -26,7 +27,7 @@ def download(hub_id: str, flag: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # here: a local folder does not need the second that it takes
 
     name, _, revision = hub_id.partition("@")
-    patterns = [*ASSETS, *CODE, *([INDEX_FILE, "*.safetensors"] if weights else [])]
+    patterns = [*ASSETS, *CODE, *ADAPTERS, *([INDEX_FILE, "*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's own errors, and those of an HTTP library that changes between its versions

@@ -1,9 +1,9 @@
 """Loading a model from whatever form it is in.
 
-A user's path is a folder of Hugging Face safetensors, a hub id, a converted checkpoint, one step of a training run, or
-the working folder of a training run; which one is recognised by its content (folders.py). Adapters are merged into
-their base (adapters.py). Each process reads what it owns. Weights that are not finite are refused wherever they are
-loaded to compute with; conversions (`open_source`) keep every bit.
+A user's path is a folder of Hugging Face safetensors, a hub id, a converted checkpoint, one step of a training run,
+the working folder of a training run, or a folder of PEFT's adapters; which one is recognised by its content
+(folders.py). Adapters are merged into their base (adapters.py). Each process reads what it owns. Weights that are not
+finite are refused wherever they are loaded to compute with; conversions (`open_source`) keep every bit.
 """
 
 import collections
@@ -18,16 +18,16 @@ from etils import epath
 from jax.typing import DTypeLike
 
 from elbo_kto_jax.checkpoints import names
-from elbo_kto_jax.checkpoints.adapters import load_merged, open_base
+from elbo_kto_jax.checkpoints.adapters import find_adapters, load_merged, open_base
 from elbo_kto_jax.checkpoints.arrays import check_arrays, restore_tree
-from elbo_kto_jax.checkpoints.assets import CONFIG_FILE, parse_config, read_assets
+from elbo_kto_jax.checkpoints.assets import read_assets
 from elbo_kto_jax.checkpoints.digest import Digest
 from elbo_kto_jax.checkpoints.finite import check_finite
 from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE, is_checkpoint, locate
 from elbo_kto_jax.checkpoints.huggingface import load_params, open_folder
 from elbo_kto_jax.checkpoints.manifest import checksum_of, read_manifest, stored_assets
 from elbo_kto_jax.checkpoints.model import Model, Source
-from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves
+from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves, whole_config
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
@@ -44,10 +44,8 @@ def load_config(path: str | os.PathLike, flag: str = "--config.model.path") -> t
       UserError: there is no model at `path`, or its config.json is missing, damaged or not supported.
     """
     folder = locate(path, flag, weights=False)
-    if is_checkpoint(folder):
-        return stored_assets(folder, read_manifest(folder))
-    assets = read_assets(Path(folder))
-    return parse_config(assets, str(folder / CONFIG_FILE)), assets
+    adapters = find_adapters(folder)
+    return whole_config(folder) if adapters is None else (adapters.config, dict(adapters.assets))
 
 
 def load_model(
@@ -60,8 +58,8 @@ def load_model(
     """Loads a model; what `path` is, is recognised by its content.
 
     Args:
-      path: a folder of Hugging Face safetensors, a hub id, a converted checkpoint, one step of a training run, or the
-        working folder of a training run (its latest step).
+      path: a folder of Hugging Face safetensors, a hub id, a converted checkpoint, one step of a training run, the
+        working folder of a training run (its latest step), or a folder of PEFT's adapters.
       param_dtype: dtype of every parameter; None keeps the stored ones.
       shardings: tree of shardings, one per parameter, so that each process reads only what it owns; None puts
         everything on the first local device.
@@ -78,6 +76,10 @@ def load_model(
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return names.get(shardings, leaf_path)
 
+    adapters = find_adapters(folder)
+    if adapters is not None:
+        params = load_merged(adapters, dtype, sharding_of)
+        return Model(adapters.config, params, adapters.assets, str(folder))
     if not is_checkpoint(folder):
         published = open_folder(Path(folder))
         params = load_params(published, dtype, sharding_of)
@@ -85,8 +87,6 @@ def load_model(
 
     manifest = read_manifest(folder)
     config, assets = stored_assets(folder, manifest)
-    if manifest.lora is not None:
-        return Model(config, load_merged(folder, manifest, config, dtype, sharding_of), assets, str(folder))
     stored, leaves = manifest.trees["params"], registry.parameters(config)
     check_arrays(folder / "params", stored, {leaf_path: leaf.shape for leaf_path, leaf in leaves.items()})
     abstract = {
@@ -104,11 +104,11 @@ def load_model(
 def check_weights(path: str | os.PathLike, flag: str = "--config.model.path") -> None:
     """Raises UserError where `load_model` would miss a file or a tensor of the model at `path`; reads no values."""
     folder = locate(path, flag, weights=True)
-    adaptation = read_manifest(folder).lora if is_checkpoint(folder) else None
-    if adaptation is None:
+    adapters = find_adapters(folder)
+    if adapters is None:
         open_whole(folder)
     else:
-        open_base(folder, adaptation)
+        open_base(adapters)
 
 
 def open_source(
@@ -124,7 +124,7 @@ def open_source(
       UserError: there is no model at `path`, or a part of it is missing or damaged.
     """
     folder = locate(path, flag, weights=True)
-    if is_checkpoint(folder) and read_manifest(folder).lora is not None:
+    if find_adapters(folder) is not None:
         return Source.of(load_model(path, param_dtype=dtype, flag=flag))
     return open_whole(folder, dtype)
 
@@ -164,8 +164,14 @@ def read_digest(path: str | os.PathLike, dtype: DTypeLike, shardings: dict, flag
 def weight_files(path: str | os.PathLike, flag: str = "--config.model.path") -> list[epath.Path]:
     """The files that hold the parameters at `path` (see `load_model`); of a checkpoint of ours, its manifest.
 
+    Of PEFT's adapters, theirs and those of their base.
+
     Raises:
       UserError: there is no model at `path`.
     """
     folder = locate(path, flag, weights=True)
-    return [folder / "assets" / MANIFEST_FILE] if is_checkpoint(folder) else sorted(folder.glob("*.safetensors"))
+    if is_checkpoint(folder):
+        return [folder / "assets" / MANIFEST_FILE]
+    adapters = find_adapters(folder)
+    base = [] if adapters is None else weight_files(open_base(adapters).path, flag)
+    return [*sorted(folder.glob("*.safetensors")), *base]

@@ -3,11 +3,12 @@
 A tensor is never whole in memory unless it is small, and the folder appears in its place once it is whole.
 """
 
+import contextlib
 import glob
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -33,16 +34,23 @@ def write_folder(
       tensors, read, shard_size: see `write_shards`.
       check: called when everything has been read; what it raises undoes the folder.
     """
+    with replacing(out) as partial:
+        write_shards(partial, tensors, read, shard_size)
+        check()
+        for name, content in assets.items():
+            (partial / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which takes the place of `out` at the end of the block; an error undoes it."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by one that was killed
         shutil.rmtree(left, ignore_errors=True)  # not what a link points to
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
             partial.mkdir(parents=True)
-            write_shards(partial, tensors, read, shard_size)
-            check()
-            for name, content in assets.items():
-                (partial / name).write_bytes(content)
+            yield partial
             if out.exists():
                 shutil.rmtree(out)
             partial.rename(out)

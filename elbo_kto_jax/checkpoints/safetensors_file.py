@@ -49,10 +49,13 @@ def data_offsets(file: Path) -> dict[str, int]:
     return {name: 8 + length + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
 
 
-def header_of(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
-    """What stands before the data of a safetensors file: the length of a JSON object, and where each tensor lies."""
+def header_of(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands before the data of a safetensors file: the length of a JSON object, and where each tensor lies.
+
+    `metadata`: what the file says of itself beside that.
+    """
     dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, tensor in tensors.items():
         start, end = end, end + tensor.size * tensor.dtype.itemsize
         header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}

@@ -1,4 +1,4 @@
-"""Opening a whole model, of ours or published, to read it piece by piece or leaf by leaf."""
+"""A whole model, of ours or published: its config, and opening it to read it piece by piece or leaf by leaf."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from elbo_kto_jax.checkpoints import names
 from elbo_kto_jax.checkpoints.arrays import check_arrays, check_files, open_array, unreadable
-from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.assets import CONFIG_FILE, parse_config, read_assets
 from elbo_kto_jax.checkpoints.buffers import Buffers
 from elbo_kto_jax.checkpoints.digest import Digest
 from elbo_kto_jax.checkpoints.folders import is_checkpoint
@@ -20,7 +20,20 @@ from elbo_kto_jax.checkpoints.huggingface import open_folder, stored_dtype
 from elbo_kto_jax.checkpoints.manifest import read_manifest, stored_assets
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
+
+
+def whole_config(folder: epath.Path) -> tuple[ModelConfig, dict[str, bytes]]:
+    """The architecture and the assets of the model at `folder`, which holds no adapters, without its weights.
+
+    Raises:
+      UserError: its config.json is missing, damaged or not supported.
+    """
+    if is_checkpoint(folder):
+        return stored_assets(folder, read_manifest(folder))
+    assets = read_assets(Path(folder))
+    return parse_config(assets, str(folder / CONFIG_FILE)), assets
 
 
 def open_whole(folder: epath.Path, dtype: DTypeLike | None = None) -> Source:

@@ -135,6 +135,7 @@ class Lora:
     alpha: Positive  # the adapters' product is scaled by alpha / rank
     base_quantization: Literal["none", "int8"]  # of the frozen weights under adapters
     targets: list[str]  # matrices of a layer that get adapters, such as q_proj; []: all
+    path: Location  # adapters to start from: PEFT's folder, hub id, checkpoint or run; "": new ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +338,11 @@ def _check_together(config: Config) -> None:
         )
     if config.lora.targets and not config.lora.rank:
         raise UserError(f"config.lora.targets: {config.lora.targets} are for adapters; set config.lora.rank")
+    if config.lora.path and not config.lora.rank:
+        raise UserError(
+            f"config.lora.path: {config.lora.path}: adapters to train; set config.lora.rank and alpha to theirs, or "
+            "name them as config.model.path to train the whole model that they and their base make"
+        )
     if config.lora.rank and config.reference.path not in ("", config.model.path):
         raise UserError(
             f"config.reference.path: {config.reference.path}: with adapters (config.lora.rank) the reference is their "

@@ -8,7 +8,7 @@ _LATER_KEYS: dict[str, dict[str, Any]] = {
     "model": {"mask_token_id": -1},
     "objective": {"label_smoothing": 0.0},
     "optimizer": {"moments_dtype": "float32", "schedule": "cosine"},
-    "lora": {"targets": []},
+    "lora": {"targets": [], "path": ""},
     "train": {"keep_checkpoints": 0, "keep_best": "", "patience": 0},
 }
 _LATER_GROUPS: dict[str, Any] = {

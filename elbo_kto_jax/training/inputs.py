@@ -5,6 +5,7 @@
     config.data.eval    the same
     config.model.path   each file of config and tokenizer; chat template; weights
     config.reference.path   weights, where they are not those of the model
+    config.lora.path    weights, until the first step is saved
 
 Weights are read from their files once a start. Where a run needs them in memory, the digest is made there. A restart
 that does not need them reads a converted checkpoint's manifest, which has their digest; of a published folder, whose
@@ -17,6 +18,7 @@ import numpy as np
 
 from elbo_kto_jax.checkpoints.digest import params_digest
 from elbo_kto_jax.checkpoints.load import manifest_digest, read_digest, weight_files
+from elbo_kto_jax.checkpoints.manifest import Adaptation
 from elbo_kto_jax.data.examples import Examples
 from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
@@ -25,6 +27,7 @@ from elbo_kto_jax.training.setup import Setup
 
 MODEL = "config.model.path"
 REFERENCE = "config.reference.path"
+ADAPTERS = "config.lora.path"
 
 
 def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:
@@ -55,7 +58,8 @@ def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
             with file.open("rb") as opened:
                 content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
                 found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": content.hexdigest()}
-    for key in dict.fromkeys((MODEL, reference_key(setup.config))):
+    adapters = (ADAPTERS,) if setup.config.lora.path else ()
+    for key in dict.fromkeys((MODEL, reference_key(setup.config), *adapters)):
         for file in weight_files(*_place(setup.config, key)):
             digest = {"blake2b": _digest(file.read_bytes())} if file.suffix == ".json" else {}
             found[str(file)] = {"bytes": file.stat().length, **digest}
@@ -82,6 +86,17 @@ class Weights:
         """
         params = self._setup.load_params(*_place(self._setup.config, key))
         self.check(key, params_digest(params))
+        return params
+
+    def adapters(self, base: Adaptation) -> Params:
+        """The adapters before the first step; where config.lora.path names them, those of the start.
+
+        Raises:
+          UserError: they cannot be loaded, belong to another base than `base`, or are not those of the start.
+        """
+        params = self._setup.init_adapters(base)
+        if self._setup.config.lora.path:
+            self._workdir.check({ADAPTERS: {"weights": params_digest(params)}})
         return params
 
     def check(self, key: str, digest: str) -> None:
@@ -125,7 +140,8 @@ class Weights:
 
 def _place(config: Config, key: str) -> tuple[str, str]:
     """The path of the weights at a config key, and the flag that gives it."""
-    return config.model.path if key == MODEL else config.reference.path, f"--{key}"
+    paths = {MODEL: config.model.path, REFERENCE: config.reference.path, ADAPTERS: config.lora.path}
+    return paths[key], f"--{key}"
 
 
 def _digest(*contents: bytes | np.ndarray) -> str:

@@ -43,7 +43,7 @@ def _precompute(setup: Setup, folder: Workdir) -> dict:
         digest = weights.digest(key)
     else:
         weights.check(inputs.MODEL, adaptation.base_digest)
-        reference, digest = base.reference(setup.init_adapters()), params_digest(base.params)
+        reference, digest = base.reference(weights.adapters(adaptation)), params_digest(base.params)
     folder.go_on()
     began = time.monotonic()
     with stop_on_signal() as stop_requested:

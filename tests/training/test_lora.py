@@ -293,6 +293,38 @@ def test_a_run_goes_on_bit_by_bit(whole, settings, tmp_path):
     assert digests[0] == digests[1]
 
 
+def params_digest_of(step) -> str:
+    return json.loads((step / "assets" / "manifest.json").read_text())["trees"]["params"]["digest"]
+
+
+def test_a_run_starts_from_adapters_of_peft_s(whole, settings, tmp_path):
+    """The first step has rate 0, so that its checkpoint holds what the run began with; the reference is the base."""
+    peft, workdir = tmp_path / "peft", tmp_path / "run"
+    to_hf.main([f"--source={whole[0]}", f"--out={peft}", "--adapter"])
+    values = {**settings, "lora.path": peft, "train.steps": 1, "train.checkpoint_every": 1}
+    train.main(runs.flags(values, f"--workdir={workdir}"))
+    assert params_digest_of(workdir / "checkpoints" / "1") == params_digest_of(whole[0] / "checkpoints" / "6")
+    assert metrics_of(workdir)[0]["reward_margin"] > metrics_of(whole[0])[-1]["reward_margin"] / 2
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["inputs"]["config.lora.path"]["weights"]
+    assert str(peft / "adapter_model.safetensors") in record["files"]
+
+
+def test_adapters_to_start_from_are_those_of_the_config(whole, int8_run, other_base, settings, tmp_path):
+    def message(changes) -> str:
+        workdir = tmp_path / ",".join(changes)
+        return refusal(train.main, runs.flags({**settings, **changes}, f"--workdir={workdir}"))
+
+    assert "--config.lora.rank=4 --config.lora.alpha=8.0" in message({"lora.path": whole[0], "lora.rank": 2})
+    assert "--config.lora.alpha=8.0" in message({"lora.path": whole[0], "lora.alpha": 4.0})
+    assert "--config.lora.targets=['ff_out', 'q_proj']" in message({"lora.path": int8_run})
+    assert "whole model" in message({"lora.path": settings["model.path"]})
+    assert "config.lora.rank" in message({"lora.path": whole[0], "lora.rank": 0})
+    assert "another base" in message({"lora.path": whole[0], "model.path": other_base})
+    to_hf.main([f"--source={whole[0]}", f"--out={tmp_path / 'peft'}", "--adapter"])
+    assert "conversion.to_hf" in message({"model.path": tmp_path / "peft"})
+
+
 @pytest.fixture(scope="module")
 def int8_run(settings, tmp_path_factory):
     """A run with adapters of two matrices on an int8 base, and an online reference."""
