@@ -21,6 +21,7 @@ from elbo_kto_jax.models.lora import Linear
 
 CACHE = "cache"  # the collection of keys and values
 LAYER_INPUT = "layer_input"  # the name of what every backward pass through a layer needs
+KEPT_PRODUCTS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj")  # results that a backward pass may find kept
 INITIALIZERS = {
     "normal": nn.initializers.normal(0.02),
     "ones": nn.initializers.ones,
@@ -99,11 +100,11 @@ class Block(nn.Module):
             k = jnp.concatenate([self.get_variable(CACHE, "key"), k], axis=1)
             v = jnp.concatenate([self.get_variable(CACHE, "value"), v], axis=1)
         mixed = attention(q, k, v, segment_ids, self.mesh, key_segment_ids)
-        x = x + self.linear("attn_out")(mixed.reshape(*x.shape[:2], -1))
+        x = x + self.product("attn_out", mixed.reshape(*x.shape[:2], -1))
 
         h = self.norm("ff_norm")(x)
-        h = nn.silu(self.linear("ff_proj")(h)) * self.linear("up_proj")(h)
-        return x + self.linear("ff_out")(h), None
+        h = nn.silu(self.product("ff_proj", h)) * self.product("up_proj", h)
+        return x + self.product("ff_out", h), None
 
     def norm(self, name: str) -> RMSNorm:
         """The norm that the rows call `name`."""
@@ -123,9 +124,13 @@ class Block(nn.Module):
             name=name,
         )
 
+    def product(self, name: str, h: Float[Array, "b s in"]) -> Float[Array, "b s out"]:
+        """What the linear map `name` makes of h, under that name for rematerialisation."""
+        return checkpoint_name(self.linear(name)(h), name)
+
     def heads(self, name: str, h: Float[Array, "b s d"]) -> Float[Array, "b s h e"]:
-        """What the linear map `name` makes of h, head by head."""
-        return self.linear(name)(h).reshape(*h.shape[:2], -1, self.config.head_dim)
+        """The same, head by head."""
+        return self.product(name, h).reshape(*h.shape[:2], -1, self.config.head_dim)
 
 
 def matmul_precision(dtype) -> jax.lax.Precision | None:

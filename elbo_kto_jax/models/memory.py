@@ -32,6 +32,7 @@ def residual_bytes(config: Config, model: ModelConfig, tensor: int) -> float:
     numbers = {
         "full": d,
         "attention": d + attention,
+        "most": 2 * d + 4 * attention + d + f,
         "dots": 2 * d + 4 * attention + d + 2 * f,
         "none": 6 * d + 6 * attention + 5 * f,
     }[config.model.remat]

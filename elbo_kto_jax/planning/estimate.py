@@ -32,6 +32,7 @@ def recomputed(model: ModelConfig, remat: str, length: int) -> float:
     again = {
         "full": layer - 2 * model.d_model * model.mlp_hidden_size,  # all but ff_out, which nothing needs
         "attention": 2 * layer_matrices(model) - 2 * model.d_model * model.mlp_hidden_size,
+        "most": 2 * model.d_model * model.mlp_hidden_size,  # up_proj
         "dots": 0.0,
         "none": 0.0,
     }[remat]

@@ -55,7 +55,7 @@ def candidates(
         for fsdp in (2**i for i in range(devices.bit_length()))
         if devices % (fsdp * tensor) == 0 and model.n_kv_heads % tensor == 0 and model.d_model % fsdp == 0
     ]
-    remats: tuple[Remat, ...] = ("full", "attention", "dots")
+    remats: tuple[Remat, ...] = ("full", "attention", "most", "dots")
     for split, rows, remat, stored in itertools.product(splits, (1, 2, 4, 8), remats, _STORED):
         asked = with_settings(config, split, rows * length, remat, stored)
         mesh = mesh_sizes(asked, devices)

@@ -46,7 +46,7 @@ Fraction = Annotated[float, Range(0, 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["full", "attention", "dots", "none"]
+Remat = Literal["full", "attention", "most", "dots", "none"]
 Residuals = Literal["auto", "recompute", "device", "host"]
 Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 

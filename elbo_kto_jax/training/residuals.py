@@ -34,7 +34,7 @@ _GIB = 2**30
 def fastest_first(needs: Needs, remat: Remat) -> list[Kept]:
     """The ways that pay for an objective and for what a layer keeps (config.model.remat).
 
-    Without scores "recompute" computes nothing twice. What "dots" and "none" keep takes longer to move to the host and
+    Without scores "recompute" computes nothing twice. What the others keep takes longer to move to the host and
     back than to compute again: thirteen times the bytes of "full", in LLaDA-8B.
     """
     if not needs.scores:

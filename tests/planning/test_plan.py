@@ -280,6 +280,7 @@ def test_recomputation():
     assert estimate.recomputed(LLADA_8B, "full", s) == pytest.approx((forward - head - kept) / forward)
     assert estimate.recomputed(LLADA_8B, "attention", s) == pytest.approx((forward - head - kept - attention) / forward)
     assert estimate.recomputed(LLADA_8B, "dots", s) == 0
+    assert estimate.recomputed(LLADA_8B, "most", s) == pytest.approx(kept / forward)
 
 
 def test_a_search_starts_with_float32_and_the_fastest(config):

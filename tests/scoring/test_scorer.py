@@ -65,7 +65,7 @@ def quantized(params):
     return adapted({**params, "blocks": blocks})
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots"])  # "none" keeps everything that was computed
+@pytest.mark.parametrize("remat", ["full", "attention", "most", "dots"])  # "none" keeps everything that was computed
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights_of", [lambda params: params, adapted, quantized], ids=["whole", "adapters", "int8"])
 def test_weights_are_not_handed_out(weights_of, dtype, remat):

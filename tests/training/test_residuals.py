@@ -78,7 +78,7 @@ def test_the_memory_of_these_devices():
     assert memory.devices * memory.device == memory.host > 2**30
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots", "none"])
+@pytest.mark.parametrize("remat", ["full", "attention", "most", "dots", "none"])
 def test_residuals_on_the_host_are_all_there(remat):
     """And the estimates are those of FORWARD with its residuals on the device."""
     data = TrainingData(tiny.examples(4), tiny.layout(8), estimator=Estimator(2, "uniform"), batch_size=4, seed=0)
