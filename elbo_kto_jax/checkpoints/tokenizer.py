@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast  # type: ignore[attr-defined]  # found at run time
+from transformers import PreTrainedTokenizerFast
 
 from elbo_kto_jax.checkpoints.assets import CONFIG_FILE
 from elbo_kto_jax.data import foreign
@@ -25,7 +25,10 @@ def build_tokenizer(assets: Mapping[str, bytes], source: str) -> PreTrainedToken
         except foreign.ForeignError as error:
             raise UserError(f"{source}: unreadable tokenizer.json ({error}); copy it again") from error
     elif {"vocab.json", "merges.txt"} <= assets.keys():
-        kind = Qwen2TokenizerFast  # Dream's tokenizer is Qwen's, and is published in these files only
+        # Dream's tokenizer is Qwen's, and is published in these files only. It takes half a second to import.
+        from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # found at run time
+
+        kind = Qwen2TokenizerFast
     else:
         raise UserError(f"{source}: no tokenizer.json; copy the tokenizer files of the published model into the folder")
     with tempfile.TemporaryDirectory() as folder:
