@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, absolute, progress_of
+from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, absolute, finished_steps, progress_of
 from elbo_kto_jax.data.examples import Examples
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.flops import forward_flops
@@ -66,8 +66,7 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
 
 def _progress(workdir: Path) -> Progress:
     """Where a run would go on."""
-    steps = absolute(workdir / STEPS_FOLDER)
-    found = [step for step in steps.iterdir() if step.name.isdecimal()] if steps.is_dir() else []
+    found = finished_steps(absolute(workdir / STEPS_FOLDER))
     return Progress.restored(progress_of(max(found, key=lambda step: int(step.name)))) if found else Progress()
 
 
