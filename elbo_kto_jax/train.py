@@ -11,6 +11,7 @@ from elbo_kto_jax.runtime.flags import command_line
 from elbo_kto_jax.training.loop import train
 
 _DRY_RUN = "--dry-run"
+_LARGE = "v5e:8x8"  # a slice to search
 
 
 def main(argv: list[str]) -> dict:
@@ -30,17 +31,18 @@ def main(argv: list[str]) -> dict:
 
 
 def _say_what_is_next(argv: list[str], slices: list[str]) -> None:
-    """The command of the run itself, and that which compiles it for slices of TPUs."""
+    """The command of the run itself, and that which compiles it for a slice of TPUs."""
     words = [word for word in argv if word != _DRY_RUN]
     cli.log.info("next: %s %s", command_line("elbo_kto_jax.train"), shlex.join(words))
-    if slices:
-        of_config = [
-            word
-            for before, word in itertools.pairwise(["", *words])
-            if word.startswith("--config") or (before.startswith("--config") and "=" not in before)
-        ]
-        plan = f"{command_line('launch.plan')} {shlex.join(of_config)} --topology={slices[0]}"
-        cli.log.info("on TPUs (%s hold a step, by estimate): %s", ", ".join(slices), plan)
+    of_config = [
+        word
+        for before, word in itertools.pairwise(["", *words])
+        if word.startswith("--config") or (before.startswith("--config") and "=" not in before)
+    ]
+    hold = f"{', '.join(slices)} hold a step" if slices else "no slice with this mesh holds a step"
+    plan = f"{command_line('launch.plan')} {shlex.join(of_config)}"
+    topology = f"--topology={slices[0]}" if slices else f"--topology={_LARGE} --search"
+    cli.log.info("on TPUs, where %s by estimate: %s %s", hold, plan, topology)
 
 
 if __name__ == "__main__":

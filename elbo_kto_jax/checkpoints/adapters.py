@@ -22,8 +22,8 @@ from elbo_kto_jax.checkpoints.arrays import by_path, check_arrays, restore_tree
 from elbo_kto_jax.checkpoints.assets import read_assets, with_tokenizer
 from elbo_kto_jax.checkpoints.digest import Digest
 from elbo_kto_jax.checkpoints.finite import check_finite
-from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE, absolute, is_checkpoint, locate
-from elbo_kto_jax.checkpoints.manifest import Adaptation, other_base, read_manifest, stored_assets
+from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE, absolute, is_checkpoint, locate, means_best
+from elbo_kto_jax.checkpoints.manifest import Adaptation, Manifest, other_base, read_manifest, stored_assets
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves, whole_config
 from elbo_kto_jax.models import lora, registry
@@ -98,7 +98,7 @@ def load_base(
         del leaf
     source.check(digest)
     # A working folder is pinned to the step that was read; a hub id stays one.
-    name = source.path if absolute(path).exists() else str(path)
+    name = source.path if absolute(path).exists() or means_best(path) else str(path)
     return names.unflatten(params), name, digest.hexdigest()
 
 

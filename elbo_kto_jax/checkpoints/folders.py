@@ -52,10 +52,10 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
       UserError: there is no such folder, or no finished step in it.
     """
     folder = absolute(path)
-    if ocp.utils.is_tmp_checkpoint(folder):
-        raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
     if means_best(folder):
         return _best(folder.parent, f"{flag}={path}")
+    if ocp.utils.is_tmp_checkpoint(folder):
+        raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
     if folder.is_dir():
         steps = folder / STEPS_FOLDER
         if steps.is_dir() and not any(folder.glob("*.safetensors")):
@@ -72,12 +72,17 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
 def _latest(steps: epath.Path, said: str) -> epath.Path:
     """The last finished step. Until this process ends, a run that is still going on does not remove it."""
     while True:
-        complete = [step for step in steps.iterdir() if step.name.isdecimal()]
+        complete = finished_steps(steps)
         if not complete:
             raise UserError(f"{said}: a training folder without a finished step in {steps}; train it further")
         latest = max(complete, key=lambda step: int(step.name))
         if lock.read(latest):
             return latest
+
+
+def finished_steps(steps: epath.Path) -> list[epath.Path]:
+    """The steps of a run that are complete, in no particular order."""
+    return [step for step in steps.iterdir() if step.name.isdecimal()] if steps.is_dir() else []
 
 
 def means_best(folder: str | os.PathLike) -> bool:

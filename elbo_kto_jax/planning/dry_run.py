@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
-from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, absolute, progress_of
+from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, absolute, finished_steps, progress_of
 from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.flops import forward_flops
 from elbo_kto_jax.models.memory import residual_bytes, step_bytes, step_memory
 from elbo_kto_jax.planning.chips import CHIPS, parse_topology, peak_flops
@@ -44,6 +45,7 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
     refuse_other_inputs(workdir, began, inputs.of_setup(setup), overwrite=overwrite)
     progress = Progress() if record is None else _progress(workdir)
     progress.plan(setup.total_steps)
+    ended = progress.is_out_of(config.train.patience)
     steps = _steps(setup, progress.step)
     return {
         "dry_run": True,
@@ -51,21 +53,20 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
         "replaces_a_run": record is None and overwrite and (workdir / "config.json").is_file(),
         **_data(setup),
         **steps,
-        "stopped_early": progress.is_out_of(config.train.patience) and progress.step < setup.total_steps,
+        "stopped_early": ended and progress.step < setup.total_steps,
         "devices": {"number": jax.device_count(), "kind": jax.devices()[0].device_kind},
         "residuals": setup.residuals,
         "memory": _memory(setup),
         "checkpoint_bytes": _checkpoint_bytes(setup),
-        "slices": smallest_slices(config, setup),
-        **_time(setup, workdir if progress.step else None, steps),
+        "slices": smallest_slices(config, setup.model.config),
+        **({"seconds": 0.0, "seconds_from": "the run has ended"} if ended else _time(setup, workdir, steps)),
         "config": config.to_dict(),
     }
 
 
 def _progress(workdir: Path) -> Progress:
     """Where a run would go on."""
-    steps = absolute(workdir / STEPS_FOLDER)
-    found = [step for step in steps.iterdir() if step.name.isdecimal()] if steps.is_dir() else []
+    found = finished_steps(absolute(workdir / STEPS_FOLDER))
     return Progress.restored(progress_of(max(found, key=lambda step: int(step.name)))) if found else Progress()
 
 
@@ -145,7 +146,7 @@ def _checkpoint_bytes(setup: Setup) -> int:
     return round(whole.parameters + whole.optimizer)
 
 
-def smallest_slices(config: Config, setup: Setup) -> list[str]:
+def smallest_slices(config: Config, model: ModelConfig) -> list[str]:
     """Of each generation of TPUs the smallest slice that holds a step by estimate, its residuals not kept."""
     found = []
     for generation, chip in CHIPS.items():
@@ -154,16 +155,16 @@ def smallest_slices(config: Config, setup: Setup) -> list[str]:
                 mesh = mesh_sizes(config, topology.devices)
             except UserError:  # the config's mesh has another number of devices
                 continue
-            if step_bytes(config, setup.model.config, mesh, 0) <= chip.usable_bytes:
+            if step_bytes(config, model, mesh, 0) <= chip.usable_bytes:
                 found.append(topology.name)
                 break
     return found
 
 
-def _time(setup: Setup, workdir: Path | None, steps: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of what is left of the run, as far as they are known, and from what; `workdir`: of earlier steps."""
+def _time(setup: Setup, workdir: Path, steps: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of what is left of the run, as far as they are known, and from what."""
     left = steps["tokens_of_run"] - tokens_of(setup.data, steps["steps_done"])
-    measured = None if workdir is None else _seconds_per_token(workdir)
+    measured = _seconds_per_token(workdir) if steps["steps_done"] else None
     if measured is not None:
         return {"seconds": measured * left, "seconds_from": "earlier steps of this run"}
     kind = jax.devices()[0].device_kind

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from elbo_kto_jax.checkpoints.adapters import load_base
 from elbo_kto_jax.checkpoints.folders import absolute, locate
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.checkpoints.model import Model
 from elbo_kto_jax.checkpoints.save import save_model
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
+from elbo_kto_jax.models import lora
 from elbo_kto_jax.runtime.errors import UserError
 from tests.published import abstract_state, assert_same_trees
 
@@ -92,6 +94,16 @@ def test_the_best_step_of_a_run(tmp_path):
         locate(best, "--checkpoint", weights=True)
     best.mkdir()
     assert locate(best, "--checkpoint", weights=True) == best
+
+
+def test_adapters_name_the_step_that_was_the_best_when_it_was_read(tmp_path, model):
+    step = tmp_path / "checkpoints" / "8"
+    save_model(step, model)
+    (step / "progress").mkdir()
+    (step / "progress" / "metadata").write_text(json.dumps({"best_step": 8}))
+    abstract = lora.abstract_base(model.params, jnp.float32, quantized=False)
+    here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+    assert load_base(step.with_name("best"), abstract, here)[1] == str(step)
 
 
 def test_what_a_killed_save_left_is_removed_and_links_are_not_followed(tmp_path, model):

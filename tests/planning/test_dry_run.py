@@ -1,5 +1,6 @@
 """planning/dry_run.py: what `train --dry-run` says of runs that are not made; test_loop.py compares it with one."""
 
+import dataclasses
 import shlex
 import shutil
 
@@ -7,9 +8,11 @@ import jax
 import pytest
 
 from elbo_kto_jax import train
+from elbo_kto_jax.models import registry
 from elbo_kto_jax.planning import chips, dry_run
 from elbo_kto_jax.reports.dry_run import as_text
-from elbo_kto_jax.runtime import lock
+from elbo_kto_jax.runtime import lock, recipes
+from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.training import residuals, setup
 from tests import runs
@@ -116,16 +119,11 @@ def test_only_some_steps_of_a_long_run_are_packed(dry, monkeypatch):
 
 
 def test_the_time_where_the_peak_of_the_devices_is_known(dry, monkeypatch):
-    """Twice the passes over the same text take twice as long, and the reference pass is one more."""
+    """The gradient takes three passes, the estimates before it one more, and so does the reference."""
     monkeypatch.setattr(dry_run, "peak_flops", lambda _: 1e9)
-    found = {
-        mode: dry(reference__mode=mode, train__residuals=where)["seconds"]
-        for mode, where in (("online", "device"), ("precomputed", "recompute"))
-    }
-    sft = dry(objective__name="sft")["seconds"]
-    assert found["online"] / sft == pytest.approx(4 / 3)
-    assert found["precomputed"] / sft == pytest.approx(5 / 3)
-    assert "assumed: 35% of" in dry()["seconds_from"]
+    found, sft = dry(train__residuals="recompute"), dry(objective__name="sft")
+    assert found["seconds"] / sft["seconds"] == pytest.approx(5 / 3)
+    assert "assumed: 35% of" in found["seconds_from"]
 
 
 def test_peaks_are_those_of_the_slices():
@@ -146,7 +144,15 @@ def test_what_is_next_can_be_typed(dry, caplog):
     assert all(word.startswith("--config") for word in words[3:-1])
 
 
-def test_the_smallest_slices_hold_a_step(dry):
-    small, large = (dry(mesh__data=1, mesh__fsdp=-1, train__microbatch_tokens=n)["slices"] for n in (32, 10**7))
-    assert "v5e:1x1" in small
-    assert "v5e:1x1" not in large
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1"]),
+        ({"fsdp": 64}, ["v4:2x4x4", "v5e:8x8", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4"]),
+        ({"fsdp": 3}, []),
+    ],
+)
+def test_the_smallest_slices_that_hold_a_step(changes, expected):
+    config = Config.from_mapping(recipes.load("kto_mix").to_dict())
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **changes))
+    assert dry_run.smallest_slices(config, registry.architectures()["llada"].sizes["8b"]) == expected

@@ -65,6 +65,18 @@ def test_a_process_lays_out_its_own_rows_only_and_they_are_those_of_the_whole(mo
         assert sorted(made) == sorted(training_data().indices(1)[list(draws)])  # each example's masks once, if at all
 
 
+@pytest.mark.parametrize("shorter", [(), ((16, 24),)], ids=["one length", "several lengths"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_size_of_a_step_is_that_of_its_batch(shorter, packed):
+    data = training_data(shorter=shorter)
+    data.layout = data.layout._replace(packed=packed)
+    for step in range(data.steps_per_epoch):
+        batch, size = data.batch(step), data.size(step)
+        positions = sum(rows.tokens.size for rows in batch.micro_batches)
+        expected = (int(batch.feedback.is_example.sum()), batch.real_tokens, positions, len(batch.micro_batches))
+        assert size == expected
+
+
 def test_batches_are_those_of_the_steps_from_any_start():
     data = training_data()
     found = list(data.batches(2, 7))
