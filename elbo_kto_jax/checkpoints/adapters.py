@@ -7,6 +7,7 @@ was trained on.
 """
 
 import dataclasses
+import functools
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -256,16 +257,22 @@ def load_merged(
     for path, leaf in read_leaves(source, digest, sharding_of):
         to = leaf.dtype if dtype is None else dtype
         is_int8 = adaptation.base_quantization == "int8" and lora.is_matrix(path)
-
-        def merge(w, adapter, to=to, is_int8=is_int8):
-            w = lora.rounded(w) if is_int8 else w
-            return lora.merge(w, **adapter, scale=scale, dtype=to) if adapter else w.astype(to)
-
         adapter = adapters["blocks"].get(path[1], {}) if lora.is_matrix(path) else {}
-        params[path] = jax.jit(merge, out_shardings=leaf.sharding)(leaf, adapter)
+        params[path] = _merging(leaf.sharding, np.dtype(to), is_int8, scale)(leaf, adapter)
         tensors = registry.parameters(stored.config)[path].tensors
         check_finite(params[path], [f"{folder}: with its base {source.path}: tensor {name}" for name in tensors])
         del leaf
     if adaptation.base_digest not in ("", digest.hexdigest()):
         raise other_base(folder, adaptation, source.path, digest.hexdigest())
     return names.unflatten(params)
+
+
+@functools.lru_cache(maxsize=64)
+def _merging(sharding: jax.sharding.Sharding, dtype: np.dtype, is_int8: bool, scale: float) -> Callable:
+    """The program that makes a parameter of the base one of the merged model: leaves of one shape share it."""
+
+    def merge(w: jax.Array, adapter: dict) -> jax.Array:
+        w = lora.rounded(w) if is_int8 else w
+        return lora.merge(w, **adapter, scale=scale, dtype=dtype) if adapter else w.astype(dtype)
+
+    return jax.jit(merge, out_shardings=sharding)

@@ -19,7 +19,7 @@ from etils import epath
 
 from elbo_kto_jax.checkpoints.assets import ADAPTERS
 from elbo_kto_jax.checkpoints.manifest import Adaptation
-from elbo_kto_jax.checkpoints.safetensors_file import DTYPES, open_file
+from elbo_kto_jax.checkpoints.safetensors_file import DTYPES, damaged, data_offsets, open_file
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig, Reader
 from elbo_kto_jax.models.table import TreePath
@@ -227,12 +227,22 @@ def find_tensors(folder: epath.Path, config: ModelConfig, rank: int) -> dict[Tre
 
 
 def read_tensors(folder: epath.Path, config: ModelConfig, leaves: Mapping[TreePath, Any]) -> dict[TreePath, np.ndarray]:
-    """The leaves that `find_tensors` found, bit by bit."""
-    stacked = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-    with open_file(Path(folder / WEIGHTS_FILE)) as file:
+    """The leaves that `find_tensors` found, bit by bit.
+
+    Raises:
+      UserError: the file has become shorter.
+    """
+    stacked, file = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}, folder / WEIGHTS_FILE
+    offsets = data_offsets(Path(file))
+    with file.open("rb") as opened:
         for name, (matrix, leaf, layer) in slots(config).items():
             if ("blocks", matrix, leaf) in stacked:
-                stacked["blocks", matrix, leaf][layer] = file.get_tensor(name).T
+                to = stacked["blocks", matrix, leaf][layer]
+                opened.seek(offsets[name])
+                content = opened.read(to.nbytes)
+                if len(content) != to.nbytes:
+                    raise damaged(Path(file), ValueError(f"it ends within tensor {name}"))
+                to[...] = np.frombuffer(content, to.dtype).reshape(to.shape[::-1]).T
     return stacked
 
 

@@ -53,7 +53,7 @@ Location = Annotated[str, paths.resolve]  # of files; a hub id, too
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    path: Location  # Hugging Face folder, hub id or converted checkpoint
+    path: Location  # Hugging Face folder, hub id, converted checkpoint or PEFT's adapters
     dtype: Dtype  # of the activations and matrix products
     param_dtype: Dtype  # of the stored parameters; bfloat16 ones are rounded stochastically
     mask_token_id: Annotated[int, Range(-1, _LARGEST)]  # -1: what config.json, the tokenizer or the authors say

@@ -179,7 +179,7 @@ def leaves(kind, prefix="config") -> dict[str, object]:
 
 def test_every_config_key_that_names_files_is_resolved():
     locations = {"config.model.path", "config.data.train", "config.data.eval", "config.reference.path", "config.tasks"}
-    locations |= {"config.benchmarks.table", "config.judge.prompt"}
+    locations |= {"config.benchmarks.table", "config.judge.prompt", "config.lora.path"}
     locations |= {f"config.sweep.{key}" for key in ("checkpoints", "tasks", "baseline", "prompts", "data")}
     found = leaves(grid.SweepConfig)
     names_of_ours = [
