@@ -16,6 +16,7 @@ TIERS = {
     "runtime.provenance": 1,
     "runtime.workdir": 1,
     "reports": 0,
+    "trackers": 0,
     "objectives": 1,
     "diffusion": 1,
     "models": 2,

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 _PART = 8  # characters of a secret that are cut out wherever they stand
 _WORD = 3  # characters; a placeholder that is shorter ("-", "x") would turn up in any message
 _HIDDEN = "[key]"
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)S?$")
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -59,6 +61,14 @@ class Secrets:
                 pieces += [text[end:start], _HIDDEN]
             end = start + _PART
         return "".join([*pieces, text[end:]])
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line: without the keys, tokens and passwords of the environment's
+    variables, going by their names, and without those in addresses."""
+    secrets = Secrets(value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name))
+    text = secrets.one_line(str(error).strip() or type(error).__name__)
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _forms(secret: str) -> set[str]:
