@@ -28,6 +28,7 @@ TIERS = {
     "sharding": 1,
     "checkpoints": 3,
     "sampling": 3,
+    "publishing": 3,
     "scoring": 3,
     "training": 4,
     "training.state": 3,

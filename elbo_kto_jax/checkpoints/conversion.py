@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,16 @@ def from_published(source: str, out: str, *, dtype: str | None, overwrite: bool)
     return {"tensors": len(opened.published()), "bytes": opened.nbytes, "seconds": time.monotonic() - started}
 
 
-def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, overwrite: bool) -> dict:
+def to_published(
+    source: str,
+    out: Path,
+    *,
+    dtype: str | None,
+    shard_size: int,
+    overwrite: bool,
+    beside: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> dict:
     """Writes a checkpoint in the published form of its model; the summary: tensors, bytes of them, seconds.
 
     Args:
@@ -64,6 +74,8 @@ def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, 
       dtype: of every tensor; None: as stored.
       shard_size: most bytes of tensors in one file.
       overwrite: whether a published model at `out` is replaced.
+      beside: more files, by name.
+      metadata: more of the index.
 
     Raises:
       UserError: `source` is no checkpoint, a value is too large for `dtype`, or `out` cannot be written.
@@ -72,16 +84,26 @@ def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, 
     with lock.beside(out, "--out"):
         check_destination(out, overwrite, huggingface.is_published)
         opened = open_source(source, dtype=dtype, flag="--source")
-        size = write_published(out, opened, shard_size, dtype)
+        size = write_published(out, opened, shard_size, dtype, beside=beside, metadata=metadata)
     return {"tensors": len(opened.published()), "bytes": size, "seconds": time.monotonic() - started}
 
 
-def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
+def write_published(
+    out: Path,
+    source: Source,
+    shard_size: int,
+    dtype: DTypeLike | None = None,
+    *,
+    beside: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Writes a model in its published form, replacing `out` at the end, and returns the bytes of its tensors.
 
     Args:
       shard_size: most bytes of tensors in one file.
       dtype: of every tensor; None: as `source` has it.
+      beside: more files, by name.
+      metadata: more of the index.
 
     Raises:
       UserError: what was read is not what was saved, or a value is too large for `dtype`; `out` is as it was.
@@ -92,10 +114,11 @@ def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike
     buffers = source.buffers(2, published=True)  # one is written while the next one is read
     write_folder(
         out,
-        with_dtype(assets, structs),
+        {**(beside or {}), **with_dtype(assets, structs)},
         structs,
         lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,
+        metadata or {},
         check=lambda: source.check(digest),
     )
     return sum(struct.size * struct.dtype.itemsize for struct in structs.values())

@@ -475,6 +475,10 @@ def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
     assert shlex.split(line)[2:4] == ["-m", "conversion.to_hf"]
     to_hf.main(shlex.split(line)[4:])
     assert (workdir / "huggingface" / "config.json").is_file()
+    card = (workdir / "huggingface" / "README.md").read_text()
+    assert "\n| steps | 1 |\n" in card
+    assert f"\n    {shlex.join(sys.orig_argv)}\n" in card
+    assert "![Rewards](rewards.svg)" in card
 
 
 def test_samples_keep_the_messages(whole):
