@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from elbo_kto_jax import __version__, objectives
+from elbo_kto_jax import __version__, objectives, trackers
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.runtime import flags, paths, processes, terminal
 from elbo_kto_jax.runtime.config import Config
@@ -76,6 +76,7 @@ class Flags(flags.Flags):
         options, config = super().parse(argv)
         objectives.build(config.objective)  # names that are not known are refused before anything is loaded
         masks.check_scheme(config.estimator.scheme)
+        trackers.check_names(config.trackers)
         processes.start(options.coordinator, options.num_processes, options.process_id)
         rules.split_cpu(config.mesh)
         if not processes.is_first():

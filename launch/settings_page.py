@@ -52,7 +52,7 @@ def _metrics() -> str:
         (f"`{name}`", f"`{metric_names.tag(name)}`", metric.unit, metric.meaning)
         for name, metric in {**metric_names.METRICS, **metric_names.THROUGHPUT}.items()
     ]
-    return "\n" + _table(("metric", "in TensorBoard", "unit", "meaning"), rows) + "\n"
+    return "\n" + _table(("metric", "in trackers", "unit", "meaning"), rows) + "\n"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ from elbo_kto_jax.checkpoints.assets import read_assets, with_tokenizer
 from elbo_kto_jax.checkpoints.digest import Digest
 from elbo_kto_jax.checkpoints.finite import check_finite
 from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE, absolute, is_checkpoint, locate, means_best
-from elbo_kto_jax.checkpoints.manifest import Adaptation, Manifest, other_base, read_manifest, stored_assets
+from elbo_kto_jax.checkpoints.manifest import Adaptation, other_base, read_manifest, stored_assets
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves, whole_config
 from elbo_kto_jax.models import lora, registry

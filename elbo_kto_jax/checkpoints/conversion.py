@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -61,7 +62,16 @@ def from_published(source: str, out: str, *, dtype: str | None, overwrite: bool)
     return {"tensors": len(opened.published()), "bytes": opened.nbytes, "seconds": time.monotonic() - started}
 
 
-def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, overwrite: bool) -> dict:
+def to_published(
+    source: str,
+    out: Path,
+    *,
+    dtype: str | None,
+    shard_size: int,
+    overwrite: bool,
+    beside: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> dict:
     """Writes a checkpoint in the published form of its model; the summary: tensors, bytes of them, seconds.
 
     Args:
@@ -70,6 +80,8 @@ def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, 
       dtype: of every tensor; None: as stored.
       shard_size: most bytes of tensors in one file.
       overwrite: whether a published model at `out` is replaced.
+      beside: more files, by name.
+      metadata: more of the index.
 
     Raises:
       UserError: `source` is no checkpoint, a value is too large for `dtype`, or `out` cannot be written.
@@ -78,16 +90,26 @@ def to_published(source: str, out: Path, *, dtype: str | None, shard_size: int, 
     with lock.beside(out, "--out"):
         check_destination(out, overwrite, huggingface.is_published)
         opened = open_source(source, dtype=dtype, flag="--source")
-        size = write_published(out, opened, shard_size, dtype)
+        size = write_published(out, opened, shard_size, dtype, beside=beside, metadata=metadata)
     return {"tensors": len(opened.published()), "bytes": size, "seconds": time.monotonic() - started}
 
 
-def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike | None = None) -> int:
+def write_published(
+    out: Path,
+    source: Source,
+    shard_size: int,
+    dtype: DTypeLike | None = None,
+    *,
+    beside: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Writes a model in its published form, replacing `out` at the end, and returns the bytes of its tensors.
 
     Args:
       shard_size: most bytes of tensors in one file.
       dtype: of every tensor; None: as `source` has it.
+      beside: more files, by name.
+      metadata: more of the index.
 
     Raises:
       UserError: what was read is not what was saved, or a value is too large for `dtype`; `out` is as it was.
@@ -98,16 +120,25 @@ def write_published(out: Path, source: Source, shard_size: int, dtype: DTypeLike
     buffers = source.buffers(2, published=True)  # one is written while the next one is read
     write_folder(
         out,
-        with_dtype(assets, structs),
+        {**(beside or {}), **with_dtype(assets, structs)},
         structs,
         lambda name: source.published_pieces(tensors[name], buffers, digest, dtype),
         shard_size,
+        metadata or {},
         check=lambda: source.check(digest),
     )
     return sum(struct.size * struct.dtype.itemsize for struct in structs.values())
 
 
-def to_peft(source: str, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
+def to_peft(
+    source: str,
+    out: Path,
+    *,
+    base: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    beside: Mapping[str, bytes] | None = None,
+) -> dict:
     """Writes adapters in the form of the library PEFT (peft.py); the summary: tensors, bytes of them, seconds.
 
     Args:
@@ -116,6 +147,7 @@ def to_peft(source: str, out: Path, *, base: str | None, dtype: str | None, over
       base: the published model that PEFT is to put them on, a folder or a hub id; None: the one of the run.
       dtype: of every tensor; None: as stored.
       overwrite: whether PEFT's adapters at `out` are replaced.
+      beside: more files, by name.
 
     Raises:
       UserError: `source` holds no adapters, PEFT cannot read their base, a value is too large for `dtype`, or `out`
@@ -134,7 +166,7 @@ def to_peft(source: str, out: Path, *, base: str | None, dtype: str | None, over
                 "rounds differently. Without --adapter the export is the model that was trained",
                 source,
             )
-        size, count = _write_peft(out, adapters, base, dtype)
+        size, count = _write_peft(out, adapters, base, dtype, beside or {})
     return {"tensors": count, "bytes": size, "seconds": time.monotonic() - started}
 
 
@@ -153,8 +185,10 @@ def _base_for_peft(adapters: StoredAdapters) -> str:
     return base
 
 
-def _write_peft(out: Path, adapters: StoredAdapters, base: str, dtype: str | None) -> tuple[int, int]:
-    """Writes adapters, replacing `out` at the end; bytes and number of their tensors."""
+def _write_peft(
+    out: Path, adapters: StoredAdapters, base: str, dtype: str | None, beside: Mapping[str, bytes]
+) -> tuple[int, int]:
+    """Writes adapters and what is to lie beside them, replacing `out` at the end; bytes and number of their tensors."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for path, x in adapters.leaves.items()}
     arrays = {path: np.asarray(x) for path, x in by_path(adapters.read(names.unflatten(abstract))).items()}
@@ -172,7 +206,7 @@ def _write_peft(out: Path, adapters: StoredAdapters, base: str, dtype: str | Non
             file.write(header_of(structs, said))
             for tensor in tensors.values():
                 file.write(tensor.view(np.uint8).data)
-        files = tokenizer_of(adapters.assets)
+        files = {**beside, **tokenizer_of(adapters.assets)}
         files[peft.CONFIG_FILE] = peft.config_text(adapters.config, adapters.adaptation, matrices, base)
         for name, content in files.items():
             (partial / name).write_bytes(content)

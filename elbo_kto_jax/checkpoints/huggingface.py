@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,6 +90,14 @@ class HuggingFaceFolder:
 def is_published(folder: os.PathLike) -> bool:
     """Whether `folder` looks like a published checkpoint."""
     return (Path(folder) / CONFIG_FILE).is_file() and any(Path(folder).glob("*.safetensors"))
+
+
+def index_metadata(folder: Path) -> dict[str, Any]:
+    """What the index of a published folder says of all tensors; {} where there is none."""
+    try:
+        return dict(from_json((folder / INDEX_FILE).read_bytes())["metadata"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def open_folder(folder: Path) -> HuggingFaceFolder:

@@ -8,6 +8,7 @@ import glob
 import json
 import secrets
 import shutil
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,17 +26,18 @@ def write_folder(
     tensors: Mapping[str, jax.ShapeDtypeStruct],
     read: Callable[[str], Iterable[np.ndarray]],
     shard_size: int,
+    metadata: Mapping[str, str] = types.MappingProxyType({}),
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes a published folder beside `out` and puts it in the place of `out` once it is whole.
 
     Args:
       assets: config.json and the tokenizer's files. They are written last, since nothing loads a folder without them.
-      tensors, read, shard_size: see `write_shards`.
+      tensors, read, shard_size, metadata: see `write_shards`.
       check: called when everything has been read; what it raises undoes the folder.
     """
     with replacing(out) as partial:
-        write_shards(partial, tensors, read, shard_size)
+        write_shards(partial, tensors, read, shard_size, metadata)
         check()
         for name, content in assets.items():
             (partial / name).write_bytes(content)
@@ -63,6 +65,7 @@ def write_shards(
     tensors: Mapping[str, jax.ShapeDtypeStruct],
     read: Callable[[str], Iterable[np.ndarray]],
     shard_size: int,
+    metadata: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Writes safetensors files of at most `shard_size` bytes of tensors (or one larger tensor) each, and the index.
 
@@ -70,6 +73,7 @@ def write_shards(
       folder: existing folder to write into.
       tensors: published name -> shape and dtype, in the order of writing.
       read: published name -> the tensor, in pieces along its first axis; called once per tensor, in that order.
+      metadata: of the index, besides the size.
     """
     sizes = {name: tensor.size * tensor.dtype.itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = []
@@ -85,7 +89,10 @@ def write_shards(
     if len(shards) > 1:
         file_names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     weight_map = {name: file for file, shard in zip(file_names, shards, strict=True) for name in shard}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": sum(sizes.values()), **metadata},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     with tqdm(total=sum(sizes.values()), desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
         for file_name, shard in zip(file_names, shards, strict=True):
             with (folder / file_name).open("wb") as file:

@@ -2,8 +2,8 @@
 
 from urllib.parse import unquote, urlsplit
 
-from elbo_kto_jax.evaluation.messages import basic_credentials
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import basic_credentials
 
 
 def credentials(url: str) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elbo_kto_jax.evaluation.extras import import_extra
 from elbo_kto_jax.runtime.config import Config, Task
+from elbo_kto_jax.runtime.extras import import_extra
 from elbo_kto_jax.runtime.flags import load_config_file
 from elbo_kto_jax.sampling.respond import Checkpoint
 

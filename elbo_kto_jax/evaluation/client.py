@@ -18,10 +18,10 @@ import openai
 
 from elbo_kto_jax.evaluation.address import credentials
 from elbo_kto_jax.evaluation.connection import Connection
-from elbo_kto_jax.evaluation.messages import Secrets
 from elbo_kto_jax.evaluation.pace import Pace
 from elbo_kto_jax.evaluation.replies import Failure, retry_after, stated_error
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import Secrets
 
 _MAX_REPLY = 16 * 2**20  # bytes
 _LOGGERS = ("openai", "httpx2", "httpcore2")

@@ -6,7 +6,7 @@ import urllib.request
 from urllib.parse import parse_qsl, urlsplit
 
 from elbo_kto_jax.evaluation.address import credentials
-from elbo_kto_jax.evaluation.messages import Secrets
+from elbo_kto_jax.runtime.messages import Secrets
 
 
 @dataclasses.dataclass(frozen=True)

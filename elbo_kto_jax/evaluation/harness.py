@@ -28,10 +28,10 @@ from tqdm import tqdm
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.records import Record
-from elbo_kto_jax.evaluation.messages import one_line, shown
 from elbo_kto_jax.runtime.config import Config, Task
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
+from elbo_kto_jax.runtime.messages import one_line, shown
 from elbo_kto_jax.sampling.respond import Checkpoint, respond
 from elbo_kto_jax.scoring.layout import layout_of
 from elbo_kto_jax.scoring.likelihood import log_likelihoods

@@ -17,11 +17,11 @@ import elbo_kto_jax
 from elbo_kto_jax.checkpoints.content import content_of
 from elbo_kto_jax.checkpoints.folders import locate
 from elbo_kto_jax.data.records import Record
-from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.config import Config, differences
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, check_writable, to_json
+from elbo_kto_jax.runtime.messages import one_line
 from elbo_kto_jax.sampling.respond import Checkpoint, open_checkpoint, respond
 
 _STATE = "evaluation.json"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.evaluation.kept import digest
-from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import one_line
 
 
 class Prompts(NamedTuple):

@@ -4,9 +4,9 @@ import re
 from urllib.parse import urlsplit
 
 from elbo_kto_jax.evaluation.connection import Connection
-from elbo_kto_jax.evaluation.messages import Secrets
 from elbo_kto_jax.evaluation.replies import OF_ONE_PROMPT, Failure
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import Secrets
 
 BUSY = frozenset({429, 503, 529})  # too many requests at once, for now
 _NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from elbo_kto_jax.checkpoints.load import check_weights
 from elbo_kto_jax.data.chat import make_repeatable
 from elbo_kto_jax.evaluation import kept
-from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.sweep_tables import write_tables
 from elbo_kto_jax.evaluation.sweep_tasks import Cell, Setting, Shared, SweepTask, tasks_of
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.runtime.grid import SweepConfig
+from elbo_kto_jax.runtime.messages import shown
 from elbo_kto_jax.runtime.workdir import open_workdir, stop_on_signal
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.evaluation.sweep_tasks import Cell
 from elbo_kto_jax.reports.sweep import write_sweep_report
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.runtime.grid import SweepConfig
+from elbo_kto_jax.runtime.messages import one_line
 
 COLUMNS = ("cell", "checkpoint", "task", "sampler", "draws", "metric", "value", "low", "high", "seconds")
 _SHOWN = 200  # characters of a value in table.md; table.csv has them all

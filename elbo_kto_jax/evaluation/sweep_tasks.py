@@ -14,11 +14,11 @@ from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.evaluation import benchmarks, judges, kept
 from elbo_kto_jax.evaluation.comparison import Comparison, compare
 from elbo_kto_jax.evaluation.evaluation import WIN_RATE
-from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import read_prompts
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.runtime.grid import SweepConfig
+from elbo_kto_jax.runtime.messages import shown
 from elbo_kto_jax.sampling.respond import Checkpoint, check_sampler, encode_prompts
 from elbo_kto_jax.scoring.records import Names, Request, check_records, score_records
 

@@ -37,11 +37,16 @@ def _breakable(text: object) -> Markup:
     return Markup("<wbr>").join(_BETWEEN_PARTS.split(str(text)))
 
 
-def _download(chart: Chart, heading: str) -> dict[str, str]:
-    """The chart as an SVG file of its own: `name` of the file and `address`, a data URL that holds it."""
+def svg(chart: Chart, heading: str) -> str:
+    """The chart as an SVG file of its own."""
     drawing = _ENVIRONMENT.get_template("chart.svg.j2").render(chart=chart, heading=heading)
+    return _UNPRINTABLE.sub("\ufffd", drawing)
+
+
+def _download(chart: Chart, heading: str) -> dict[str, str]:
+    """The chart as an SVG file: `name` of the file and `address`, a data URL that holds it."""
     name = re.sub(r"\W+", "-", heading).strip("-").lower()[:60] or "chart"
-    content = _UNPRINTABLE.sub("\ufffd", drawing).encode("utf-8", "replace")
+    content = svg(chart, heading).encode("utf-8", "replace")
     return {"name": f"{name}.svg", "address": f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"}
 
 

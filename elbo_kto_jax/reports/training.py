@@ -143,7 +143,7 @@ def write_training_report(
         samples: {"prompt", "before", "after"}, texts; the prompt may be messages.
         summary: the command's summary; every key is optional.
     """
-    metrics = _in_step_order(metrics)
+    metrics = in_step_order(metrics)
     write_page(
         path,
         "training.html.j2",
@@ -154,7 +154,7 @@ def write_training_report(
         checkpoint=summary.get("checkpoint"),
         best=summary.get("best_checkpoint"),
         window=_window(len(metrics)),
-        figures=_curves(metrics),
+        figures=curves(metrics),
         samples=[_sample(one) for one in samples],
         changed=sum(str(one.get("before")) != str(one.get("after")) for one in samples),
         numbers=_numbers_table(metrics) if metrics else None,
@@ -162,7 +162,7 @@ def write_training_report(
     )
 
 
-def _in_step_order(metrics: Sequence[Mapping]) -> list[dict]:
+def in_step_order(metrics: Sequence[Mapping]) -> list[dict]:
     """One line per step, in order, with the throughput since the line before."""
     by_step = {number(line.get("step")): line for line in metrics}
     lines = [dict(by_step[step]) for step in sorted(step for step in by_step if not math.isnan(step))]
@@ -186,7 +186,7 @@ def _last(metrics: Sequence[Mapping], summary: Mapping, key: str) -> float:
     return value if math.isfinite(value) or not finite else finite[-1]
 
 
-def _end(metrics: Sequence[Mapping], key: str) -> tuple[float, int]:
+def mean_of_end(metrics: Sequence[Mapping], key: str) -> tuple[float, int]:
     """The mean of the last `_END` of the finite values logged, and of how many it is; (NaN, 0) without any."""
     finite = [v for v in _column(metrics, key) if math.isfinite(v)]
     last = finite[-math.ceil(_END * len(finite)) :] if finite else []
@@ -206,7 +206,7 @@ def _in_one_sentence(metrics: Sequence[Mapping], summary: Mapping) -> str:
         return "No step has been logged yet."
     changes = []
     for key, name, unit in (("reward_margin", "the reward margin", " nats"), ("loss", "the loss", "")):
-        first, last = _first(metrics, key)[0], _end(metrics, key)[0]
+        first, last = _first(metrics, key)[0], mean_of_end(metrics, key)[0]
         if math.isfinite(last):
             start = f"went from {format_number(first)} to" if len(metrics) > 1 and math.isfinite(first) else "was"
             changes.append(f"{name} {start} {format_number(last)}{unit}")
@@ -229,7 +229,7 @@ def _whole(value: float) -> str:
 def _key_numbers(metrics: Sequence[Mapping], summary: Mapping) -> list[KeyNumber]:
     items = []
     for key, label, unit in (("reward_margin", "Reward margin", "nats"), ("loss", "Loss", "")):
-        last, count = _end(metrics, key)
+        last, count = mean_of_end(metrics, key)
         first, step = _first(metrics, key)
         if math.isfinite(last):
             mean = f"mean of the last {count} logged steps; " if count > 1 else ""
@@ -285,7 +285,8 @@ def _lost(counts: Mapping) -> str:
     return ", ".join(text.format(_whole(number(counts[key]))) for key, text in words.items() if counts.get(key))
 
 
-def _curves(metrics: Sequence[Mapping]) -> list[Figure]:
+def curves(metrics: Sequence[Mapping]) -> list[Figure]:
+    """A figure for each chart of which something was logged; `metrics` are `in_step_order`."""
     figures = []
     for chart in _CHARTS:
         series = []

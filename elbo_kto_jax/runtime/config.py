@@ -190,7 +190,7 @@ class Config:
     tasks: Annotated[str, paths.resolve_all]  # lm-evaluation-harness tasks for `evaluate`, with commas; "": none
     benchmarks: Benchmarks
     judge: Judge
-    trackers: list[Literal["tensorboard"]]  # beside metrics.jsonl
+    trackers: list[str]  # beside metrics.jsonl: tensorboard, wandb, trackio, mlflow or of another file of trackers/
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Config":

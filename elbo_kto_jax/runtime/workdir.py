@@ -33,15 +33,14 @@ from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writi
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
 from elbo_kto_jax.runtime.older_configs import as_written_now
 from elbo_kto_jax.runtime.runlog import LOG, RunLog, recording
-from elbo_kto_jax.runtime.tensorboard import FOLDER as TENSORBOARD
-from elbo_kto_jax.runtime.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 # What commands make in a working folder, those of `sweep` included.
-_FILES = (LOG, METRICS, "samples.json", "report.html", "table.csv", "table.md")
-_FOLDERS = ("checkpoints", TENSORBOARD, "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
+_FILES = (LOG, METRICS, "samples.json", "trackers.json", "report.html", "table.csv", "table.md")
+_TRACKERS = ("tensorboard", "wandb")  # that write here
+_FOLDERS = ("checkpoints", *_TRACKERS, "reference", "reference_eval", "not_finite", "cells", "answers", "judge")
 
 
 @contextlib.contextmanager
@@ -289,15 +288,13 @@ def _shown(changes: Sequence[str]) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl, and what TensorBoard is told: one entry per logged step.
-
-    A restart drops those that it will write again.
+    """metrics.jsonl: one line per logged step. A restart drops those that it will write again.
 
     Processes other than the first write nothing.
     """
 
-    def __init__(self, workdir: Path, first_step: int, board: TensorBoard):
-        self._writes, self._board = processes.is_first(), board
+    def __init__(self, workdir: Path, first_step: int):
+        self._writes = processes.is_first()
         if not self._writes:
             return
         self._path = workdir / METRICS
@@ -313,7 +310,6 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
-        self._board.scalars(row)
 
     def close(self) -> None:
         if self._writes:

@@ -34,6 +34,7 @@ from elbo_kto_jax.training.references import RunReference
 from elbo_kto_jax.training.setup import Setup
 from elbo_kto_jax.training.state import TrainState
 from elbo_kto_jax.training.step import Batch, Programs, batch_loss
+from elbo_kto_jax.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 _MOST_SKIPPED_IN_A_ROW = 10  # steps with bad numbers; more are no accident of the data
@@ -249,10 +250,10 @@ class Bar(Hook):
 
 
 class Journal(Hook):
-    """metrics.jsonl, and what TensorBoard is told of it."""
+    """metrics.jsonl, and what trackers are told of it."""
 
-    def __init__(self, setup: Setup, metrics_log: MetricsLog):
-        self._log, self._every = metrics_log, setup.config.train.log_every
+    def __init__(self, setup: Setup, metrics_log: MetricsLog, tracking: Tracking):
+        self._log, self._tracking, self._every = metrics_log, tracking, setup.config.train.log_every
         self._learning_rate = train_state.learning_rate(setup.config.optimizer, setup.total_steps)
         self._num_examples, self._counts = len(setup.data.examples), setup.data.examples.counts
 
@@ -273,6 +274,7 @@ class Journal(Hook):
             "real_token_fraction": step.batch.real_tokens / positions,
         }
         self._log.write(row)
+        self._tracking.metrics(row)
 
     def close(self) -> None:
         self._log.close()

@@ -13,12 +13,10 @@ from pathlib import Path
 from jaxtyping import Array, Bool
 
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
-from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted
-from elbo_kto_jax.runtime.tensorboard import TensorBoard
-from elbo_kto_jax.runtime.workdir import MetricsLog, Workdir, open_workdir, stop_on_signal
-from elbo_kto_jax.training import hooks, inputs
+from elbo_kto_jax.runtime.workdir import MetricsLog, Workdir, open_workdir, read_metrics, stop_on_signal
+from elbo_kto_jax.training import hooks, inputs, tracking
 from elbo_kto_jax.training.hooks import Hook, Step
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.references import RunReference, prepare_references
@@ -27,6 +25,7 @@ from elbo_kto_jax.training.setup import Setup, check_held_out, prepare
 from elbo_kto_jax.training.state import TrainState
 from elbo_kto_jax.training.step import train_step
 from elbo_kto_jax.training.summary import finish
+from elbo_kto_jax.training.tracking import Tracking
 from elbo_kto_jax.training.trainer import Trainer
 
 
@@ -38,6 +37,7 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
       Interrupted: SIGTERM or SIGINT came; the state is saved and the summary so far is the second argument.
     """
     check_held_out(config)
+    tracking.check(config.trackers)
     with open_workdir(workdir, config, overwrite, "train") as folder:
         setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
         folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
@@ -54,19 +54,19 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         folder.path / "checkpoints", adaptation=trainer.adaptation, model=trainer.setup.model.config
     )
     state, progress = trainer.start(weights, checkpoints)
-    board = TensorBoard(
-        folder.path,
-        progress.step,
-        setup.config.to_dict(),
-        writes="tensorboard" in setup.config.trackers and processes.is_first(),
+    told = Tracking(
+        setup.config.trackers, folder.path, setup.config.to_dict(), progress.step, read_metrics(folder.path)
     )
-    samples = Samples(setup, folder.path / "samples.json", board)
+    samples = Samples(setup, folder.path / "samples.json", told)
     if progress.step < setup.total_steps and not progress.is_out_of(setup.config.train.patience):
         samples.forget("after")
 
     def finished(interrupted: bool) -> dict:
-        return finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)
+        summary = finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)
+        told.report(progress.step, Path(summary["report"]))
+        return summary
 
+    summary = None
     try:
         samples.take("before", trainer.policy(state.params), progress.step)
         references = prepare_references(
@@ -74,21 +74,22 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         )
         weights.verify(inputs.MODEL)
         folder.go_on()
-        journal = MetricsLog(folder.path, progress.step, board)
+        journal = hooks.Journal(setup, MetricsLog(folder.path, progress.step), told)
         watching = hooks_of(trainer, folder.path, journal, checkpoints, references.held_out, progress, stop_requested)
         state = take_steps(trainer, state, references.training, watching, progress)
         samples.take("after", trainer.policy(state.params), progress.step)
+        summary = finished(interrupted=False)
     except Interrupted as stop:
         raise Interrupted(*stop.args, finished(interrupted=True)) from None
     finally:
-        board.close()
-    return finished(interrupted=False)
+        told.close(finished=summary is not None)
+    return summary
 
 
 def hooks_of(
     trainer: Trainer,
     workdir: Path,
-    journal: MetricsLog,
+    journal: hooks.Journal,
     checkpoints: TrainingCheckpoints,
     held_out: RunReference,
     progress: Progress,
@@ -104,7 +105,7 @@ def hooks_of(
         hooks.BadNumbers(setup, workdir, trainer.adaptation, progress),
         hooks.Divergence(setup, checkpoints),
         hooks.Bar(setup.total_steps, progress.step),
-        hooks.Journal(setup, journal),
+        journal,
         hooks.Checkpoints(setup.config.train, setup.assets, checkpoints, progress),
         hooks.Stop(setup.total_steps, stop_requested),
     ]

@@ -10,11 +10,11 @@ from elbo_kto_jax.models import lora
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
-from elbo_kto_jax.runtime.tensorboard import TensorBoard
 from elbo_kto_jax.sampling.generate import generate
 from elbo_kto_jax.sampling.stops import to_text
 from elbo_kto_jax.scoring.scorer import Weights
 from elbo_kto_jax.training.setup import Setup
+from elbo_kto_jax.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 class Samples:
     """The answers of a run, kept in a file so that a restart does not make them again."""
 
-    def __init__(self, setup: Setup, file: Path, board: TensorBoard):
-        """Reads the file, if it is there; `board` is told of new answers.
+    def __init__(self, setup: Setup, file: Path, tracking: Tracking):
+        """Reads the file, if it is there; `tracking` is told of new answers.
 
         Raises:
           UserError: it is damaged.
         """
-        self._setup, self._file, self._board = setup, file, board
+        self._setup, self._file, self._tracking = setup, file, tracking
         self.found: list[dict] = []
         if file.is_file():
             try:
@@ -62,9 +62,9 @@ class Samples:
         for sample, response in zip(self.found, responses.tokens, strict=True):
             sample[when] = to_text(response, setup.tokenizer, stops)
         self._write()
-        for number, sample in enumerate(self.found, start=1):
-            text = f"{_written(sample.get('prompt', ''))}\n\nanswer {when} training:\n{sample[when]}"
-            self._board.text(f"samples/{number}", text, step)
+        self._tracking.samples(
+            step, when, [sample | {"prompt": _written(sample.get("prompt", ""))} for sample in self.found]
+        )
 
     def forget(self, when: str) -> None:
         """Drops answers that are to be made again: a run that was finished has become longer."""

@@ -151,7 +151,7 @@ def test_there_and_back_bit_by_bit(made, family, tmp_path):
     export(folder, tmp_path / "again")
     for file in (CONFIG, WEIGHTS, "tokenizer.json"):
         assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
-    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS, "tokenizer.json"}
+    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS, "tokenizer.json", "README.md"}
 
 
 def test_commands_that_read_without_computing(llada, tmp_path):
@@ -191,14 +191,15 @@ def test_peft_gets_a_base_that_it_can_read(llada, tmp_path):
     export(run, out, "--base=GSAI-ML/LLaDA-8B-Instruct@abc")
     said = json.loads((out / CONFIG).read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("GSAI-ML/LLaDA-8B-Instruct", "abc")
+    card = (out / "README.md").read_text()
+    for line in ('base_model: "GSAI-ML/LLaDA-8B-Instruct"', 'base_model_relation: "adapter"', 'library_name: "peft"'):
+        assert f"\n{line}\n" in card
     assert peft.read_config(locate(out, "", True)).adaptation.base_path == "GSAI-ML/LLaDA-8B-Instruct@abc"
     export(run, out, f"--base={llada.base}", "--overwrite")
     assert_same_trees(load_model(out).params, llada.model.params)
 
 
 def test_flags(llada, tmp_path):
-    source, out = f"--source={llada.step}", f"--out={tmp_path / 'out'}"
-    assert "--base" in refusal(to_hf.main, [source, out, "--base=x"])
     assert "whole model" in refusal(export, llada.base, tmp_path / "out")
     copy = shutil.copytree(llada.base, tmp_path / "whole")
     assert "not a checkpoint" in refusal(export, llada.step, copy, "--overwrite")

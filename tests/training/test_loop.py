@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from elbo_kto_jax import precompute, score, to_hf, train
+from elbo_kto_jax import precompute, score, to_hf, trackers, train
 from elbo_kto_jax.checkpoints.load import load_model
 from elbo_kto_jax.runtime import provenance
 from elbo_kto_jax.runtime.config import Config
@@ -78,6 +78,34 @@ def in_step(monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     return arrange
+
+
+def trackers_that_keep(monkeypatch, fails: dict[str, int]) -> list[tuple]:
+    """Puts stand-ins in the place of all trackers; (tracker, what it was told). Those in `fails` fail at that step."""
+    told = []
+
+    class StandIn:
+        def __init__(self, name, run):
+            self.name, self.key, self.sent = name, "key", run.sent
+
+        def metrics(self, step, values):
+            told.append((self.name, step))
+            if fails.get(self.name) == step:
+                raise OSError("no network")
+
+        def samples(self, step, when, samples):
+            pass
+
+        def report(self, step, file):
+            assert "<svg" in file.read_text()
+            told.append((self.name, f"report after {step}"))
+
+        def close(self, finished):
+            pass
+
+    monkeypatch.setattr(trackers, "check", lambda name: None)
+    monkeypatch.setattr(trackers, "begin", StandIn)
+    return told
 
 
 def metrics_of(workdir, without=("seconds",)) -> list[dict]:
@@ -382,6 +410,15 @@ def test_a_dry_run_of_a_run_that_goes_on(whole, settings, caplog, monkeypatch):
     assert files_in(workdir) == before
 
 
+def test_a_tracker_that_cannot_work_is_refused_before_anything_is_loaded(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the data were read"))
+    for name, message in (("mlflow", r"pip install 'elbo_kto_jax\[mlflow\]'"), ("mlfow", "expected names out of 'ml")):
+        with pytest.raises(UserError, match=rf"^config\.trackers: .*{message}"):
+            train.main(runs.flags(settings, f"--workdir={tmp_path / 'run'}", f"--config.trackers=('{name}',)"))
+    assert not (tmp_path / "run").exists()
+
+
 # ---- the same command goes on ----
 
 
@@ -400,9 +437,11 @@ def test_a_signal_stops_after_saving_and_the_same_command_goes_on(whole, setting
 
 
 def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_step, monkeypatch, caplog):
-    """With another commit, too: config.json names both, and log.txt goes on."""
+    """With another commit, too: config.json names both, and log.txt goes on. Trackers get every step once, and one that
+    fails changes nothing."""
     caplog.set_level("INFO")
-    argv = runs.flags(settings, f"--workdir={tmp_path}")
+    argv = runs.flags(settings, f"--workdir={tmp_path}", "--config.trackers=('trackio','mlflow')")
+    told = trackers_that_keep(monkeypatch, fails={"mlflow": 2})
 
     def crash():
         raise RuntimeError("the machine's fault")
@@ -422,6 +461,9 @@ def test_a_crash_goes_on_from_the_last_checkpoint(whole, settings, tmp_path, in_
     ]
     assert "RuntimeError: the machine's fault" in lines
     assert f"{settings['data.train']}: WARNING: dropped 1 of 7 records" in "".join(said)  # before the folder was ours
+    assert [number for name, number in told if name == "trackio"] == [1, 2, 3, 4, 5, f"report after {STEPS}"]
+    assert [number for name, number in told if name == "mlflow"] == [1, 2, 2]  # each start tries it
+    assert caplog.text.count("tracker mlflow: no network; the run goes on without it") == 2
 
 
 def test_the_commit_of_a_checkout(tmp_path):
@@ -567,6 +609,10 @@ def test_what_is_to_be_done_next_can_be_typed(settings, tmp_path, caplog):
     assert shlex.split(line)[2:4] == ["-m", "conversion.to_hf"]
     to_hf.main(shlex.split(line)[4:])
     assert (workdir / "huggingface" / "config.json").is_file()
+    card = (workdir / "huggingface" / "README.md").read_text()
+    assert "\n| steps | 1 |\n" in card
+    assert f"\n    {shlex.join(sys.orig_argv)}\n" in card
+    assert "![Rewards](rewards.svg)" in card
 
 
 def test_samples_keep_the_messages(whole):

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import Prompts
 from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import shown
 
 Judge = Callable[[Sequence[str], Sequence[str]], list[tuple[Verdict | Opinion, ...]]]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.evaluation.address import check_key, check_url
-from elbo_kto_jax.evaluation.extras import import_extra
 from elbo_kto_jax.evaluation.judges import Judge
 from elbo_kto_jax.evaluation.kept import digest
-from elbo_kto_jax.evaluation.messages import one_line
 from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
 from elbo_kto_jax.evaluation.verdicts import read_verdict, without_reasoning
 from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.extras import import_extra
+from elbo_kto_jax.runtime.messages import one_line
 
 OPENAI_URL = "https://api.openai.com/v1"
 _PROMPT = Path(__file__).resolve().parents[1] / "judge_prompt.txt"

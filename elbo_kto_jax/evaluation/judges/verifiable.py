@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.evaluation.judges import Judge
-from elbo_kto_jax.evaluation.messages import shown
 from elbo_kto_jax.evaluation.prompts import Prompts
 from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.messages import shown
 
 
 def make(options: config.Judge, prompts: Prompts, cache: Path, stop_requested: Callable[[], bool] | None) -> Judge:

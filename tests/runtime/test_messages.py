@@ -2,7 +2,7 @@
 
 import pytest
 
-from elbo_kto_jax.evaluation.messages import Secrets, one_line, shown
+from elbo_kto_jax.runtime.messages import Secrets, one_line, shown
 
 
 @pytest.mark.parametrize(

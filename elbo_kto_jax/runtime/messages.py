@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from typing import Any
 _PART = 8  # characters of a secret that are cut out wherever they stand
 _WORD = 3  # characters; a placeholder that is shorter ("-", "x") would turn up in any message
 _HIDDEN = "[key]"
+_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]*@|\bhf_[A-Za-z0-9]{30,}")  # in an address; tokens of the hub
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)S?$")
 
 
 def one_line(text: str, limit: int = 300) -> str:
@@ -59,6 +62,21 @@ class Secrets:
                 pieces += [text[end:start], _HIDDEN]
             end = start + _PART
         return "".join([*pieces, text[end:]])
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line: without the keys, tokens and passwords of the environment's
+    variables, going by their names, and without those in addresses."""
+    return _CREDENTIALS.sub("", _of_environment().one_line(str(error).strip() or type(error).__name__))
+
+
+def redacted(text: str) -> str:
+    """`text` without the keys, tokens and passwords that `reason` leaves out."""
+    return _CREDENTIALS.sub("", _of_environment().cut_out(text))
+
+
+def _of_environment() -> Secrets:
+    return Secrets(value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name))
 
 
 def _forms(secret: str) -> set[str]:
