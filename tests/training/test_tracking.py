@@ -135,6 +135,12 @@ def test_a_tracker_that_knows_better_gets_what_it_lacks(begun, tmp_path):
     assert begun[0].steps == [2, 3, 4, 5]
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_closed_by_the_next_start(begun, tmp_path):
+    (tmp_path / "trackers.json").write_text(json.dumps({"wandb": {"key": "key"}}))
+    start(tmp_path, ["wandb"], 2, found=(1, 2))
+    assert begun[0].told == [("report", 2, "report.html"), ("closed", True)]
+
+
 def test_a_tracker_that_is_new_gets_the_whole_run(begun, tmp_path):
     start(tmp_path, ["wandb"], 0, to=(1, 2))
     start(tmp_path, ["wandb", "mlflow"], 2, found=(1, 2))
