@@ -18,6 +18,7 @@ import numpy as np
 from elbo_kto_jax.checkpoints.digest import params_digest
 from elbo_kto_jax.checkpoints.load import manifest_digest, read_digest, weight_files
 from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.data.prepared import digest_files
 from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.workdir import Workdir
@@ -41,7 +42,7 @@ def of_examples(examples: Examples) -> dict[str, str | int]:
     texts = (examples.tokens, examples.offsets, examples.prompt_length)
     return {
         "examples": len(examples),
-        "ids": _digest("\n".join(examples.ids).encode()),
+        "ids": _digest(examples.joined_ids()),
         "labels": _digest(examples.is_desirable.tobytes()),
         "texts": _digest(*(np.ascontiguousarray(array).view(np.uint8) for array in texts)),
     }
@@ -52,9 +53,9 @@ def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
     found: dict[str, dict[str, str | int]] = {}
     for data in (setup.data, setup.eval_data):
         for file in data.examples.files if data is not None else ():
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
-                found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": content.hexdigest()}
+            known = data.examples.digests if data is not None else {}
+            size, content = known.get(str(file)) or digest_files([file])[str(file)]
+            found[str(file.absolute())] = {"bytes": size, "blake2b": content}
     for key in dict.fromkeys((MODEL, reference_key(setup.config))):
         for file in weight_files(*_place(setup.config, key)):
             digest = {"blake2b": _digest(file.read_bytes())} if file.suffix == ".json" else {}
@@ -128,9 +129,9 @@ def _place(config: Config, key: str) -> tuple[str, str]:
     return config.model.path if key == MODEL else config.reference.path, f"--{key}"
 
 
-def _digest(*contents: bytes | np.ndarray) -> str:
+def _digest(*contents: bytes | memoryview | np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         digest.update(f"{len(content)};".encode())
-        digest.update(content if isinstance(content, bytes) else content.data)
+        digest.update(content.data if isinstance(content, np.ndarray) else content)
     return digest.hexdigest()
