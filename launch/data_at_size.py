@@ -6,9 +6,11 @@ so that its memory is that of this work alone. What was made is removed from DIR
 
     WORKDIR/table.md     the table: seconds (the wall clock), seconds of processors, memory at most
 
-The seconds are worth looking at on a machine that does nothing else; those of processors change less.
+The seconds are worth looking at on a machine that does nothing else; those of processors change less. Memory is read
+from /proc, so this runs on Linux.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +90,8 @@ def _measured(folder: Path, file: Path, processes: int) -> dict[str, Any]:
 def _prepare(folder: Path, file: Path, processes: int) -> dict[str, Any]:
     tokenizer = build_tokenizer(read_assets(folder / "tokenizer"), "tokenizer")
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    peaks = {"mib": 0.0, "mib_of_a_worker": 0.0}
+    threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
     examples = load_examples(
         file,
         tokenizer,
@@ -98,21 +103,34 @@ def _prepare(folder: Path, file: Path, processes: int) -> dict[str, Any]:
         seed=0,
         needs_label=True,
         skip_bad=False,
-        progress=True,
+        progress=False,
         cache=Cache(folder / "cache", is_shared=True),
         processes=processes,
     )
     seconds = time.monotonic() - began
-    mib = 2**20 if sys.platform == "darwin" else 2**10
     return {
         "seconds": round(seconds, 1),
-        "mib_before": before.ru_maxrss // mib,
-        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // mib,
-        "mib_of_a_worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // mib,
+        **{name: round(mib) for name, mib in {**peaks, "mib": _peak_mib("self")}.items()},
         "tokens": int(examples.offsets[-1]),
         "digest": examples.digest(),
         "cpu_before": before.ru_utime + before.ru_stime,
     }
+
+
+def _watch(peaks: dict[str, float]) -> None:
+    """Keeps the largest memory of a process that this one has started."""
+    while True:
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):  # it has ended
+            for file in Path("/proc/self/task").glob("*/children"):
+                found = [_peak_mib(pid) for pid in file.read_text().split()]
+                peaks["mib_of_a_worker"] = max([peaks["mib_of_a_worker"], *found])
+
+
+def _peak_mib(pid: str) -> float:
+    """The most memory that a process has had at once; `getrusage` begins with that of the program before it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt32
@@ -36,6 +37,7 @@ class Examples:
       prompts: the prompts of the first examples, as their records have them, for people; not part of the digest.
       files: where they were read; not part of the digest.
       digests: of those files whose digests are known; not part of the digest.
+      revisions: of data sets of the Hub, see `sources.Source`; not part of the digest.
       sizes: of the data sets of which these examples are a mixture, how many are of each, one after the other.
       counts: what became of the records; not part of the digest.
     """
@@ -51,6 +53,7 @@ class Examples:
     prompts: list[list[Message] | str] = dataclasses.field(default_factory=list)
     files: tuple[Path, ...] = ()
     digests: Digests = dataclasses.field(default_factory=dict)
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sizes: tuple[int, ...] = ()
     counts: Counts = dataclasses.field(default_factory=Counts)
 
@@ -98,6 +101,7 @@ def load_examples(
     limit: int = 0,
     weights: Sequence[float] = (),
     cache: Cache | None = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
     processes: int = 0,
 ) -> Examples:
     """Reads, tokenises and subsamples data sets (docs/method.md 2 "n_D / n_U", docs/method.md 5).
@@ -107,8 +111,8 @@ def load_examples(
     their position among the rows of that label only, and a smaller fraction keeps a subset of a larger one. Of several
     data sets this is done to each, and their examples follow each other.
 
-    With `needs_pairs`, examples 2p and 2p + 1 are the chosen and the rejected half of pair p. Pairs of which one half
-    would be dropped are dropped. The two fractions are equal then, and keep the same pairs.
+    With `needs_pairs`, examples 2p and 2p + 1 are the chosen and the rejected half of pair p, of which none would be
+    dropped. The two fractions are equal then, and keep the same pairs.
 
     Args:
       path: a data set, see `read_records`, or several.
@@ -122,6 +126,7 @@ def load_examples(
       prompts: of how many examples, the first ones, the prompts are kept.
       weights: in what proportions an epoch has the data sets, for warnings; (): as they are.
       cache: where large data sets are kept once they are prepared; None: nowhere.
+      revisions: at which data sets of the Hub are read, see `sources.find_files`.
       processes: that prepare a large data set; 0: one for each core.
 
     Raises:
@@ -134,7 +139,7 @@ def load_examples(
     paths = [str(path)] if isinstance(path, (str, Path)) else list(path)
     parts = []
     for one in paths:
-        request = Request(one, text, skip_bad, flag, limit, progress, cache, processes)
+        request = Request(one, text, skip_bad, flag, limit, progress, cache, revisions, processes)
         parts.append(select(prepare(request, tokenizer), rule, flag, one))
     found = _pack(parts, None if cache is None else cache.usable_folder())
     report = _report(paths, parts, weights, _label_warnings(parts, found, weights) if needs_label else [])
@@ -155,6 +160,7 @@ def _pack(parts: Sequence[Selection], folder: Path | None) -> Examples:
         report="",
         files=tuple(file for part in parts for file in part.found.files),
         digests={file: digest for part in parts for file, digest in part.found.digests.items()},
+        revisions={name: commit for part in parts for name, commit in part.found.revisions.items()},
         sizes=tuple(len(part.indices) for part in parts),
         counts=Counts.sum(part.counts for part in parts),
     )

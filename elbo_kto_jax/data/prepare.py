@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Request:
       text: how records become tokens.
       progress: show a bar on stderr.
       cache: where large data sets are kept; None: nowhere.
+      revisions: of data sets of the Hub, see `sources.find_files`.
       processes: that prepare a large data set; 0: one for each core.
     """
 
@@ -55,6 +56,7 @@ class Request:
     limit: int
     progress: bool
     cache: Cache | None
+    revisions: Mapping[str, str]
     processes: int = 0
 
 
@@ -66,7 +68,11 @@ def prepare(request: Request, tokenizer: TextTokenizer) -> Prepared:
     """
     if request.limit:
         return _first_records(request, tokenizer)
-    source = sources.find_files(request.path, request.flag)
+    source = sources.find_files(request.path, request.flag, request.revisions)
+    return dataclasses.replace(_prepare(request, source, tokenizer), revisions=source.revisions)
+
+
+def _prepare(request: Request, source: sources.Source, tokenizer: TextTokenizer) -> Prepared:
     if _size(source.files) < LARGE:
         return _logged(request, _convert(request, source, tokenizer, 1, None))
     if request.cache is None or _depends_on_the_day(tokenizer) or not request.cache.is_usable():

@@ -48,6 +48,7 @@ class Prepared:
       skipped: a line for each bad record that was left out.
       notes: what was read in another way than it is written, in lines for the log.
       digests: of the files, where they were made.
+      revisions: of a data set of the Hub, see `sources.Source`.
     """
 
     columns: Columns
@@ -55,6 +56,7 @@ class Prepared:
     skipped: list[str]
     notes: list[str]
     digests: Digests
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Sink:

@@ -22,10 +22,24 @@ from elbo_kto_jax.data.prepared import digest_files
 from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.workdir import Workdir
-from elbo_kto_jax.training.setup import Setup
+from elbo_kto_jax.training.setup import Setup, cache_of, prepare
 
 MODEL = "config.model.path"
 REFERENCE = "config.reference.path"
+
+
+def prepare_in(config: Config, folder: Workdir, *, skip_bad: bool) -> Setup:
+    """`prepare` for a run in its working folder, which is claimed for it.
+
+    Raises:
+      UserError: `prepare`, or the run began with other inputs.
+    """
+    cache = cache_of(config, folder.path)
+    setup = prepare(config, skip_bad=skip_bad, moment=folder.moment, cache=cache, revisions=folder.revisions)
+    sets = [data.examples.revisions for data in (setup.data, setup.eval_data) if data is not None]
+    revisions = {name: commit for found in sets for name, commit in found.items()}
+    folder.claim(of_setup(setup), files_of(setup), revisions)
+    return setup
 
 
 def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -157,11 +158,12 @@ def prepare(
     flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
     moment: datetime.datetime | None = None,
     cache: Cache | None = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
     `flags` are the names under which the user gave the model and the data, for messages. `moment`: see `open_model`;
-    `cache`: see `load_examples`.
+    `cache` and `revisions`: see `load_examples`.
 
     Raises:
       UserError: anything about them that the user has to mend.
@@ -179,7 +181,7 @@ def prepare(
     axes.param_shardings(train_state.abstract_trained(model, config.lora), mesh, model.config)
     layout = layout_of(config, model.config, mesh)
 
-    read = functools.partial(_read, config, opened, objective, layout, skip_bad, cache)
+    read = functools.partial(_read, config, opened, objective, layout, skip_bad, cache, revisions)
     fractions = config.data.desirable_fraction, config.data.undesirable_fraction
     data = read(config.data.train, data_flag, *fractions, weights=config.data.weights)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
@@ -203,6 +205,7 @@ def _read(
     layout: Layout,
     skip_bad: bool,
     cache: Cache | None,
+    revisions: Mapping[str, str],
     path: str | list[str],
     flag: str,
     desirable_fraction: float,
@@ -227,6 +230,7 @@ def _read(
         prompts=config.train.samples,
         weights=weights,
         cache=cache,
+        revisions=revisions,
     )
     log.info("%s: %s", path, examples.report)
     if loss := examples.counts.warning(config.data.max_length):
