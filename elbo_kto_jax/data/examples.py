@@ -125,9 +125,7 @@ def load_examples(
       progress: show a bar on stderr.
       prompts: of how many examples, the first ones, the prompts are kept.
       weights: in what proportions an epoch has the data sets, for warnings; (): as they are.
-      cache: where large data sets are kept once they are prepared; None: nowhere.
-      revisions: at which data sets of the Hub are read, see `sources.find_files`.
-      processes: that prepare a large data set; 0: one for each core.
+      cache, revisions, processes: see `prepare.Request`.
 
     Raises:
       UserError: see `read_records` and `encode_batch`; or no row is left.

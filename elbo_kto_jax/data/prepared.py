@@ -204,6 +204,7 @@ class Cache:
                 with contextlib.suppress(OSError):
                     log.info("removed: %s has prepared records of something else", other)
                     lock.remove(other, self.folder / f".{other.name}-{secrets.token_hex(4)}{_END}")
+                    (self.folder / f".{other.name}{lock.LOCK_FILE}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
