@@ -3,7 +3,7 @@
 Without weights an epoch has each example once, in an order of its own. With weights it has as many examples as there
 are, but the data sets in the proportions of the weights: each set is gone through in an order of its own until it is
 used up, and then again in another, from epoch to epoch. The sets take turns: at every point of an epoch, each has had
-its share so far, to within one example (of more than three sets, to within half an example for each of them).
+its share so far, to within one example (of more than three sets, to within half as many as there are sets).
 
 What is counted here are groups of examples that belong together; a pair is a group of two.
 """
