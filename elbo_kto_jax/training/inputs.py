@@ -54,11 +54,13 @@ def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:
 def of_examples(examples: Examples) -> dict[str, str | int]:
     """What training sees of a data set, part by part."""
     texts = (examples.tokens, examples.offsets, examples.prompt_length)
+    sizes = {"sizes": ", ".join(map(str, examples.sizes))} if len(examples.sizes) > 1 else {}  # of what is mixed
     return {
         "examples": len(examples),
         "ids": _digest(examples.joined_ids()),
         "labels": _digest(examples.is_desirable.tobytes()),
         "texts": _digest(*(np.ascontiguousarray(array).view(np.uint8) for array in texts)),
+        **sizes,
     }
 
 

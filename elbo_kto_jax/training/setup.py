@@ -119,9 +119,15 @@ class Setup:
             **({} if config.lora.base_quantization == "none" else {"base": config.lora.base_quantization}),
             **({"lora_targets": sorted(config.lora.targets)} if config.lora.targets else {}),  # as for the rank
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
-            **({"weights": list(config.data.weights)} if data.is_weighted else {}),  # which examples a step has
+            **self._mixture(data),
             **({} if mask is None else {"mask_token_id": mask}),  # which the user, the tokenizer or the authors say
         }
+
+    def _mixture(self, data: TrainingData) -> dict:
+        """What else says which examples a step has."""
+        if not data.is_weighted:
+            return {}
+        return {"weights": list(self.config.data.weights), "sizes": list(data.examples.sizes)}
 
 
 def tokenizer_digest(assets: Mapping[str, bytes]) -> str:

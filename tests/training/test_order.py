@@ -10,6 +10,7 @@ from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.runtime import config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import Flags
+from elbo_kto_jax.training import inputs
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.order import Mixed, Shuffled, shares
 from tests import runs, tiny
@@ -121,6 +122,15 @@ def test_examples_of_a_mixture(tmp_path, tokenizer):
     assert mixture(tmp_path, tokenizer)[1].digest() == examples.digest()
     assert f"{paths[0]}: 20% of every epoch" in examples.report
     assert f"{paths[1]}: 50% of every epoch" in mixture(tmp_path, tokenizer, (1, 1))[1].report
+
+
+def test_where_one_set_ends_and_the_next_begins_is_an_input_of_a_run():
+    examples = tiny.examples(20)
+    found = [
+        inputs.of_examples(type(examples)(**{**vars(examples), "sizes": sizes})) for sizes in ((20,), (4, 16), (5, 15))
+    ]
+    assert [one.pop("sizes", "") for one in found] == ["", "4, 16", "5, 15"]
+    assert found[0] == found[1] == found[2] == inputs.of_examples(examples)
 
 
 def test_the_balance_of_labels_is_that_of_the_mixture(tmp_path, tokenizer):
