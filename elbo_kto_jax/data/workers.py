@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.data import portable, worker
@@ -22,13 +23,18 @@ from elbo_kto_jax.data.portable import TextTokenizer
 from elbo_kto_jax.data.rows import Block, to_bytes
 from elbo_kto_jax.runtime.errors import UserError
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in a period of as many
 _PATIENCE = 2.0  # seconds for a process to end by itself
 Placed = tuple[Block, tuple[str, str, int]]  # see `convert_rows`
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use: those that it is bound to, and as many as its container has."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max 100000"
+        quota, period = map(int, _QUOTA.read_text().split())
+        count = min(count, -(-quota // period))
+    return count
 
 
 def convert_all(blocks: Iterable[Placed], tokenizer: TextTokenizer, text: Text, processes: int) -> Generator[Part]:

@@ -310,6 +310,18 @@ def test_a_process_that_is_killed_is_told_in_one_line(load, tmp_path, monkeypatc
         load(file, processes=2)
 
 
+@pytest.mark.parametrize(
+    ("text", "count"), [("max 100000", 64), ("350000 100000", 4), ("9900000 100000", 64), ("", 64)]
+)
+def test_a_container_may_have_fewer_cores_than_the_machine(tmp_path, monkeypatch, text, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(workers, "_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(text)
+    assert workers.cores() == count
+    (tmp_path / "cpu.max").unlink()
+    assert workers.cores() == 64
+
+
 def workers_of(pid: int) -> list[int]:
     """The processes of data/worker.py that `pid` has started."""
     children = Path(f"/proc/{pid}/task").glob("*/children")
