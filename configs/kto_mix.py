@@ -15,12 +15,14 @@ _MODEL = {
 }
 _DATA = {
     "train": "trl-lib/kto-mix-14k",  # [paper]
+    "weights": [],  # of several data sets in a list
     "eval": "",  # [ours] another split: "trl-lib/kto-mix-14k:test"
     "max_length": 4096,  # [paper] tokens
     "packing": True,  # [ours] the authors pad every row to 4096; False does that
     "append_eot": False,  # [paper]
     "desirable_fraction": 1.0,  # [paper] n_D
     "undesirable_fraction": 1.0,  # [paper] n_U
+    "cache": "",  # [ours] beside the working folder
 }
 _OBJECTIVE = {
     "name": "elbo_kto",

@@ -32,18 +32,18 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int32
-from transformers import PreTrainedTokenizerBase
 
 from elbo_kto_jax.data import foreign
+from elbo_kto_jax.data.portable import TextTokenizer
 from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.runtime.errors import UserError
 
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")  # what Jinja has of it
-_CLOCK = "strftime_now"
+CLOCK = "strftime_now"
 _CHARACTERS = 16  # of a text that are tokenised for every token wanted; again four times as many if they are too few
 _BEYOND = 256  # tokens beyond those wanted: where a text is cut, its last tokens are others than the whole text's
 _lock = threading.Lock()  # for how a tokenizer is set
@@ -67,7 +67,7 @@ class Encoded:
     text_length: int
 
 
-def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetime, where: str) -> None:
+def make_repeatable(tokenizer: Any, moment: datetime.datetime, where: str) -> None:
     """Makes `tokenizer`, read from `where`, render a conversation in the same way on every day.
 
     A template that asks for the time is told `moment` from now on.
@@ -82,13 +82,11 @@ def make_repeatable(tokenizer: PreTrainedTokenizerBase, moment: datetime.datetim
             f"{where}: the tokenizer's chat template uses `{drawing[0]}`, which gives another text at every start; "
             "a run that is interrupted could not go on: write a template without it"
         )
-    if _CLOCK in templates:
+    if CLOCK in templates:
         tokenizer.moment = moment  # which `foreign.render` hands on
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message] | str, max_length: int | None = None
-) -> list[int]:
+def encode_prompt(tokenizer: TextTokenizer, prompt: list[Message] | str, max_length: int | None = None) -> list[int]:
     """Token ids of a prompt: messages with the template and the assistant header, a plain string as it is.
 
     With a `max_length`, of a prompt that has far more tokens only more than so many are given.
@@ -99,7 +97,7 @@ def encode_prompt(
     return _tokenise_prompts(tokenizer, [prompt], ["the prompt"], max_length)[0]
 
 
-def writes_special_tokens(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> list[bool]:
+def writes_special_tokens(tokenizer: TextTokenizer, records: Sequence[Record]) -> list[bool]:
     """Whether a special token stands in a message or the completion of each record."""
     special = _special_tokens(tokenizer)
     return [any(map(special.search, _written(record))) for record in records]
@@ -113,7 +111,7 @@ def _written(record: Record) -> list[str]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     record: Record,
     *,
     max_length: int,
@@ -129,7 +127,7 @@ def encode(
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     records: Sequence[Record],
     *,
     max_length: int,
@@ -181,9 +179,7 @@ def _turns(record: Record) -> tuple[list[Message] | str, str]:
     return prompt, completion if isinstance(completion, str) else completion[0]["content"]
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[Message] | str], where: Sequence[str]
-) -> list[str]:
+def _render(tokenizer: TextTokenizer, prompts: Sequence[list[Message] | str], where: Sequence[str]) -> list[str]:
     """The texts of prompts: messages with the template, plain strings as they are; `where` each is, for errors.
 
     Raises:
@@ -208,7 +204,7 @@ def _render(
     return texts
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], is_open: bool) -> str:
+def render(tokenizer: TextTokenizer, messages: list[Message], is_open: bool) -> str:
     """The text of messages; it ends with the content of the last one if that is open, else with an answer's header.
 
     Raises:
@@ -229,7 +225,7 @@ def _without_empty_answer(messages: list[Message]) -> list[Message]:
 
 
 def _tokenise_prompts(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     prompts: Sequence[list[Message] | str],
     where: Sequence[str],
     max_length: int | None,
@@ -275,7 +271,7 @@ class _Guard:
         self._written.append(match[0])
         return f"{self._mark}{len(self._written) - 1}{self._mark}"
 
-    def tokenise(self, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int | None) -> list[int]:
+    def tokenise(self, tokenizer: TextTokenizer, text: str, max_length: int | None) -> list[int]:
         """The tokens of what the template made of the disguised messages."""
         tokens: list[int] = []
         for part in re.split(f"({self._special.pattern})", text):
@@ -289,14 +285,14 @@ class _Guard:
         return tokens
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+def _special_tokens(tokenizer: TextTokenizer) -> re.Pattern:
     """Matches every special token. It is slow to build where there are hundreds: once for many texts."""
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None, as_text: bool = False
+    tokenizer: TextTokenizer, texts: Sequence[str], max_length: int | None = None, as_text: bool = False
 ) -> list[list[int]]:
     """Token ids of each text as it is, nothing added; all cores take part.
 
@@ -319,7 +315,7 @@ def tokenise(
     return [found[text] for text in texts]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], as_text: bool) -> list[list[int]]:
+def _encode(tokenizer: TextTokenizer, texts: list[str], as_text: bool) -> list[list[int]]:
     # Past transformers, which looks at model_max_length: texts are cut by us.
     backend = tokenizer.backend_tokenizer
     try:

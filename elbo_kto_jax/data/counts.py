@@ -1,6 +1,7 @@
 """What became of the records of a data set: how many are used, and how many are not, or not whole."""
 
 import dataclasses
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Counts:
     left_out: int = 0
     cut: int = 0
     examples: int = 0
+
+    @classmethod
+    def sum(cls, counts: Iterable["Counts"]) -> "Counts":
+        """Of several data sets together."""
+        return cls(*map(sum, zip(*map(dataclasses.astuple, counts), strict=True)))
 
     def warning(self, max_length: int) -> str:
         """What is lost without having been asked for, in one line; "" where nothing is."""

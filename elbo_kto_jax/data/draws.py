@@ -51,14 +51,19 @@ class DrawnExamples:
             length=int(self.examples.completion_length[i]),
         )
 
-    def micro_batches(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> list[Rows]:
-        """The draws of the examples `indices`; draw k of the i-th of them has the index i * K + k."""
+    def micro_batches(self, indices: Int[np.ndarray, " n"], epoch: int | Int[np.ndarray, " n"] = 0) -> list[Rows]:
+        """The draws of the examples `indices`; draw k of the i-th of them has the index i * K + k.
+
+        `epoch`: of the masks, of all examples or of each.
+        """
         examples, draws = self.examples, self.estimator.draws
-        masks_of = functools.cache(lambda i: self.masks(i, epoch))
+        epochs = np.broadcast_to(epoch, len(indices))
+        masks_of = functools.cache(self.masks)
 
         def segment(index: int) -> Segment:
-            i, k = int(indices[index // draws]), index % draws
-            masks = masks_of(i)
+            at, k = divmod(index, draws)
+            i = int(indices[at])
+            masks = masks_of(i, int(epochs[at]))
             return segment_of(examples, i, masks.mask[k], float(masks.weight[k]), index)
 
         return pack_own(self.lengths(indices).tolist(), segment, self.layout, self.own)

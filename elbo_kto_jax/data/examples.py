@@ -1,28 +1,24 @@
 """The tokenised data set in a few flat arrays: a pure function of the records, the tokenizer and the text settings."""
 
-import collections
-import concurrent.futures
 import dataclasses
-import functools
 import hashlib
-import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt32
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from elbo_kto_jax.data.chat import Encoded, encode_batch, writes_special_tokens
+from elbo_kto_jax.data.convert import Text
 from elbo_kto_jax.data.counts import Counts
-from elbo_kto_jax.data.pairs import whole_pairs
-from elbo_kto_jax.data.reading import RecordFile, read_records
-from elbo_kto_jax.data.records import Message, Record
+from elbo_kto_jax.data.gather import column, flat, prompts_of
+from elbo_kto_jax.data.ids import Ids
+from elbo_kto_jax.data.prepare import Request, prepare
+from elbo_kto_jax.data.prepared import Cache, Digests
+from elbo_kto_jax.data.records import Message
+from elbo_kto_jax.data.select import Rule, Selection, label_warnings, select
 from elbo_kto_jax.data.special import find_eot_id
-from elbo_kto_jax.runtime.errors import UserError
-
-_RARE = 0.05  # share of a label below which a warning says so: most batches of 8 have none then
-_BATCH = 256  # records per call of the tokenizer: enough for its threads, small enough for a moving bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,9 @@ class Examples:
       report: what was read, left out and why, in lines for the log; not part of the digest.
       prompts: the prompts of the first examples, as their records have them, for people; not part of the digest.
       files: where they were read; not part of the digest.
+      digests: of those files whose digests are known; not part of the digest.
+      revisions: of data sets of the Hub, see `sources.Source`; not part of the digest.
+      sizes: of the data sets of which these examples are a mixture, how many are of each, one after the other.
       counts: what became of the records; not part of the digest.
     """
 
@@ -48,11 +47,14 @@ class Examples:
     prompt_length: Int32[np.ndarray, "num"]
     completion_length: Int32[np.ndarray, "num"]
     is_desirable: Bool[np.ndarray, "num"]
-    ids: list[str]
+    ids: Sequence[str]
     id_words: UInt32[np.ndarray, "num 2"]
     report: str
     prompts: list[list[Message] | str] = dataclasses.field(default_factory=list)
     files: tuple[Path, ...] = ()
+    digests: Digests = dataclasses.field(default_factory=dict)
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
     counts: Counts = dataclasses.field(default_factory=Counts)
 
     def __len__(self) -> int:
@@ -71,12 +73,17 @@ class Examples:
         ):
             digest.update(f"{array.dtype} {array.shape};".encode())
             digest.update(np.ascontiguousarray(array).data)
-        digest.update("\n".join(self.ids).encode())
+        digest.update(self.joined_ids())
         return digest.hexdigest()
+
+    def joined_ids(self) -> memoryview:
+        """The bytes of all ids with line breaks between them."""
+        ids = self.ids if isinstance(self.ids, Ids) else Ids.of(self.ids)
+        return ids.text.data[:-1]
 
 
 def load_examples(
-    path: str | Path,
+    path: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -92,200 +99,83 @@ def load_examples(
     flag: str = "--config.data.train",
     prompts: int = 0,
     limit: int = 0,
+    weights: Sequence[float] = (),
+    cache: Cache | None = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
+    processes: int = 0,
 ) -> Examples:
-    """Reads, tokenises and subsamples a data set (docs/method.md 2 "n_D / n_U", docs/method.md 5).
+    """Reads, tokenises and subsamples data sets (docs/method.md 2 "n_D / n_U", docs/method.md 5).
 
     Rows without a token to score (an empty completion, or a prompt that fills max_length) are dropped first. Of the
     rest, round(fraction * count) rows of each label are kept, in their order; which ones depends on the seed and on
-    their position among the rows of that label only, and a smaller fraction keeps a subset of a larger one.
+    their position among the rows of that label only, and a smaller fraction keeps a subset of a larger one. Of several
+    data sets this is done to each, and their examples follow each other.
 
-    With `needs_pairs`, examples 2p and 2p + 1 are the chosen and the rejected half of pair p. Pairs of which one half
-    would be dropped are dropped. The two fractions are equal then, and keep the same pairs.
+    With `needs_pairs`, examples 2p and 2p + 1 are the chosen and the rejected half of pair p, of which none would be
+    dropped. The two fractions are equal then, and keep the same pairs.
 
     Args:
-      path: see `read_records`.
-      tokenizer: a fast tokenizer.
+      path: a data set, see `read_records`, or several.
       max_length: tokens kept of each row.
-      exact_window: see `data.chat`.
-      append_eot: continue every completion with the end-of-turn token.
+      exact_window, append_eot: see `encode_batch`.
       desirable_fraction, undesirable_fraction: share of such rows to keep, 0 to 1.
       seed: of the subsets.
       needs_label: refuse records without a label; otherwise they count as desirable.
-      skip_bad, limit: see `read_records`.
+      skip_bad, limit, flag: see `read_records`.
       progress: show a bar on stderr.
-      needs_pairs: see above.
-      flag: the command-line flag that gave `path`, for messages.
       prompts: of how many examples, the first ones, the prompts are kept.
+      weights: in what proportions an epoch has the data sets, for warnings; (): as they are.
+      cache, revisions, processes: see `prepare.Request`.
 
     Raises:
       UserError: see `read_records` and `encode_batch`; or no row is left.
     """
     needs = ("prompt", "completion", "label") if needs_label else ("prompt", "completion")
-    source = read_records(path, needs=needs, skip_bad=skip_bad, flag=flag, limit=limit)
-    encoded = _encode(tokenizer, source.records, max_length, exact_window, append_eot, progress)
-    rows = list(zip(source.records, encoded, strict=True))
-    rows, notes = whole_pairs(rows, flag, path) if needs_pairs else (rows, [])
-    rows = [row for row in rows if row[1].completion_length > 0]
-    is_desirable = np.array([record.label is not False for record, _ in rows], np.bool_)
-    kept = _kept(is_desirable, (desirable_fraction, undesirable_fraction), seed, needs_pairs)
-    _check_any(kept, f"{flag}: no example is left of the {len(source.records)} records in {path}", max_length)
-    rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
-    notes += _special(tokenizer, source.records, exact_window)
-    notes += _warnings(rows, is_desirable[kept]) if needs_label else []
-    report = _report(source.records, source.skipped, encoded, is_desirable, kept, max_length, notes)
-    packed = _pack(rows, is_desirable[kept], report, [record.prompt for record, _ in rows[:prompts]])
-    return dataclasses.replace(packed, files=tuple(source.files), counts=_counts(source, len(kept), rows, max_length))
+    eot_id = find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1
+    text = Text(needs, max_length, exact_window, append_eot, eot_id)
+    rule = Rule(max_length, exact_window, desirable_fraction, undesirable_fraction, seed, needs_pairs)
+    paths = [str(path)] if isinstance(path, (str, Path)) else list(path)
+    parts = []
+    for one in paths:
+        request = Request(one, text, skip_bad, flag, limit, progress, cache, revisions, processes)
+        parts.append(select(prepare(request, tokenizer), rule, flag, one))
+    found = _pack(parts, None if cache is None else cache.usable_folder())
+    report = _report(paths, parts, weights, _label_warnings(parts, found, weights) if needs_label else [])
+    return dataclasses.replace(found, report=report, prompts=prompts_of(parts[0].found, parts[0].indices[:prompts]))
 
 
-def _counts(source: RecordFile, scorable: int, rows: list[tuple[Record, Encoded]], max_length: int) -> Counts:
-    """What became of the records, of which `scorable` have a token to score, and `rows` are used."""
-    return Counts(
-        records=len(source.records),
-        skipped=len(source.skipped),
-        dropped=len(source.records) - scorable,
-        left_out=scorable - len(rows),
-        cut=sum(row.text_length > max_length for _, row in rows),
-        examples=len(rows),
-    )
-
-
-def _check_any(kept: Bool[np.ndarray, " n"], message: str, max_length: int) -> None:
-    """Raises UserError where no row is kept; `message` says of what."""
-    if not kept.any():
-        raise UserError(
-            f"{message}: {len(kept)} have a completion token within --config.data.max_length {max_length}, and the "
-            "fractions of the two labels keep 0 of these"
-        )
-
-
-def _kept(
-    is_desirable: Bool[np.ndarray, " n"], fractions: tuple[float, float], seed: int, needs_pairs: bool
-) -> Bool[np.ndarray, " n"]:
-    """Which rows the fractions of the desirable and of the undesirable ones keep."""
-    kept = np.zeros(len(is_desirable), np.bool_)
-    for label, fraction in zip((True, False), fractions, strict=True):
-        positions = np.flatnonzero(is_desirable == label)
-        kept[positions[_subset(len(positions), fraction, seed, label and not needs_pairs)]] = True
-    return kept
-
-
-def _special(tokenizer: PreTrainedTokenizerBase, records: list[Record], exact_window: bool) -> list[str]:
-    """A note where records write special tokens out."""
-    num_special = sum(writes_special_tokens(tokenizer, records))
-    if num_special:
-        reading = "text" if exact_window else "those tokens, as by the authors (config.data.packing=True: as text)"
-        return [f"{num_special} records write special tokens out in their texts, which are read as {reading}"]
-    return []
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    records: list[Record],
-    max_length: int,
-    exact_window: bool,
-    append_eot: bool,
-    progress: bool,
-) -> list[Encoded]:
-    """The tokens of all records: one batch goes through the chat template while the one before is tokenised."""
-    encode = functools.partial(
-        encode_batch,
-        tokenizer,
-        max_length=max_length,
-        exact_window=exact_window,
-        append_eot=append_eot,
-        eot_id=find_eot_id(tokenizer, "--config.data.append_eot") if append_eot else -1,
-    )
-    encoded: list[Encoded] = []
-    with (
-        tqdm(total=len(records), desc="tokenise", unit="record", disable=not progress, file=sys.stderr) as bar,
-        concurrent.futures.ThreadPoolExecutor(2) as pool,
-    ):
-        batches = [records[start : start + _BATCH] for start in range(0, len(records), _BATCH)]
-        futures = [pool.submit(encode, batch) for batch in batches]
-        try:
-            for future in futures:
-                encoded += future.result()
-                bar.update(len(encoded) - bar.n)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return encoded
-
-
-def _subset(count: int, fraction: float, seed: int, label: bool) -> Int64[np.ndarray, "kept"]:
-    """Which round(fraction * count) of `count` rows to keep.
-
-    Ranked by raw Philox words: numpy promises those streams never to change, unlike `Generator.permutation`.
-    """
-    words = np.random.Philox(np.random.SeedSequence([seed, label])).random_raw(count)
-    return np.argsort(words, kind="stable")[: round(fraction * count)]
-
-
-def _warnings(rows: list[tuple[Record, Encoded]], is_desirable: Bool[np.ndarray, "num"]) -> list[str]:
-    """What is odd about the labels of the rows, in lines for the log."""
-    found = []
-    num_good, num_bad = int(np.sum(is_desirable)), int(np.sum(~is_desirable))
-    (count, rare), (_, other) = sorted([(num_good, "desirable"), (num_bad, "undesirable")])
-    if count == 0:
-        found.append("WARNING: all examples have the same label, so there are no good and bad answers to tell apart")
-    elif count < _RARE * len(rows):
-        found.append(
-            f"WARNING: only {count} of {len(rows)} examples {'is' if count == 1 else 'are'} {rare}; in every batch "
-            f"without one, that label's reward and the margin are NaN, and little is learned from it: "
-            f"collect more, or lower config.data.{other}_fraction"
-        )
-    texts = [(row.prompt_length, row.tokens.tobytes()) for _, row in rows]
-    good = {text for text, label in zip(texts, is_desirable, strict=True) if label}
-    both = good & {text for text, label in zip(texts, is_desirable, strict=True) if not label}
-    if both:
-        found.append(f"WARNING: {len(both)} texts are labelled both desirable and undesirable; all of them count")
-    return found
-
-
-def _pack(
-    rows: list[tuple[Record, Encoded]],
-    is_desirable: Bool[np.ndarray, "num"],
-    report: str,
-    prompts: list[list[Message] | str],
-) -> Examples:
-    ids = [record.id for record, _ in rows]
-    hashes = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+def _pack(parts: Sequence[Selection], folder: Path | None) -> Examples:
+    """The examples of data sets, one after the other; an array that is too large for memory is a file in `folder`."""
+    lengths, prompt_length = column(parts, "length"), column(parts, "prompt_length")
     return Examples(
-        tokens=np.concatenate([encoded.tokens for _, encoded in rows]),
-        offsets=np.cumsum([0, *(len(encoded.tokens) for _, encoded in rows)], dtype=np.int64),
-        prompt_length=np.array([encoded.prompt_length for _, encoded in rows], np.int32),
-        completion_length=np.array([encoded.completion_length for _, encoded in rows], np.int32),
-        is_desirable=is_desirable,
-        ids=ids,
-        id_words=np.frombuffer(hashes, "<u4").astype(np.uint32).reshape(-1, 2),
-        report=report,
-        prompts=prompts,
+        tokens=flat(parts, "tokens", "length", folder),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        prompt_length=prompt_length,
+        completion_length=lengths - prompt_length,
+        is_desirable=column(parts, "label") != 0,
+        ids=Ids(flat(parts, "ids", "id_length", folder), np.cumsum(column(parts, "id_length"), dtype=np.int64)),
+        id_words=column(parts, "words").view(np.uint32).reshape(-1, 2),
+        report="",
+        files=tuple(file for part in parts for file in part.found.files),
+        digests={file: digest for part in parts for file, digest in part.found.digests.items()},
+        revisions={name: commit for part in parts for name, commit in part.found.revisions.items()},
+        sizes=tuple(len(part.indices) for part in parts),
+        counts=Counts.sum(part.counts for part in parts),
     )
 
 
-def _report(
-    records: list[Record],
-    skipped: list[str],
-    encoded: list[Encoded],
-    is_desirable: Bool[np.ndarray, "scorable"],
-    kept: Bool[np.ndarray, "scorable"],
-    max_length: int,
-    notes: list[str],
-) -> str:
+def _label_warnings(parts: Sequence[Selection], packed: Examples, weights: Sequence[float]) -> list[str]:
+    sizes = np.array(packed.sizes)
+    often = np.ones(len(sizes)) if not weights else np.array(weights) / np.sum(weights) * np.sum(sizes) / sizes
+    return label_warnings(packed.is_desirable, column(parts, "text"), np.repeat(often, sizes))
+
+
+def _report(paths: Sequence[str], parts: Sequence[Selection], weights: Sequence[float], warnings: Sequence[str]) -> str:
     """One line per thing that happened to the data, with counts."""
-    dropped = collections.Counter(
-        f"whose prompt fills max_length {max_length}" if row.prompt_length >= max_length else "without a completion"
-        for row in encoded
-        if row.completion_length == 0
-    )
-    num_cut = sum(row.completion_length > 0 and row.text_length > max_length for row in encoded)
-    lines = [
-        f"{len(records)} records read",
-        *(f"{count} dropped {reason}" for reason, count in sorted(dropped.items())),
-        f"{num_cut} completions cut at max_length {max_length}",
-        f"{np.sum(kept & is_desirable)} of {np.sum(is_desirable)} desirable and "
-        f"{np.sum(kept & ~is_desirable)} of {np.sum(~is_desirable)} undesirable examples kept",
-        *notes,
-    ]
-    if skipped:
-        lines += [f"{len(skipped)} bad records skipped:", *skipped]
-    return "\n".join(lines)
+    if len(parts) == 1:
+        return "\n".join([*parts[0].lines, *warnings, *parts[0].skipped()])
+    lines = []
+    shares = np.array(weights or [len(part.indices) for part in parts], np.float64)
+    for path, part, share in zip(paths, parts, shares / shares.sum(), strict=True):
+        lines += [f"{path}: {100 * share:.4g}% of every epoch", *part.lines, *part.skipped()]
+    return "\n".join([*lines, *warnings])

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from elbo_kto_jax.data.portable import TextTokenizer
 from elbo_kto_jax.runtime import sandbox
 
 Message = dict[str, str]
@@ -46,9 +45,7 @@ class ForeignError(Exception):
         self.index = index
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Message]], are_open: Sequence[bool]
-) -> list[str]:
+def render(tokenizer: TextTokenizer, conversations: Sequence[list[Message]], are_open: Sequence[bool]) -> list[str]:
     """The texts that the chat template of `tokenizer` makes of conversations.
 
     Args:

@@ -1,14 +1,13 @@
 """The rows of a JSON file: one object a line, or a list of objects. A line has at most MOST_LINE_BYTES."""
 
 import collections
-import functools
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from elbo_kto_jax.data.bad_records import BadRecordError, Decode, shorten
+from elbo_kto_jax.data.bad_records import BadRecordError, shorten
 from elbo_kto_jax.data.unfold import open_bounded
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -16,24 +15,31 @@ MOST_LINE_BYTES = 2**27
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def line_rows(file: Path) -> Iterator[tuple[int, Decode]]:
-    with open_bounded(file) as lines:
+Line = tuple[int, bytes | None]  # number from 1, content; None: too long
+
+
+def lines(file: Path) -> Iterator[Line]:
+    """The lines of a file that are not blank."""
+    with open_bounded(file) as content:
         number = 0
-        while line := lines.readline(MOST_LINE_BYTES + 1):
+        while line := content.readline(MOST_LINE_BYTES + 1):
             number += 1
             if len(line) > MOST_LINE_BYTES:
                 while line and not line.endswith(b"\n"):
-                    line = lines.readline(MOST_LINE_BYTES)
-                yield number, _refuse_line
+                    line = content.readline(MOST_LINE_BYTES)
+                yield number, None
             elif line.strip():
-                yield number, functools.partial(_decode_line, line)
+                yield number, line
 
 
-def _refuse_line() -> Any:
-    raise BadRecordError(f"a line of more than {MOST_LINE_BYTES} bytes")
+def decode_line(line: bytes | None) -> Any:
+    """The value that a line has.
 
-
-def _decode_line(line: bytes) -> Any:
+    Raises:
+      BadRecordError: it has none, or nobody knows which.
+    """
+    if line is None:
+        raise BadRecordError(f"a line of more than {MOST_LINE_BYTES} bytes")
     decoder = _Json()
     try:
         value = decoder.decode(line.decode("utf-8-sig"))
@@ -43,7 +49,9 @@ def _decode_line(line: bytes) -> Any:
         raise BadRecordError(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
         raise BadRecordError(f"not valid JSON: {error}") from None
-    return _unambiguous(value, decoder.twice)
+    if decoder.twice:
+        raise BadRecordError(f"field `{shorten(decoder.twice)}`: stands twice in one object")
+    return value
 
 
 class _Json(json.JSONDecoder):
@@ -64,19 +72,12 @@ class _Json(json.JSONDecoder):
         return found
 
 
-def _unambiguous(value: Any, twice: str) -> Any:
-    """`value`, unless `twice` names what it has twice."""
-    if twice:
-        raise BadRecordError(f"field `{shorten(twice)}`: stands twice in one object")
-    return value
-
-
-def json_rows(file: Path) -> Iterator[tuple[int, Decode]]:
-    """The rows of a list of objects, or of lines."""
+def list_or_lines(file: Path) -> Iterator[Line]:
+    """The texts of a list of objects, numbered as lines are, or lines."""
     with open_bounded(file) as content:
         head = content.read(2**16)
     if layout(head) == "lines":
-        yield from line_rows(file)
+        yield from lines(file)
         return
     if layout(head) != "list":
         raise UserError(f"{file}: expected a list of records, or one record a line")
@@ -114,14 +115,13 @@ def _after_blank(text: str, start: int) -> int:
     return found.end() if found else start
 
 
-def _list_rows(text: str) -> Iterator[Decode]:
-    decoder = _Json()
+def _list_rows(text: str) -> Iterator[bytes]:
+    decoder = json.JSONDecoder()
     at = _after_blank(text, _after_blank(text, 0) + 1)
     while text[at : at + 1] != "]":
-        value, at = decoder.raw_decode(text, at)
-        yield functools.partial(_unambiguous, value, decoder.twice)
-        decoder.twice = ""
-        at = _after_blank(text, at)
+        _, end = decoder.raw_decode(text, at)
+        yield text[at:end].encode()
+        at = _after_blank(text, end)
         if text[at : at + 1] == ",":
             at = _after_blank(text, at + 1)
         elif text[at : at + 1] != "]":

@@ -3,9 +3,10 @@
 Columns that hold times are read as integers, for no field is one.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,44 @@ from elbo_kto_jax.data.records import FIELDS
 from elbo_kto_jax.data.unfold import most_unfolded, unfolds_to_too_much
 from elbo_kto_jax.runtime.errors import UserError
 
-_ROWS = 1024  # of Parquet, read at once
+_ROWS = 512  # of Parquet, read at once
+_BYTES = 2**24  # of a batch, but for a row that alone has more
 
 
 class NotRead:
     """Stands for the value of a column that is not read; there may be one."""
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[int, Decode]]:
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of a Parquet file that follow each other, as Arrow arrays.
+
+    Attributes:
+      first: the number of the first row, from 1.
+      count: of the rows.
+      names: of the columns that are read.
+      columns: their values.
+      others: the names of the columns that are not read.
+    """
+
+    first: int
+    count: int
+    names: list[str]
+    columns: list[Any]
+    others: list[str]
+
+    def rows(self) -> Iterator[tuple[int, Decode]]:
+        not_read = {name: NotRead() for name in self.others}
+        for row in range(self.count):
+            yield self.first + row, functools.partial(_decode_row, self.names, self.columns, row, not_read)
+
+
+def batches(file: Path) -> Iterator[Batch]:
+    """The rows of a Parquet file, some at a time.
+
+    Raises:
+      UserError: it cannot be read, has a column twice, or unfolds to too much.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -35,21 +66,24 @@ def parquet_rows(file: Path) -> Iterator[tuple[int, Decode]]:
             if twice:
                 raise UserError(f"{file}: column `{twice[0]}` stands there twice; remove one")
             read = [name for name in FIELDS if name in names]
-            not_read = {name: NotRead() for name in names if name not in FIELDS}
+            others = [name for name in names if name not in FIELDS]
             left = most_unfolded(file)
             if _claimed_bytes(table.metadata, read) > left:
                 raise unfolds_to_too_much(file)
-            number = 0
+            first = 1
             # Arrow joins no dictionaries of nested columns, and each row group has its own.
             groups = (table.iter_batches(_ROWS, [group], read) for group in range(table.num_row_groups))
             for batch in itertools.chain.from_iterable(groups):
                 columns = [_without_times(column) for column in batch.columns]
-                left -= sum(map(_num_bytes, columns))
+                size = sum(map(_num_bytes, columns))
+                left -= size
                 if left < 0:
                     raise unfolds_to_too_much(file)
-                for row in range(batch.num_rows):
-                    number += 1
-                    yield number, functools.partial(_decode_row, batch.schema.names, columns, row, not_read)
+                count = max(1, batch.num_rows * _BYTES // max(size, _BYTES))
+                for start in range(0, batch.num_rows, count):
+                    part = [column.slice(start, count) for column in columns]
+                    yield Batch(first + start, min(count, batch.num_rows - start), batch.schema.names, part, others)
+                first += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: not a readable Parquet file: {reason[:200]}") from None
@@ -91,6 +125,18 @@ def _without_times(array: Any) -> Any:
         return array  # `_decode_row` says what is wrong
 
 
+def without_dictionaries(array: Any) -> Any:
+    """An Arrow array with each text where it stands: one that repeats takes its memory as often."""
+    plain = _plain(array.type)
+    return array if plain == array.type else array.cast(plain)
+
+
+def _plain(kind: Any) -> Any:
+    import pyarrow.types as kinds
+
+    return kind.value_type if kinds.is_dictionary(kind) else _within(kind, _plain)
+
+
 def _without_time(kind: Any) -> Any:
     import pyarrow
     import pyarrow.types as kinds
@@ -99,12 +145,20 @@ def _without_time(kind: Any) -> Any:
         return pyarrow.int32()
     if kinds.is_temporal(kind):
         return pyarrow.int64()
+    return _within(kind, _without_time)
+
+
+def _within(kind: Any, change: Callable[[Any], Any]) -> Any:
+    """The nested type `kind` with every type in it changed."""
+    import pyarrow
+    import pyarrow.types as kinds
+
     if kinds.is_struct(kind):
-        return pyarrow.struct([field.with_type(_without_time(field.type)) for field in kind])
+        return pyarrow.struct([field.with_type(change(field.type)) for field in kind])
     if kinds.is_list(kind):
-        return pyarrow.list_(kind.value_field.with_type(_without_time(kind.value_type)))
+        return pyarrow.list_(kind.value_field.with_type(change(kind.value_type)))
     if kinds.is_large_list(kind):
-        return pyarrow.large_list(kind.value_field.with_type(_without_time(kind.value_type)))
+        return pyarrow.large_list(kind.value_field.with_type(change(kind.value_type)))
     return kind
 
 

@@ -8,16 +8,16 @@ order.
 
 import collections
 import dataclasses
-import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.data import forms, sources
 from elbo_kto_jax.data.bad_records import BadRecordError, shorten, show
+from elbo_kto_jax.data.names import Ids, content_name
 from elbo_kto_jax.data.records import EMPTY, FIELDS, MESSAGES_OF, Record, parse_row
 from elbo_kto_jax.data.rows import rows
 from elbo_kto_jax.runtime.errors import UserError
@@ -67,50 +67,72 @@ def read_records(
     """
     records: list[Record] = []
     skipped: list[str] = []
-    ids, notes = _Ids(), _Notes()
+    ids, notes = Ids(), Notes()
     source = sources.find_files(str(path), flag)
     for file in source.files:
         for number, decode in rows(file):
             where = f"{file}:{number}"
             try:
-                row = notes.see(decode())
-                records += ids.assign(parse_row(row, forms.stem(file), needs, where), file)
+                found = parse_row(notes.see(decode()), forms.stem(file), needs, where)
+                names = ids.assign([(r.id or content_name(r), bool(r.id)) for r in found], file, number)
+                records += [dataclasses.replace(r, id=name) for r, name in zip(found, names, strict=True)]
             except BadRecordError as error:
                 if not skip_bad:
-                    raise UserError(f"{where}: {error}; fix or drop the record, or pass --skip-bad-records") from None
+                    raise bad_record(f"{where}: {error}") from None
                 skipped.append(f"{where}: {error}")
     if not records:
-        bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
-        raise UserError(f"{flag}: no usable record in {path}{bad}")
+        raise no_record(path, flag, skipped)
     ids.check_copies(flag)
     for note in (*source.notes, *notes.lines(), *ids.notes()):
         log.info("%s: %s", path, note)
     return RecordFile(records[: limit or None], skipped, source.files)
 
 
-class _Notes:
-    """Counts what is not used of the rows, or read in another way than it is written."""
+def bad_record(what: str) -> UserError:
+    """The error about a bad record that is not to be skipped: where it stands and what is wrong."""
+    return UserError(f"{what}; fix or drop the record, or pass --skip-bad-records")
+
+
+def no_record(path: str | Path, flag: str, skipped: Sequence[str]) -> UserError:
+    """The error about a data set of which all records are `skipped`."""
+    bad = f"; {len(skipped)} bad ones were skipped, the first: {skipped[0]}" if skipped else ""
+    return UserError(f"{flag}: no usable record in {path}{bad}")
+
+
+class Notes:
+    """Counts what is not used of the rows, or read in another way than it is written.
+
+    Attributes:
+      unused: name of a field -> rows that have it.
+      texts: rows with messages that are written as JSON text.
+    """
 
     def __init__(self) -> None:
-        self._unused: collections.Counter[str] = collections.Counter()  # name of a field -> rows that have it
-        self._num_texts = 0  # rows with messages that are written as JSON text
+        self.unused: collections.Counter[str] = collections.Counter()
+        self.texts = 0
 
     def see(self, row: Any) -> Any:
         """The row, with messages in the place of their JSON text."""
         if not isinstance(row, dict):
             raise BadRecordError(f"expected a JSON object, got {show(row)}")
         texts = {name: messages for name in MESSAGES_OF if (messages := _messages_in(row.get(name), name))}
-        self._num_texts += bool(texts)
+        self.texts += bool(texts)
         row = {**row, **texts}
-        self._unused.update(set(_unused(row)))
+        self.unused.update(set(_unused(row)))
         return row
 
+    def add(self, unused: Mapping[str, int], texts: int) -> None:
+        """Adds what was counted elsewhere."""
+        self.unused.update(unused)
+        self.texts += texts
+
     def lines(self) -> list[str]:
+        """What was counted, for the log."""
         lines = []
-        if self._num_texts:
-            lines.append(f"{self._num_texts} records write messages as JSON text, which is read as messages")
-        if self._unused:
-            named = [f"{shorten(name)} ({count})" for name, count in sorted(self._unused.items())]
+        if self.texts:
+            lines.append(f"{self.texts} records write messages as JSON text, which is read as messages")
+        if self.unused:
+            named = [f"{shorten(name)} ({count})" for name, count in sorted(self.unused.items())]
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
             lines.append(f"fields that are not used, with their records: {', '.join(named[:_NAMED])}{more}")
         return lines
@@ -157,54 +179,3 @@ def _unused_of(message: Any, name: str) -> Iterator[str]:
         for part in message["content"]:
             if isinstance(part, dict):
                 yield from (f"{name}.content[].{key}" for key in part if key not in ("type", "text"))
-
-
-class _Ids:
-    """Gives every record of a data set its id, and finds ids that were given twice and files that repeat others."""
-
-    def __init__(self) -> None:
-        self._where: dict[str, str] = {}  # id -> its record
-        self._copies: collections.Counter[str] = collections.Counter()  # content hash -> records so far
-        self._first_file: dict[str, Path] = {}  # content hash -> file of the first of them
-        self._unnamed: collections.Counter[Path] = collections.Counter()  # file -> records without an id
-        self._repeated: collections.Counter[tuple[Path, Path]] = collections.Counter()  # (file, the earlier one)
-
-    def assign(self, records: list[Record], file: Path) -> list[Record]:
-        """The records of one row of `file`, with ids.
-
-        Raises:
-          BadRecordError: an explicit id was used before.
-        """
-        for record in records:
-            if record.id in self._where:
-                raise BadRecordError(f"field `id`: {show(record.id)} is already the id of {self._where[record.id]}")
-        self._where.update({record.id: record.where for record in records if record.id})
-        return [record if record.id else self._named_by_content(record, file) for record in records]
-
-    def _named_by_content(self, record: Record, file: Path) -> Record:
-        content = json.dumps([record.prompt, record.completion, record.label], separators=(",", ":"))
-        digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-        self._unnamed[file] += 1
-        if self._copies[digest]:
-            self._repeated[file, self._first_file[digest]] += 1
-        else:
-            self._first_file[digest] = file
-        name = ""
-        while not name or name in self._where:  # an explicit id may be the hash of another record
-            self._copies[digest] += 1
-            copy = self._copies[digest]
-            name = digest if copy == 1 else f"{digest}#{copy}"
-        self._where[name] = record.where
-        return dataclasses.replace(record, id=name)
-
-    def check_copies(self, flag: str) -> None:
-        """Raises UserError where all records of a file stand in a file of another form as well."""
-        for (file, earlier), count in self._repeated.items():
-            if count == self._unnamed[file] and forms.form(file) != forms.form(earlier):
-                raise UserError(
-                    f"{flag}: {file} has no other records than {earlier} has, in another form; remove one of the files"
-                )
-
-    def notes(self) -> list[str]:
-        copies = self._repeated.total()
-        return [f"{copies} records are exact copies of earlier ones; each counts"] if copies else []

@@ -6,7 +6,9 @@ What a folder holds besides is named as left out.
 import dataclasses
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from elbo_kto_jax.data.forms import EXPECTED, FORMS, LINES, form, plain_name, stem
 from elbo_kto_jax.data.json_rows import layout
@@ -15,7 +17,7 @@ from elbo_kto_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\w[\w.-]*(/\w[\w.-]*)*)?")
 _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")
 _HUB_TIMEOUT_SECONDS = 5
 _NAMED = 5  # files that a note names; of the others it tells the number
@@ -23,14 +25,23 @@ _NAMED = 5  # files that a note names; of the others it tells the number
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The files of a data set in the order in which they are read, and a line about each kind that is left out."""
+    """The files of a data set.
+
+    Attributes:
+      files: in the order in which they are read.
+      notes: a line about each kind that is left out.
+      revisions: of a data set of the Hub, "OWNER/NAME@REVISION" as it was given -> the commit that was read.
+    """
 
     files: list[Path]
     notes: list[str]
+    revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def find_files(source: str, flag: str) -> Source:
+def find_files(source: str, flag: str, revisions: Mapping[str, str] = MappingProxyType({})) -> Source:
     """The record files that `source` stands for; `reading.read_records` says how.
+
+    `revisions`: see `Source`; a data set that is among them is read at that commit.
 
     Raises:
       UserError: there are none, or two hold the same rows in two forms.
@@ -43,20 +54,25 @@ def find_files(source: str, flag: str) -> Source:
             raise UserError(f"{flag}: {path}: expected {EXPECTED}")
         return Source([path], [])
     name, _, split = (source, "", "") if path.is_dir() else source.partition(":")
-    folder = Path(name)
-    if not folder.is_dir():
-        if not _HUB_ID.fullmatch(name) or form(folder):
-            raise UserError(f"{flag}: no file or folder {source}; check the path")
-        folder = _download(name, flag)
-    return _select_split(folder, name, split, flag)
+    if Path(name).is_dir():
+        return _select_split(Path(name), name, split, flag)
+    if not _HUB_ID.fullmatch(name) or form(Path(name)):
+        raise UserError(f"{flag}: no file or folder {source}; check the path")
+    folder = _download(name, flag, revisions.get(name, ""))
+    # The cache of the Hub names its folders after commits.
+    return dataclasses.replace(_select_split(folder, name, split, flag), revisions={name: folder.name})
 
 
-def _download(hub_id: str, flag: str) -> Path:
-    """The folder of a Hub data set in the local cache, fetched first if the Hub can be reached."""
+def _download(hub_id: str, flag: str, commit: str) -> Path:
+    """The folder of a Hub data set in the local cache, fetched first if the Hub can be reached.
+
+    With a `commit`, that one is meant, whatever `hub_id` says.
+    """
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
     name, _, revision = hub_id.partition("@")
+    revision = commit or revision
     try:
         folder = huggingface_hub.snapshot_download(
             name,
@@ -65,6 +81,12 @@ def _download(hub_id: str, flag: str) -> Path:
             allow_patterns=[f"*{end}" for end in dict.fromkeys(FORMS)],
             etag_timeout=_HUB_TIMEOUT_SECONDS,
         )
+    except RevisionNotFoundError:
+        since = " any more, with which the run began" if commit else ""
+        raise UserError(
+            f"{flag}: {name} has no revision {revision!r} on the Hugging Face Hub{since}; name one of its branches, "
+            f"tags or commits, as {name}@main"
+        ) from None
     except (OSError, RuntimeError, HFValidationError) as error:  # RuntimeError: there is no home folder for its cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -40,7 +40,8 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
     """
     check_held_out(config)
     record, moment = look_into(workdir, config, overwrite, "train")
-    setup = prepare(config, skip_bad=skip_bad, moment=moment)
+    revisions = {} if record is None else record.get("revisions", {})
+    setup = prepare(config, skip_bad=skip_bad, moment=moment, revisions=revisions)
     began = {} if record is None else record.get("inputs", {})
     refuse_other_inputs(workdir, began, inputs.of_setup(setup), overwrite=overwrite)
     progress = Progress() if record is None else _progress(workdir)
@@ -116,7 +117,7 @@ def _steps(setup: Setup, done: int) -> dict[str, Any]:
 
 def tokens_of(data: TrainingData, steps: int) -> int:
     """Tokens that go through the model in the first steps of a run, every draw counted."""
-    epochs, _ = divmod(steps, data.steps_per_epoch)
+    epochs = 0 if data.is_weighted else steps // data.steps_per_epoch
     whole = epochs * data.estimator.draws * int(data.examples.offsets[-1])  # every epoch has each example once
     rest = range(epochs * data.steps_per_epoch, steps)
     return whole + sum(int(data.lengths(data.indices(step)).sum()) for step in rest)

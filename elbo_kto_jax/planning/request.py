@@ -134,7 +134,7 @@ def _words(known: registry.Architecture) -> set[str]:
 
 def _data(config: Config, tokenizer, examples: int | None, tokens: float | None) -> tuple[int, float]:
     """Number and mean length of the examples: the flags', else the data's, else those of kto-mix."""
-    if (examples is None or tokens is None) and tokenizer is not None and Path(config.data.train).exists():
+    if (examples is None or tokens is None) and tokenizer is not None and _is_here(config.data.train):
         found = load_examples(
             config.data.train,
             tokenizer,
@@ -155,6 +155,11 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
             "config.data.train=%s cannot be read here: the size of kto-mix, or --examples, --tokens", config.data.train
         )
     return examples or EXAMPLES, tokens or float(TOKENS)
+
+
+def _is_here(sources: str | list[str]) -> bool:
+    """Whether data sets can be read without a network."""
+    return all(Path(source).exists() for source in ([sources] if isinstance(sources, str) else sources))
 
 
 def _does_not_fit(

@@ -49,6 +49,7 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["full", "attention", "most", "dots", "none"]
 Residuals = Literal["auto", "recompute", "device", "host"]
 Location = Annotated[str, paths.resolve]  # of files; a hub id, too
+Sources = Annotated[str | list[str], paths.resolve_sources]  # one or several such
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    train: Location  # JSONL or Parquet file, folder of such, or hub data set id
+    train: Sources  # JSONL or Parquet file, folder of such, or hub data set id; or a list, which is mixed
+    weights: list[Positive]  # of the data sets of a list, in an epoch; []: each record once
     eval: Location  # the same, held out; "" for none
     max_length: Count  # tokens; longer examples are cut, and no packed row is longer
     packing: bool  # False: the authors' padding, one example a row, end-of-text padding visible
     append_eot: bool  # append the end-of-turn token to each completion
     desirable_fraction: Fraction  # n_D: part of the desirable examples that is kept
     undesirable_fraction: Fraction  # n_U: the same of the undesirable ones
+    cache: Location  # folder for what large data sets are prepared to; "": beside the working folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +291,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     allowed = None
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)
+    if allowed is paths.resolve_sources:
+        for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+            _check_text(str(text), path)
+        return allowed(value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1023 else float("inf")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -317,10 +324,19 @@ def _show(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def _check_weights(data: Data) -> None:
+    """Raises UserError where there are weights, and not one for each of several data sets."""
+    count = len(data.train) if isinstance(data.train, list) else 1
+    if data.weights and (count == 1 or len(data.weights) != count):
+        sets = f"{count} data sets" if count > 1 else "one data set, which needs none"
+        raise UserError(f"config.data.weights: {len(data.weights)} weights for {sets} in config.data.train")
+
+
 def _check_together(config: Config) -> None:
     train, sampler, mesh = config.train, config.sampler, config.mesh
     if bool(train.epochs) == bool(train.steps):
         raise UserError("config.train: set one of `epochs` and `steps`, and the other to 0")
+    _check_weights(config.data)
     sizes = dataclasses.asdict(mesh)
     if sum(size == -1 for size in sizes.values()) > 1 or 0 in sizes.values():
         raise UserError(f"config.mesh: expected positive sizes and -1 at most once, got {sizes}")

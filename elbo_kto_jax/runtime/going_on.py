@@ -11,7 +11,10 @@ _LONGER = ("train.steps", "train.epochs")  # these may grow
 _BETWEEN = ("eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "patience")
 # Keys and whole groups. With other devices sums round differently in the last digits, as with `mesh.fsdp=-1`, which
 # means whatever devices there are; and with residuals that are kept elsewhere or computed again.
-_FREE = (*(f"train.{key}" for key in _BETWEEN), "train.residuals", "mesh", "tasks", "benchmarks", "judge", "trackers")
+_FREE = (
+    *(f"train.{key}" for key in _BETWEEN),
+    *("train.residuals", "data.cache", "mesh", "tasks", "benchmarks", "judge", "trackers"),
+)
 MAY_CHANGE = f"{' or '.join(_LONGER)} (upward), train.{{{', '.join(_BETWEEN)}}}, {', '.join(_FREE[len(_BETWEEN) :])}"
 
 

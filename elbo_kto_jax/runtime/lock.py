@@ -197,6 +197,32 @@ def _is_alive(holder: dict) -> bool:
     return holder["pid"] != os.getpid()
 
 
+@contextlib.contextmanager
+def waiting(file: Path, what: str) -> Iterator[bool]:
+    """Holds the lock on `file`, after having waited for who holds it; False: this file system knows no locks.
+
+    `what` is being waited for, for the log.
+
+    Raises:
+      UserError: the file cannot be made.
+    """
+    opened = _open(file)
+    _held.add(opened)
+    has_locks = True
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            has_locks = error.errno not in _NO_LOCKS
+            if has_locks:
+                log.info("waiting: %s", what)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        yield has_locks
+    finally:
+        _held.discard(opened)
+        os.close(opened)
+
+
 def read(folder: str | os.PathLike) -> bool:
     """Holds a folder until this process ends, so that no other removes it with `remove`; False: it is gone."""
     name = os.path.realpath(folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 # Keys of older groups, and groups, that came later.
 _LATER_KEYS: dict[str, dict[str, Any]] = {
+    "data": {"weights": [], "cache": ""},
     "model": {"mask_token_id": -1},
     "objective": {"label_smoothing": 0.0},
     "optimizer": {"moments_dtype": "float32", "schedule": "cosine"},

@@ -3,9 +3,12 @@
 `flags.Flags` and `config.from_mapping` give every path to `resolve`; whoever gets one from them uses it as it is.
 """
 
+import ast
+import contextlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from elbo_kto_jax.runtime.errors import UserError
 
@@ -52,6 +55,25 @@ def resolve(path: str, flag: str) -> str:
 def resolve_all(paths: str, flag: str) -> str:
     """`resolve` of every part of a list with commas."""
     return ",".join(resolve(path.strip(), flag) for path in paths.split(","))
+
+
+def resolve_sources(value: Any, flag: str) -> str | list[str]:
+    """`resolve` of a data set's name, or of each of a list of names; such a list may also be written as Python's text.
+
+    A list of one is that one.
+
+    Raises:
+      UserError: it is neither; or see `resolve`.
+    """
+    if isinstance(value, str) and value[:1] in ("[", "(") and not os.path.exists(value):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)
+    if isinstance(value, str):
+        return resolve(value, flag)
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) and one for one in value):
+        raise UserError(f"{flag}: expected the name of a data set, or a list of such names, got {str(value)[:100]}")
+    found = [resolve(one, flag) for one in value]
+    return found if len(found) > 1 else found[0]
 
 
 def home_folder(name: str = "~") -> str | None:

@@ -71,6 +71,8 @@ def _values(hint: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"list of: {_values(typing.get_args(hint)[0])}"
+    if allowed is paths.resolve_sources:
+        return "path or id, or a list of these"
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return f"{_values(typing.get_args(hint)[0])}, or None"
     name = {int: "integer", float: "number", bool: "True or False", str: "text", dict: "keys with values"}[hint]

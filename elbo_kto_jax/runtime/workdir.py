@@ -4,6 +4,7 @@ workdir/config.json    config      the whole resolved config
                        versions    of jax and of this package
                        moment      when the run began, which is what chat templates are told that ask for the time
                        inputs      digests of what the result depends on, by config key (training/inputs.py)
+                       revisions   of data sets of the Hub: the commits that were read
                        files       the files that were read, with their sizes and digests
                        longer      how the run was made longer, each time that it was
                        provenance  of every start: command line, commit, versions, devices (provenance.py)
@@ -21,6 +22,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,6 +38,7 @@ from elbo_kto_jax.runtime.runlog import LOG, RunLog, recording
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 METRICS = "metrics.jsonl"
 # What commands make in a working folder, those of `sweep` included.
 _FILES = (LOG, METRICS, "samples.json", "trackers.json", "report.html", "table.csv", "table.md")
@@ -89,6 +92,7 @@ class Workdir:
     Attributes:
       path: the folder.
       moment: when the run began: what chat templates are told that ask for the time.
+      revisions: data set of the Hub, as the config names it -> the commit with which the run began.
       inputs: config key -> what the run's result depends on there -> its digest (training/inputs.py).
     """
 
@@ -107,16 +111,20 @@ class Workdir:
             rate = f"the rate now follows the {config.optimizer.schedule} schedule of its new length"
             log.info("the run becomes longer (%s); %s", extension, rate)
         self._record = {**new, "inputs": {}, "files": {}} if found is None else begun
+        self.revisions: dict[str, str] = dict(self._record.get("revisions", {}))
         self.inputs: dict[str, dict] = dict(self._record.get("inputs", {}))
         self._start: dict = {}
         self._tell_of_changes(versions)
 
-    def claim(self, inputs: Mapping[str, Mapping], files: Mapping[str, Mapping]) -> None:
+    def claim(
+        self, inputs: Mapping[str, Mapping], files: Mapping[str, Mapping], revisions: Mapping[str, str] = NOTHING
+    ) -> None:
         """Makes the folder that of this run, or goes on in it where it has the same inputs.
 
         Args:
           inputs: see the attribute; those of parameters come later, through `check`.
           files: path -> size and digest of the files that were read.
+          revisions: see the attribute; a run that goes on keeps its own.
 
         Raises:
           UserError: `check`.
@@ -136,6 +144,9 @@ class Workdir:
                 "are those with which the run began; from now on they must stay as they are",
                 self.path / CONFIG,
             )
+        self.revisions = {**revisions, **self.revisions}
+        if self.revisions:
+            self._record["revisions"] = self.revisions
         self.check(inputs)
         if not (self.path / CONFIG).is_file():
             raise UserError(
@@ -257,7 +268,12 @@ def refuse_other_inputs(
 def _check_record(found: dict) -> None:
     """Raises one of many errors where what config.json says beside the config is not of the form that is written."""
     datetime.datetime.fromisoformat(found.get("moment", "2000-01-01"))
-    for part in [found.get("versions", {}), found.get("files", {}), *found.get("inputs", {}).values()]:
+    for part in [
+        found.get("versions", {}),
+        found.get("files", {}),
+        found.get("revisions", {}),
+        *found.get("inputs", {}).values(),
+    ]:
         part.items()
     if not isinstance(found.get("provenance", []), list):
         raise TypeError("provenance")

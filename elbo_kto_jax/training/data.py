@@ -4,7 +4,7 @@ Step t of a run is always the same batch, so resuming needs no more than the num
 its rows of the batch without asking another, and the reference pass meets the rows that training will meet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -16,6 +16,7 @@ from elbo_kto_jax.data.examples import Examples
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.objectives.protocol import Feedback
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.training.order import order_of
 from elbo_kto_jax.training.step import Batch
 
 _REPRESENTATIVE = 50  # steps
@@ -32,7 +33,9 @@ class Size(NamedTuple):
 
 
 class TrainingData(DrawnExamples):
-    """The batches of a run. Every epoch has its own order and its own masks; its last batch may be smaller.
+    """The batches of a run. Every pass over the examples has its own order and its own masks.
+
+    The last batch of an epoch may be smaller.
 
     Neighbouring examples may belong together in groups (a pair is a group of two): a group is shuffled as one, and its
     examples are neighbours in the batch, which is all that an objective on pairs asks for.
@@ -48,6 +51,7 @@ class TrainingData(DrawnExamples):
         seed: int,
         own: Bool[np.ndarray, " m"] | None = None,
         group: int = 1,
+        weights: Sequence[float] = (),
     ):
         """See the class.
 
@@ -55,14 +59,15 @@ class TrainingData(DrawnExamples):
           batch_size: examples of a batch, a multiple of `group`.
           own: see `DrawnExamples`.
           group: examples of a group; divides their number.
+          weights: of the data sets of which `examples` are a mixture, see training/order.py; (): none.
         """
         super().__init__(examples, layout, estimator=estimator, seed=seed, own=own)
         self.batch_size = batch_size
         self.group = group
-        groups = grain.MapDataset.range(len(examples) // group).seed(seed % 2**32).shuffle()
-        epoch = groups.batch(batch_size // group)
-        self.steps_per_epoch = len(epoch)
-        self._order = epoch.repeat()
+        sizes = [size // group for size in examples.sizes or (len(examples),)]
+        self.is_weighted = bool(weights)
+        self._order = order_of(sizes, weights, batch_size // group, seed)
+        self.steps_per_epoch = self._order.steps_per_epoch
 
     @property
     def most_examples(self) -> int:
@@ -76,12 +81,11 @@ class TrainingData(DrawnExamples):
 
     def indices(self, step: int) -> Int[np.ndarray, " n"]:
         """Which examples step `step` (from 0) uses."""
-        groups = np.asarray(self._order[step])
-        return (self.group * groups[:, None] + np.arange(self.group)).ravel()
+        return (self.group * self._order.step(step).chosen[:, None] + np.arange(self.group)).ravel()
 
     def batch(self, step: int) -> Batch:
         """The global batch of step `step`, counted from 0."""
-        return self.batch_of(self.indices(step), epoch=step // self.steps_per_epoch)
+        return self.batch_of(self.indices(step), np.repeat(self._order.step(step).passes, self.group))
 
     def size(self, step: int) -> Size:
         """That of `batch(step)`, without making it."""
@@ -96,7 +100,7 @@ class TrainingData(DrawnExamples):
         steps = grain.MapDataset.range(start, stop).map(self.batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)))
 
-    def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int = 0) -> Batch:
+    def batch_of(self, indices: Int[np.ndarray, " n"], epoch: int | Int[np.ndarray, " n"] = 0) -> Batch:
         """The draws of the examples `indices`, at most `batch_size` of them, packed into micro-batches."""
         examples, missing = self.examples, self.batch_size - len(indices)
         feedback = Feedback(

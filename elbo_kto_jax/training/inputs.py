@@ -20,14 +20,29 @@ from elbo_kto_jax.checkpoints.digest import params_digest
 from elbo_kto_jax.checkpoints.load import manifest_digest, read_digest, weight_files
 from elbo_kto_jax.checkpoints.manifest import Adaptation
 from elbo_kto_jax.data.examples import Examples
+from elbo_kto_jax.data.prepared import digest_files
 from elbo_kto_jax.models.network import Params, abstract_params
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.workdir import Workdir
-from elbo_kto_jax.training.setup import Setup
+from elbo_kto_jax.training.setup import Setup, cache_of, prepare
 
 MODEL = "config.model.path"
 REFERENCE = "config.reference.path"
 ADAPTERS = "config.lora.path"
+
+
+def prepare_in(config: Config, folder: Workdir, *, skip_bad: bool) -> Setup:
+    """`prepare` for a run in its working folder, which is claimed for it.
+
+    Raises:
+      UserError: `prepare`, or the run began with other inputs.
+    """
+    cache = cache_of(config, folder.path)
+    setup = prepare(config, skip_bad=skip_bad, moment=folder.moment, cache=cache, revisions=folder.revisions)
+    sets = [data.examples.revisions for data in (setup.data, setup.eval_data) if data is not None]
+    revisions = {name: commit for found in sets for name, commit in found.items()}
+    folder.claim(of_setup(setup), files_of(setup), revisions)
+    return setup
 
 
 def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:
@@ -42,11 +57,13 @@ def of_setup(setup: Setup) -> dict[str, dict[str, str | int]]:
 def of_examples(examples: Examples) -> dict[str, str | int]:
     """What training sees of a data set, part by part."""
     texts = (examples.tokens, examples.offsets, examples.prompt_length)
+    sizes = {"sizes": ", ".join(map(str, examples.sizes))} if len(examples.sizes) > 1 else {}  # of what is mixed
     return {
         "examples": len(examples),
-        "ids": _digest("\n".join(examples.ids).encode()),
+        "ids": _digest(examples.joined_ids()),
         "labels": _digest(examples.is_desirable.tobytes()),
         "texts": _digest(*(np.ascontiguousarray(array).view(np.uint8) for array in texts)),
+        **sizes,
     }
 
 
@@ -55,9 +72,9 @@ def files_of(setup: Setup) -> dict[str, dict[str, str | int]]:
     found: dict[str, dict[str, str | int]] = {}
     for data in (setup.data, setup.eval_data):
         for file in data.examples.files if data is not None else ():
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
-                found[str(file.absolute())] = {"bytes": opened.tell(), "blake2b": content.hexdigest()}
+            known = data.examples.digests if data is not None else {}
+            size, content = known.get(str(file)) or digest_files([file])[str(file)]
+            found[str(file.absolute())] = {"bytes": size, "blake2b": content}
     adapters = (ADAPTERS,) if setup.config.lora.path else ()
     for key in dict.fromkeys((MODEL, reference_key(setup.config), *adapters)):
         for file in weight_files(*_place(setup.config, key)):
@@ -144,9 +161,9 @@ def _place(config: Config, key: str) -> tuple[str, str]:
     return paths[key], f"--{key}"
 
 
-def _digest(*contents: bytes | np.ndarray) -> str:
+def _digest(*contents: bytes | memoryview | np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         digest.update(f"{len(content)};".encode())
-        digest.update(content if isinstance(content, bytes) else content.data)
+        digest.update(content.data if isinstance(content, np.ndarray) else content)
     return digest.hexdigest()

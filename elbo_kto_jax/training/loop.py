@@ -21,7 +21,7 @@ from elbo_kto_jax.training.hooks import Hook, Step
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.references import RunReference, prepare_references
 from elbo_kto_jax.training.samples import Samples
-from elbo_kto_jax.training.setup import Setup, check_held_out, prepare
+from elbo_kto_jax.training.setup import Setup, check_held_out
 from elbo_kto_jax.training.state import TrainState
 from elbo_kto_jax.training.step import train_step
 from elbo_kto_jax.training.summary import finish
@@ -39,8 +39,7 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
     check_held_out(config)
     tracking.check(config.trackers)
     with open_workdir(workdir, config, overwrite, "train") as folder:
-        setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
-        folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
+        setup = inputs.prepare_in(config, folder, skip_bad=skip_bad)
         with stop_on_signal() as stop_requested:
             summary = run(setup, folder, stop_requested)
         folder.finish()

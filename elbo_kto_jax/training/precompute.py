@@ -11,7 +11,7 @@ from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.workdir import Workdir, open_workdir, stop_on_signal
 from elbo_kto_jax.training import inputs
 from elbo_kto_jax.training.reference import ReferenceCache
-from elbo_kto_jax.training.setup import Setup, check_held_out, prepare
+from elbo_kto_jax.training.setup import Setup, check_held_out
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ def precompute(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool
         raise UserError(f"config.objective.name: {config.objective.name!r} has no reference to precompute")
     check_held_out(config)  # as `train` does, for which this is
     with open_workdir(workdir, config, overwrite, "precompute") as folder:
-        setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
-        folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
+        setup = inputs.prepare_in(config, folder, skip_bad=skip_bad)
         summary = _precompute(setup, folder)
         folder.finish()
     return summary

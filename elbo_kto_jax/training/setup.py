@@ -5,7 +5,9 @@ import datetime
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from elbo_kto_jax.checkpoints.adapters import load_base, load_start, open_start
 from elbo_kto_jax.checkpoints.manifest import Adaptation, unsaid_mask
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.packing import Layout
+from elbo_kto_jax.data.prepared import Cache
 from elbo_kto_jax.data.special import find_eot_id
 from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.models import axes, lora
@@ -125,8 +128,15 @@ class Setup:
             **({} if config.lora.base_quantization == "none" else {"base": config.lora.base_quantization}),
             **({"lora_targets": sorted(config.lora.targets)} if config.lora.targets else {}),  # as for the rank
             **({"group": data.group} if data.group > 1 else {}),  # examples that are shuffled together
+            **self._mixture(data),
             **({} if mask is None else {"mask_token_id": mask}),  # which the user, the tokenizer or the authors say
         }
+
+    def _mixture(self, data: TrainingData) -> dict:
+        """What else says which examples a step has."""
+        if not data.is_weighted:
+            return {}
+        return {"weights": list(self.config.data.weights), "sizes": list(data.examples.sizes)}
 
 
 def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
@@ -137,6 +147,14 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
             digest.update(f"{name} {len(assets[name])};".encode())
             digest.update(assets[name])
     return digest.hexdigest()
+
+
+def cache_of(config: Config, workdir: Path) -> Cache:
+    """Where a run in `workdir` keeps what its data are prepared to."""
+    if config.data.cache:
+        return Cache(Path(config.data.cache), is_shared=True)
+    beside = workdir.absolute()
+    return Cache(beside.with_name(f"{beside.name}.data"), is_shared=False)
 
 
 def check_held_out(config: Config) -> None:
@@ -160,10 +178,13 @@ def prepare(
     skip_bad: bool,
     flags: tuple[str, str] = ("--config.model.path", "--config.data.train"),
     moment: datetime.datetime | None = None,
+    cache: Cache | None = None,
+    revisions: Mapping[str, str] = MappingProxyType({}),
 ) -> Setup:
     """Reads the model's config.json and tokenizer and the whole data set, and checks that they fit together.
 
-    `flags` are the names under which the user gave the model and the data, for messages. `moment`: see `open_model`.
+    `flags` are the names under which the user gave the model and the data, for messages. `moment`: see `open_model`;
+    `cache` and `revisions`: see `load_examples`.
 
     Raises:
       UserError: anything about them that the user has to mend.
@@ -184,9 +205,12 @@ def prepare(
         open_start(config.lora.path, _ADAPTERS, config.lora, trained)  # before minutes of reading
     layout = layout_of(config, model.config, mesh)
 
-    read = functools.partial(_read, config, opened, objective, layout, skip_bad)
-    data = read(config.data.train, data_flag, config.data.desirable_fraction, config.data.undesirable_fraction)
+    read = functools.partial(_read, config, opened, objective, layout, skip_bad, cache, revisions)
+    fractions = config.data.desirable_fraction, config.data.undesirable_fraction
+    data = read(config.data.train, data_flag, *fractions, weights=config.data.weights)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
+    if cache is not None:
+        cache.remove_others()
     residuals = _residuals(config, model, mesh, objective, data)
     setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data, residuals)
     if setup.total_steps > _MOST_STEPS:
@@ -204,10 +228,13 @@ def _read(
     objective: Objective,
     layout: Layout,
     skip_bad: bool,
-    path: str,
+    cache: Cache | None,
+    revisions: Mapping[str, str],
+    path: str | list[str],
     flag: str,
     desirable_fraction: float,
     undesirable_fraction: float,
+    weights: Sequence[float] = (),
 ) -> TrainingData:
     """The data at `path`, which `flag` named, for an objective."""
     examples = load_examples(
@@ -225,6 +252,9 @@ def _read(
         progress=True,
         flag=flag,
         prompts=config.train.samples,
+        weights=weights,
+        cache=cache,
+        revisions=revisions,
     )
     log.info("%s: %s", path, examples.report)
     if loss := examples.counts.warning(config.data.max_length):
@@ -237,6 +267,7 @@ def _read(
         seed=config.seed,
         own=rules.own_rows(opened.mesh, layout.rows),
         group=_group(objective),
+        weights=weights,
     )
 
 

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from elbo_kto_jax.data.reading import read_records
+from elbo_kto_jax.data.sources import find_files
 from elbo_kto_jax.runtime.errors import UserError
 
 USER = {"role": "user", "content": "Which colour is the sky?"}
@@ -528,6 +530,43 @@ def test_hub_data_set_is_downloaded_and_its_training_split_read(monkeypatch, wri
     assert [row[0] for row in summary("trl-lib/kto-mix-14k")] == ["train"]
     assert [row[0] for row in summary("trl-lib/kto-mix-14k:test")] == ["test"]
     assert asked == [("trl-lib/kto-mix-14k", "dataset")] * 2
+
+
+def test_a_revision_is_read_at_its_commit_and_at_the_known_one(monkeypatch, write_jsonl, tmp_path):
+    """A branch may move while a run is stopped."""
+    commits = {"main": "1" * 40, "refs/convert/parquet": "2" * 40}
+    for commit in (*commits.values(), "3" * 40):
+        write_jsonl([{**GOOD, "id": commit}], f"snapshots/{commit}/train.jsonl")
+
+    def download(repo_id, *, revision, **_):
+        commit = commits.get(revision or "main", revision)
+        if not (tmp_path / "snapshots" / commit).is_dir():
+            raise RevisionNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+        return str(tmp_path / "snapshots" / commit)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name, commit in (
+        ("o/n", "1" * 40),
+        ("o/n@main", "1" * 40),
+        ("o/n@refs/convert/parquet", "2" * 40),
+        (f"o/n@{'3' * 40}", "3" * 40),
+    ):
+        found = find_files(f"{name}:train", "--config.data.train")
+        assert found.revisions == {name: commit}
+        assert [file.parent.name for file in found.files] == [commit]
+        commits["main"] = "3" * 40  # it moves
+        assert find_files(name, "--data", found.revisions).files == found.files
+        commits["main"] = "1" * 40
+    with pytest.raises(UserError) as error:
+        find_files("o/n@v9:train", "--config.data.train")
+    assert str(error.value).splitlines() == [
+        "--config.data.train: o/n has no revision 'v9' on the Hugging Face Hub; name one of its branches, tags or "
+        "commits, as o/n@main"
+    ]
+    with pytest.raises(UserError, match=r"^--data: o/n has no revision 'gone' .* any more, with which the run began"):
+        find_files("o/n@main", "--data", {"o/n@main": "gone"})
+    with pytest.raises(UserError, match=r"^--data: o/n@main has no split 'dev'; it has train$"):
+        find_files("o/n@main:dev", "--data")
 
 
 def test_hub_data_set_without_network_says_what_to_do(monkeypatch):

@@ -231,7 +231,10 @@ def test_only_a_sweep_has_a_grid():
         (lambda tree: tree.update(model="path"), "config.model: expected a group of keys, got 'path'"),
         (lambda tree: tree.update(model=None), "config.model: expected a group of keys, got None"),
         (lambda tree: tree["objective"].update(beta=float("nan")), "config.objective.beta: expected a number"),
-        (lambda tree: tree["data"].update(train=3), "config.data.train: expected str, got 3"),
+        (
+            lambda tree: tree["data"].update(train=3),
+            "config.data.train: expected the name of a data set, or a list of such",
+        ),
         (lambda tree: tree["train"].update(learning_rate=1), "unknown config key `config.train.learning_rate`"),
         (lambda tree: tree.update({7: 1}), "unknown config key `config.7`"),
     ],

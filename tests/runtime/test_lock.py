@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -121,6 +122,34 @@ def test_only_one_holds_it_also_while_it_is_given_back(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path)], cwd=PROJECT_ROOT) for _ in range(3)]
     assert [process.wait(300) for process in processes] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "90"
+
+
+def test_who_waits_goes_on_when_the_other_is_done(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file, order = tmp_path / "a.lock", []
+    with lock.waiting(file, "another one works") as has_locks:
+        assert has_locks
+
+        def wait():
+            with lock.waiting(file, "another one works"):
+                order.append("second")
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while "waiting: another one works" not in caplog.text:
+            time.sleep(0.001)
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"]
+
+
+def test_a_file_system_without_locks_says_so(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with lock.waiting(tmp_path / "a.lock", "another one works") as has_locks:
+        assert not has_locks
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b'{"pid": "x"}', b'{"pid": null, "host": 5}'])

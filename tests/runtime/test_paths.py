@@ -179,7 +179,7 @@ def leaves(kind, prefix="config") -> dict[str, object]:
 
 def test_every_config_key_that_names_files_is_resolved():
     locations = {"config.model.path", "config.data.train", "config.data.eval", "config.reference.path", "config.tasks"}
-    locations |= {"config.benchmarks.table", "config.judge.prompt", "config.lora.path"}
+    locations |= {"config.benchmarks.table", "config.judge.prompt", "config.lora.path", "config.data.cache"}
     locations |= {f"config.sweep.{key}" for key in ("checkpoints", "tasks", "baseline", "prompts", "data")}
     found = leaves(grid.SweepConfig)
     names_of_ours = [
@@ -190,7 +190,7 @@ def test_every_config_key_that_names_files_is_resolved():
     ]
     names_of_ours += ["config.judge.name", "config.judge.model"]
     assert [key for key, hint in found.items() if hint in (str, list[str])] == names_of_ours
-    kinds = (paths.resolve, paths.resolve_all)
+    kinds = (paths.resolve, paths.resolve_all, paths.resolve_sources)
     of_paths = {key for key, hint in found.items() if any(kind.__name__ in str(hint) for kind in kinds)}
     assert of_paths == locations
 

@@ -14,7 +14,7 @@ import pytest
 from elbo_kto_jax import from_hf, precompute, train
 from elbo_kto_jax.checkpoints.load import load_model, read_digest
 from elbo_kto_jax.checkpoints.tiny import write_untrained
-from elbo_kto_jax.data import chat
+from elbo_kto_jax.data import chat, prepare
 from elbo_kto_jax.runtime import workdir
 from elbo_kto_jax.runtime.errors import Interrupted, UserError
 from elbo_kto_jax.scoring import opened
@@ -284,6 +284,27 @@ def test_what_changes_nothing_is_no_difference(folder, stop_at):
     rewrite(folder / "train.jsonl", lambda row: dict(reversed(row.items())))
     (folder / "run").rename(folder / "elsewhere")
     assert train.main([*argv, f"--workdir={folder / 'elsewhere'}"])["steps"] == STEPS
+
+
+def test_a_mixture_that_is_prepared_in_files_goes_on_with_the_same_bits(folder, stop_at, monkeypatch):
+    """As it has them where everything is in memory; what was prepared is found again beside the working folder."""
+    more = runs.write_jsonl(folder / "more.jsonl", runs.records(3, first=20))
+    mixture = {"data.train": [str(folder / "train.jsonl"), str(more)], "data.weights": [0.4, 0.6]}
+    train.main(flags(folder, f"--workdir={folder / 'whole'}", **mixture))
+    assert not (folder / "whole.data").exists()
+
+    monkeypatch.setattr(prepare, "LARGE", 0)
+    monkeypatch.setattr(prepare, "cores", lambda: 1)
+    argv = stopped(folder, stop_at, **mixture)
+    prepared = sorted((folder / "run.data").glob("*/description.json"))
+    assert len(prepared) == 2
+    monkeypatch.setattr(prepare, "convert_all", lambda *_: pytest.fail("it is prepared again"))
+    assert train.main(argv)["steps"] == STEPS
+    whole, run = (workdir.read_metrics(folder / name) for name in ("whole", "run"))
+    assert [row["loss"] for row in run] == [row["loss"] for row in whole]
+    refused = refusal([word for word in argv if "weights" not in word])
+    assert "config.data.weights: [0.4, 0.6] -> []" in refused
+    assert sorted((folder / "run.data").glob("*/description.json")) == prepared
 
 
 def test_inputs_may_change_until_there_are_results(folder, monkeypatch):
