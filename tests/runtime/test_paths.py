@@ -33,7 +33,9 @@ COMMANDS = [
     *(train, precompute, score, generate, chat, evaluate, sweep, diagnose, benchmark),
     *(from_hf, to_hf, verify, compare_estimators, plan, quickstart, random_llada, sampler_table),
 ]
-TEXTS = {"--prompt", "--coordinator", "--judge-model", "--schemes", "--draws", "--seeds", "--topology"}  # no paths
+# no paths
+TEXTS = {"--prompt", "--coordinator", "--judge-model", "--schemes", "--draws", "--seeds", "--topology"}
+TEXTS |= {"--license", "--push", "--revision"}
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def test_every_config_key_that_names_files_is_resolved():
         "config.train.keep_best",
         "config.lora.targets",
     ]
-    names_of_ours += ["config.judge.name", "config.judge.model"]
+    names_of_ours += ["config.judge.name", "config.judge.model", "config.trackers"]
     assert [key for key, hint in found.items() if hint in (str, list[str])] == names_of_ours
     kinds = (paths.resolve, paths.resolve_all, paths.resolve_sources)
     of_paths = {key for key, hint in found.items() if any(kind.__name__ in str(hint) for kind in kinds)}
