@@ -22,7 +22,7 @@ from elbo_kto_jax.planning.workload import mesh_sizes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.workdir import look_into, read_metrics, refuse_other_inputs
-from elbo_kto_jax.training import inputs
+from elbo_kto_jax.training import inputs, tracking
 from elbo_kto_jax.training.data import TrainingData
 from elbo_kto_jax.training.progress import Progress
 from elbo_kto_jax.training.residuals import memory_of, shards_of
@@ -39,6 +39,7 @@ def dry_run(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -
       UserError: what `train` would raise before it loads weights.
     """
     check_held_out(config)
+    tracking.check(config.trackers)
     record, moment = look_into(workdir, config, overwrite, "train")
     revisions = {} if record is None else record.get("revisions", {})
     setup = prepare(config, skip_bad=skip_bad, moment=moment, revisions=revisions)

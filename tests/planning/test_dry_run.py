@@ -94,6 +94,15 @@ def test_bad_records_are_refused_or_counted(dry, tmp_path):
     assert "1 bad records skipped" in as_text(found)
 
 
+def test_trackers_are_checked(settings, tmp_path, monkeypatch):
+    def check(names):
+        raise UserError(f"{names}: no login")
+
+    monkeypatch.setattr(dry_run.tracking, "check", check)
+    with pytest.raises(UserError, match="no login"):
+        train.main(runs.flags(settings, f"--workdir={tmp_path}", "--dry-run"))
+
+
 def test_a_folder_in_use_is_refused_and_left_as_it_is(settings, tmp_path):
     argv = runs.flags(settings, f"--workdir={tmp_path}", "--dry-run")
     with lock.inside(tmp_path, "--workdir"):
@@ -109,11 +118,15 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(settings, tmp_path):
         train.main(argv)
 
 
-def test_only_some_steps_of_a_long_run_are_packed(dry, monkeypatch):
-    whole = dry(train__steps=9)
+@pytest.mark.parametrize("weights", [[], [0.9, 0.1]], ids=["each once", "by weights"])
+def test_only_some_steps_of_a_long_run_are_packed(dry, settings, tmp_path, monkeypatch, weights):
+    """All of its tokens are counted, of a mixture too, in which an example may be met twice before another."""
+    more = runs.write_jsonl(tmp_path / "more.jsonl", runs.records(5, first=6))
+    mixture = {"data__train": [str(settings["data.train"]), str(more)], "data__weights": weights, "train__steps": 9}
+    whole = dry(**mixture)
     monkeypatch.setattr(dry_run, "_DRAWS", 17)  # two steps of four examples with two draws
-    part = dry(train__steps=9)
-    assert part["steps_packed"] == 2
+    part = dry(**mixture)
+    assert (whole["steps_packed"], part["steps_packed"]) == (9, 2)
     assert part["tokens_of_run"] == whole["tokens_of_run"]
     assert "in the first 2" in as_text(part)
 
