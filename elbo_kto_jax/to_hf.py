@@ -7,13 +7,12 @@ Pieces of tensors go from file to file, so that memory does not grow with the mo
 interrupted conversion leaves a folder .DIR.*.partial without a config.json, and the same command starts again.
 """
 
-from pathlib import Path
-
 import jax
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoints.conversion import shard_size, to_published
 from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
+from elbo_kto_jax.runtime import paths
 
 
 def main(argv: list[str]) -> dict:
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> dict:
     flags = parser.parse_flags(argv)
     jax.config.update("jax_platforms", "cpu")
     return to_published(
-        flags.source, Path(flags.out), dtype=flags.dtype, shard_size=flags.shard_size, overwrite=flags.overwrite
+        flags.source, paths.at(flags.out), dtype=flags.dtype, shard_size=flags.shard_size, overwrite=flags.overwrite
     )
 
 

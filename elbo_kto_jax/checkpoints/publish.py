@@ -6,7 +6,6 @@ A tensor is never whole in memory unless it is small, and the folder appears in 
 import glob
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elbo_kto_jax.checkpoints.safetensors_file import INDEX_FILE, SINGLE_FILE, header_of
-from elbo_kto_jax.runtime.files import ahead, writing
+from elbo_kto_jax.runtime.files import ahead, remove_tree, replace_folder, writing
 
 
 def write_folder(
@@ -34,7 +33,7 @@ def write_folder(
       check: called when everything has been read; what it raises undoes the folder.
     """
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)  # not what a link points to
+        remove_tree(left, ignore_errors=True)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
@@ -43,11 +42,9 @@ def write_folder(
             check()
             for name, content in assets.items():
                 (partial / name).write_bytes(content)
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
+            replace_folder(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial, ignore_errors=True)
 
 
 def write_shards(

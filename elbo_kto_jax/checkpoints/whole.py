@@ -1,7 +1,6 @@
 """Opening a whole model, of ours or published, to read it piece by piece or leaf by leaf."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from elbo_kto_jax.checkpoints.manifest import read_manifest, stored_assets
 from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import paths
 
 
 def open_whole(folder: epath.Path, dtype: DTypeLike | None = None) -> Source:
@@ -38,7 +38,7 @@ def open_whole(folder: epath.Path, dtype: DTypeLike | None = None) -> Source:
 
 
 def _open_published(folder: epath.Path, dtype: DTypeLike | None) -> Source:
-    published = open_folder(Path(folder))
+    published = open_folder(paths.at(folder))
     leaves = registry.parameters(published.config)
     stored = {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or stored_dtype(published, leaf)))

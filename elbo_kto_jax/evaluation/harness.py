@@ -133,8 +133,7 @@ def run(
     settings = benchmark.settings
     config = config.with_sampler(settings.sampler, f"task {benchmark.name}")
     model = DiffusionLM(checkpoint, config, settings.draws)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as scratch:
+    with tempfile.TemporaryDirectory(prefix="elbo_kto_jax_task_") as scratch:
         tracker = EvaluationTracker(output_path=scratch)
         results = simple_evaluate(
             model=model,
@@ -158,7 +157,7 @@ def run(
         rows = [{"task": task, **row} for task, of_task in samples.items() for row in of_task]
         lines = (json.dumps(row, default=str, ensure_ascii=False) for row in rows)
         atomic_write(out.with_suffix(".samples.jsonl"), "".join(f"{line}\n" for line in lines))
-        os.replace(written, out)
+        atomic_write(out, written.read_bytes())
     return _metrics(results, benchmark.name)
 
 

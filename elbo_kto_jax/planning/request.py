@@ -15,7 +15,7 @@ from elbo_kto_jax.planning import search as searching
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.programs import DoesNotFit, versions
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
-from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime import paths, terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
@@ -107,7 +107,7 @@ def _found(request: Request, config: Config, model: ModelConfig, examples: int, 
 
 def _model(config: Config):
     """The architecture, and the tokenizer where there is one."""
-    path = Path(config.model.path)
+    path = paths.at(config.model.path)
     if not path.exists():
         return _published(config.model.path), None
     model, assets = load_config(path)
@@ -134,7 +134,7 @@ def _words(known: registry.Architecture) -> set[str]:
 
 def _data(config: Config, tokenizer, examples: int | None, tokens: float | None) -> tuple[int, float]:
     """Number and mean length of the examples: the flags', else the data's, else those of kto-mix."""
-    if (examples is None or tokens is None) and tokenizer is not None and Path(config.data.train).exists():
+    if (examples is None or tokens is None) and tokenizer is not None and paths.at(config.data.train).exists():
         found = load_examples(
             config.data.train,
             tokenizer,

@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxtyping import Array, Bool
 
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
-from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime import paths, processes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted
 from elbo_kto_jax.runtime.tensorboard import TensorBoard
@@ -38,6 +38,7 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
       Interrupted: SIGTERM or SIGINT came; the state is saved and the summary so far is the second argument.
     """
     check_held_out(config)
+    paths.refuse_checkpoints(workdir, "--workdir")
     with open_workdir(workdir, config, overwrite, "train") as folder:
         setup = prepare(config, skip_bad=skip_bad, moment=folder.moment)
         folder.claim(inputs.of_setup(setup), inputs.files_of(setup))
@@ -55,7 +56,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
     )
     state, progress = trainer.start(weights, checkpoints)
     board = TensorBoard(
-        folder.path,
+        folder.spool.root,
         progress.step,
         setup.config.to_dict(),
         writes="tensorboard" in setup.config.trackers and processes.is_first(),
@@ -74,7 +75,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         )
         weights.verify(inputs.MODEL)
         folder.go_on()
-        journal = MetricsLog(folder.path, progress.step, board)
+        journal = MetricsLog(folder.path, progress.step, board, folder.spool)
         watching = hooks_of(trainer, folder.path, journal, checkpoints, references.held_out, progress, stop_requested)
         state = take_steps(trainer, state, references.training, watching, progress)
         samples.take("after", trainer.policy(state.params), progress.step)
