@@ -116,8 +116,12 @@ class BucketPath(_Address):
         return BucketStat(found["type"] == "directory", int(found["size"] or 0), 0)
 
     def iterdir(self) -> Generator["BucketPath", None, None]:
+        """A folder that is not there is an empty one."""
         with trouble_as_user_error(self):
-            names = self._files.ls(str(self), detail=False)
+            try:
+                names = self._files.ls(str(self), detail=False)
+            except FileNotFoundError:
+                return
         for name in names:
             child = self / name.rstrip("/").rpartition("/")[2]
             if child.name and name.rstrip("/").count("/") > len(self.parts) - 3:  # not the folder's own placeholder
@@ -135,13 +139,9 @@ class BucketPath(_Address):
         return {name.removeprefix(root): int(one["size"]) for name, one in found.items() if name.startswith(root)}
 
     def glob(self, pattern: str) -> Generator["BucketPath", None, None]:
-        """Of patterns with one star in each part; a folder that is not there has nothing."""
+        """Of patterns without **."""
         first, _, rest = pattern.partition("/")
-        try:
-            children = sorted(self.iterdir()) if re.search(r"[*?\[]", first) else [self / first]
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for child in children:
+        for child in sorted(self.iterdir()) if re.search(r"[*?\[]", first) else [self / first]:
             if fnmatch.fnmatchcase(child.name, first) or child.name == first:
                 yield from child.glob(rest) if rest else ([child] if child.exists() else [])
 

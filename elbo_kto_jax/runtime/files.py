@@ -130,9 +130,10 @@ def unfinished_mark(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether `folder` is in a bucket and not whole."""
-    return paths.is_remote(folder) and len(folder.parts) > 3 and unfinished_mark(folder).exists()
+def is_unfinished(path: str | os.PathLike) -> bool:
+    """Whether the folder at `path` is in a bucket and not whole."""
+    folder = paths.at(path)
+    return paths.is_remote(path) and len(folder.parts) > 3 and unfinished_mark(folder).exists()
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
@@ -150,8 +151,8 @@ def replace_folder(partial: Path, folder: Path) -> None:
     remove_tree(folder, ignore_errors=True)
     for file in partial.files():  # type: ignore[attr-defined]
         file.copy_to(folder / str(file.relative_to(partial)))
-    mark.unlink()
     remove_tree(partial, ignore_errors=True)
+    mark.unlink()
 
 
 def is_leftover(path: Path) -> bool:

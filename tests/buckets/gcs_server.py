@@ -79,6 +79,7 @@ class GcsServer:
         self.faults: list[Callable[[Asked], Fault | None]] = []
         self.asked: list[Asked] = []
         self.lock = threading.RLock()
+        self._histories: list[list[dict[str, Stored]]] = []
         self._generation = int(time.time() * 1e6)
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.gcs = self
@@ -105,7 +106,25 @@ class GcsServer:
             self._generation += 1
             stored = Stored(content, self._generation, metadata or {})
             self.buckets.setdefault(bucket, Bucket()).objects[name] = stored
+            self.changed(bucket)
             return stored
+
+    def changed(self, bucket: str) -> None:
+        for history in self._histories:
+            history.append(dict(self.buckets[bucket].objects))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[dict[str, Stored]]]:
+        """Within it, the list that is yielded gets all objects of a bucket after each change: what a kill then leaves.
+
+        A process that is killed leaves nothing else: what it had not sent whole does not count.
+        """
+        history: list[dict[str, Stored]] = []
+        self._histories.append(history)
+        try:
+            yield history
+        finally:
+            self._histories.remove(history)
 
     @contextlib.contextmanager
     def failing(self, fault: Callable[[Asked], Fault | None]) -> Iterator[None]:
@@ -220,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
                 _check(bucket, asked)
                 if bucket.objects.pop(asked.name, None) is None:
                     raise _Answer(404, "No such object")
+                gcs.changed(asked.bucket)
                 return 204, b"", {}
             return self._read(bucket, asked)
 
@@ -299,6 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.gcs.lock:
                 self.server.gcs.asked.append(asked)
                 gone = self.server.gcs.buckets[asked.bucket].objects.pop(asked.name, None)
+                self.server.gcs.changed(asked.bucket)
             status = "404 Not Found" if gone is None else "204 No Content"
             parts.append(
                 f"--batch_x\r\nContent-Type: application/http\r\nContent-ID: <response-{number}>\r\n\r\n"
