@@ -52,7 +52,7 @@ if [[ $install ]]; then
   # shellcheck disable=SC2016 # expanded there, not here; uv, because the machines' own Python is too old
   on_all_workers 'rm -rf elbo_kto_jax && mkdir elbo_kto_jax && tar -xzf elbo_kto_jax.tar.gz -C elbo_kto_jax &&
     python3 -m pip install --quiet --user uv && cd elbo_kto_jax && python3 -m uv venv --quiet --python=3.12 &&
-    python3 -m uv pip install --quiet --editable ".[tpu]"'
+    python3 -m uv pip install --quiet --editable ".[tpu,gcs]"'
 fi
 if [[ $share ]]; then
   on_all_workers "mountpoint -q /mnt/shared || { sudo apt-get install -y -q nfs-common &&

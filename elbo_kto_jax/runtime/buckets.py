@@ -51,7 +51,8 @@ class _Address(_PosixGPath, pathlib.PosixPath):
 
     @property
     def _uri_scheme(self) -> str | None:
-        return self.parts[1] if self.parts[:1] == ("/",) else None  # what `relative_to` gives has none
+        parts = self.parts
+        return parts[1] if len(parts) > 1 and parts[0] == "/" else None  # what `relative_to` gives has none
 
     @property
     def _backend(self) -> backend.Backend:
