@@ -40,7 +40,7 @@ CONFIG = "tiny"  # the recipe
 def main(argv: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     flags, overrides = _parse(argv)
-    workdir, seed = paths.at(flags.workdir), f"--config.seed={flags.seed}"
+    workdir, seed = paths.here(flags.workdir, "--workdir"), f"--config.seed={flags.seed}"
     _open(workdir, flags)
     feedback = workdir / "data" / ("feedback-shuffled.jsonl" if flags.shuffle_labels else "feedback.jsonl")
 

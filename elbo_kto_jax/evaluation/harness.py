@@ -29,6 +29,7 @@ from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.records import Record
 from elbo_kto_jax.evaluation.messages import one_line, shown
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config, Task
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
@@ -65,7 +66,7 @@ def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code:
     Raises:
       UserError: a task is unknown, executes code without `allow_code`, or its data cannot be loaded.
     """
-    rows = [table.get(Path(name).stem, _UNLISTED) for name in names]
+    rows = [table.get(paths.here(name, flag).stem, _UNLISTED) for name in names]
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     for name, row in zip(names, rows, strict=True):

@@ -89,6 +89,17 @@ def at(path: str | os.PathLike) -> Path:
     return BucketPath(path)
 
 
+def here(path: str | os.PathLike, flag: str) -> Path:
+    """`path`, which must be one of this machine: a library opens it, or it is a command for trying things out.
+
+    Raises:
+      UserError: it is an address.
+    """
+    if is_remote(path):
+        raise UserError(f"{flag}={path}: this needs a path of this machine, and takes no address")
+    return Path(path)
+
+
 def place(path: str | os.PathLike) -> str:
     """One name for the place of `path`: absolute, links followed."""
     return os.fspath(path) if is_remote(path) else os.path.realpath(path)

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from elbo_kto_jax import from_hf, precompute, to_hf, train, verify
+from elbo_kto_jax import evaluate, from_hf, generate, precompute, sweep, to_hf, train, verify
 from elbo_kto_jax.checkpoints.load import open_source
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.runtime.errors import UserError
@@ -44,8 +44,9 @@ def empty(server, inputs):
     server.buckets[NAME].objects = dict(inputs)
 
 
-def words(*more):
-    return runs.flags({**SETTINGS, "model.path": f"{IN}/model", "data.train": f"{IN}/train.jsonl"}, *more)
+def words(*more, config=runs.CONFIG):
+    names = {"model.path": f"{IN}/model", "data.train": f"{IN}/train.jsonl"}
+    return runs.flags({**SETTINGS, **names}, *more, config=config)
 
 
 def run(command=train):
@@ -208,3 +209,38 @@ def test_a_model_of_s3_is_read_and_checkpoints_there_are_refused_first(server, s
         from_hf.main([f"--source={s3}/in/model", f"--out={s3}/out"])
     with pytest.raises(UserError, match=r"^--workdir=s3://.*checkpoints cannot be written to s3://"):
         train.main(words(f"--workdir={s3}/run"))
+
+
+@pytest.mark.skipif(not WHOLE, reason="each of their files is written like those above")
+@pytest.mark.parametrize("command", [generate, evaluate, sweep], ids=lambda command: command.__name__)
+def test_commands_that_answer_prompts_go_on(server, empty, command):
+    rows = [{"id": row["id"], "prompt": row["prompt"], "answer": "1"} for row in runs.records(4)]
+    server.put(NAME, "in/prompts.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    model, prompts = f"{IN}/model", f"{IN}/prompts.jsonl"
+    given = {
+        generate: words(f"--checkpoint={model}", f"--prompts={prompts}", f"--out={OUT}/out.jsonl"),
+        evaluate: words(f"--checkpoint={model}", f"--baseline={model}", f"--prompts={prompts}", f"--out={OUT}"),
+        sweep: words(f"--workdir={OUT}", config=f"{IN}/grid.py"),
+    }
+    lists = {"checkpoints": [model], "tasks": ["win_rate", "elbo"], "sampler": [{}], "draws": [1], "limit": 0}
+    lists |= {"baseline": model, "prompts": prompts, "data": f"{IN}/train.jsonl"}
+    server.put(NAME, "in/grid.py", runs.grid_text(lists).encode())
+    begun = dict(server.buckets[NAME].objects)
+    with server.recording() as history:
+        command.main(given[command])
+    results = of_answers(server)
+    for state in [begun, *states(history[:-2], 8)]:
+        if any(name in state for name in ("out/out.jsonl", "out/results.json")):
+            continue  # it was finished
+        server.buckets[NAME].objects = dict(state)
+        command.main(given[command])
+        assert of_answers(server) == results
+    assert [name for name in server.names(NAME) if "unfinished" in name or ".lock" in name] == []
+
+
+def of_answers(server):
+    return {
+        name: server.content(NAME, name)
+        for name in server.names(NAME, "out/")
+        if name.endswith(("out.jsonl", "comparisons.jsonl", "elbo.jsonl")) or "/answers/" in name
+    }
