@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.data.records import Message, Record
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.files import to_json
 from elbo_kto_jax.runtime.flags import load_config_file
@@ -141,5 +142,5 @@ def train(config: Mapping[str, Any], workdir: str | os.PathLike, *, overwrite: b
       UserError: something about the config, the model, the data or the folder has to be mended.
       Interrupted: Ctrl-C; the state is saved, and the same call goes on.
     """
-    resolved, folder = Config.from_mapping(config), Path(workdir)
+    resolved, folder = Config.from_mapping(config), paths.at(workdir)
     return Run(folder, resolved, loop.train(resolved, folder, overwrite=overwrite, skip_bad=False))

@@ -10,12 +10,12 @@ less variance (docs/estimators.md).
 """
 
 import os
-from pathlib import Path
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.benchmarking.run import FILES, Request, benchmark
 from elbo_kto_jax.checkpoints import random_folder
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.flags import refuse_existing
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> dict:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers need the memory of the GPU
     options, config = _flags().parse(argv)
     for name in FILES:
-        refuse_existing(Path(options.out) / name, options.overwrite)
+        refuse_existing(paths.at(options.out) / name, options.overwrite)
     request = Request(
         records=options.records,
         rounds=options.rounds,
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> dict:
         with_peer=not options.no_peer,
         peer_checkpointing=options.peer_checkpointing,
     )
-    return benchmark(request, config, Path(options.out))
+    return benchmark(request, config, paths.at(options.out))
 
 
 def _flags() -> cli.Flags:

@@ -10,10 +10,9 @@ and the gradient vary by from draw to draw, what bias the value function makes o
     OUT/report.html      the plots, and which scheme and how many draws to use
 """
 
-from pathlib import Path
-
 from elbo_kto_jax import cli
 from elbo_kto_jax.diagnosis.diagnose import DRAWS, FILES, SCHEMES, Request, diagnose, settings_of
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.flags import refuse_existing
 
 
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
     for name in FILES:
-        refuse_existing(Path(options.out) / name, options.overwrite)
+        refuse_existing(paths.at(options.out) / name, options.overwrite)
     request = Request(
         checkpoint=options.checkpoint,
         settings=settings_of(options.schemes, options.draws),
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> dict:
         repeats=options.repeats,
         skip_bad=options.skip_bad_records,
     )
-    return diagnose(request, config, Path(options.out))
+    return diagnose(request, config, paths.at(options.out))
 
 
 if __name__ == "__main__":

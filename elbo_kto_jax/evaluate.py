@@ -26,18 +26,18 @@ Tasks (extra `eval`): names that lm_eval knows, or YAML files of tasks, run as c
     DIR/tasks/TASK.json     lm_eval's results; TASK.samples.jsonl its questions and answers
 """
 
-from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.evaluation.evaluation import Request, evaluate
+from elbo_kto_jax.runtime import paths
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     flags, config = _parser().parse(argv)
     request = Request(
         checkpoint=flags.checkpoint,
-        out=Path(flags.out),
+        out=paths.at(flags.out),
         baseline=flags.baseline,
         prompts=flags.prompts,
         allow_code=flags.confirm_run_unsafe_code,

@@ -14,10 +14,10 @@ With --infill the records' completions are templates: their mask tokens ("<|mdm_
 With --html a page shows how the responses came about, step by step.
 """
 
-import os
 from typing import Any
 
 from elbo_kto_jax import cli
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import refuse_existing
 from elbo_kto_jax.sampling.responses import SHOWN, Request, write_responses
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     for flag, path in (("--out", flags.out), ("--html", flags.html)):
         if path:
             refuse_existing(path, flags.overwrite, flag)
-    if flags.out and flags.html and os.path.realpath(flags.out) == os.path.realpath(flags.html):
+    if flags.out and flags.html and paths.place(flags.out) == paths.place(flags.html):
         raise UserError(f"--html={flags.html}: the file of --out, too; name another")
     request = Request(
         source=flags.checkpoint or config.model.path,

@@ -14,6 +14,7 @@ import jax
 from elbo_kto_jax import cli
 from elbo_kto_jax.planning.chips import parse_topology
 from elbo_kto_jax.planning.request import EXAMPLES, FILES, TOKENS, Request, plan
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import refuse_existing
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> dict:
     for flag in ("candidates", "examples", "tokens"):
         if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise UserError(f"--{flag}: expected at least 1, got {getattr(options, flag)}")
-    out = Path(options.out or Path("runs", "plan", topology.name.replace(":", "-")))
+    out = paths.at(options.out or Path("runs", "plan", topology.name.replace(":", "-")))
     for name in FILES:
         refuse_existing(out / name, options.overwrite)
     _use_libtpu()

@@ -1,9 +1,9 @@
 """python -m elbo_kto_jax.precompute --config=RECIPE --workdir=DIR: B_ref of every draw, for `train`."""
 
 import shlex
-from pathlib import Path
 
 from elbo_kto_jax import cli
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.flags import command_line
 from elbo_kto_jax.training.precompute import precompute
 
@@ -14,7 +14,9 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags.add_argument("--skip-bad-records", action="store_true", help="count and list bad records instead of stopping")
     options, config = flags.parse(argv)
-    summary = precompute(config, Path(options.workdir), overwrite=options.overwrite, skip_bad=options.skip_bad_records)
+    summary = precompute(
+        config, paths.at(options.workdir), overwrite=options.overwrite, skip_bad=options.skip_bad_records
+    )
     words = [word for word in argv if word != "--overwrite"]  # which would delete what was computed
     cli.log.info("next: %s %s", command_line("elbo_kto_jax.train"), shlex.join(words))
     return summary

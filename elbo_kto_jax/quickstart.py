@@ -18,7 +18,6 @@ folder goes on where it was interrupted.
 """
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -30,9 +29,9 @@ from elbo_kto_jax.checkpoints import huggingface
 from elbo_kto_jax.checkpoints.tiny import write_untrained
 from elbo_kto_jax.data.capitals import FEEDBACK, HELD_OUT, LENGTH, write_data
 from elbo_kto_jax.models import registry
-from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime import paths, terminal
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import atomic_write, to_json
+from elbo_kto_jax.runtime.files import atomic_write, remove_tree, to_json
 from elbo_kto_jax.runtime.flags import command_line
 
 CONFIG = "tiny"  # the recipe
@@ -41,7 +40,7 @@ CONFIG = "tiny"  # the recipe
 def main(argv: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     flags, overrides = _parse(argv)
-    workdir, seed = Path(flags.workdir), f"--config.seed={flags.seed}"
+    workdir, seed = paths.here(flags.workdir, "--workdir"), f"--config.seed={flags.seed}"
     _open(workdir, flags)
     feedback = workdir / "data" / ("feedback-shuffled.jsonl" if flags.shuffle_labels else "feedback.jsonl")
 
@@ -128,7 +127,7 @@ def _open(workdir: Path, flags: Any) -> None:
     other = {} if flags.architecture == "llada" else {"architecture": flags.architecture}
     file, made = workdir / "quickstart.json", to_json({"seed": flags.seed, **other})
     if flags.overwrite and file.is_file():
-        shutil.rmtree(workdir)
+        remove_tree(workdir)
     if workdir.exists() and not file.is_file() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir={workdir} exists and is not the folder of a quickstart; choose another")
     if file.is_file() and (found := file.read_bytes().decode("utf-8", "replace")) != made:

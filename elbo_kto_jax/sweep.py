@@ -18,12 +18,12 @@ Taking a value away, another limit or another config is refused.
     DIR/table.csv, table.md, report.html
 """
 
-from pathlib import Path
 from typing import Any, cast
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.evaluate import add_judge_flags, add_task_flags
 from elbo_kto_jax.evaluation.sweep import sweep
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.grid import SweepConfig
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--overwrite", action="store_true", help="delete what another command left in --workdir")
     flags, config = parser.parse(argv)
     config = cast(SweepConfig, config)  # the kind that was asked for
-    return sweep(config, Path(flags.workdir), allow_code=flags.confirm_run_unsafe_code, overwrite=flags.overwrite)
+    return sweep(config, paths.at(flags.workdir), allow_code=flags.confirm_run_unsafe_code, overwrite=flags.overwrite)
 
 
 if __name__ == "__main__":

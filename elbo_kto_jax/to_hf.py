@@ -10,8 +10,6 @@ private repository unless --public says otherwise; the token is that of HF_TOKEN
 With --adapter, a checkpoint of adapters becomes a folder for the library PEFT, and the base stays where it is.
 """
 
-from pathlib import Path
-
 import jax
 
 from elbo_kto_jax import cli
@@ -19,6 +17,7 @@ from elbo_kto_jax.checkpoints.conversion import shard_size
 from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
 from elbo_kto_jax.publishing.hub import Place
 from elbo_kto_jax.publishing.publish import Request, publish
+from elbo_kto_jax.runtime import paths
 
 
 def main(argv: list[str]) -> dict:
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> dict:
     jax.config.update("jax_platforms", "cpu")
     request = Request(
         flags.source,
-        Path(flags.out),
+        paths.here(flags.out, "--out, with --push") if flags.push else paths.at(flags.out),
         dtype=flags.dtype,
         shard_size=flags.shard_size,
         overwrite=flags.overwrite,

@@ -2,11 +2,11 @@
 
 import itertools
 import shlex
-from pathlib import Path
 
 from elbo_kto_jax import cli
 from elbo_kto_jax.planning.dry_run import dry_run
 from elbo_kto_jax.reports.dry_run import as_text
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.flags import command_line
 from elbo_kto_jax.training.loop import train
 
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> dict:
     options, config = flags.parse(argv)
     how = {"overwrite": options.overwrite, "skip_bad": options.skip_bad_records}
     if not options.dry_run:
-        return train(config, Path(options.workdir), **how)
-    summary = dry_run(config, Path(options.workdir), **how)
+        return train(config, paths.at(options.workdir), **how)
+    summary = dry_run(config, paths.at(options.workdir), **how)
     cli.log.info("%s", as_text(summary))
     _say_what_is_next(argv, summary["slices"])
     return summary

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from elbo_kto_jax import cli
+from elbo_kto_jax.runtime import paths
 from launch import comparison
 
 _RATE = "--config.optimizer.learning_rate=1e-4"  # low enough that not every K learns the task
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     flags.add_argument("--draws", type=str, default="1,2,4,8", help="estimator.draws (default: %(default)s)")
     options = flags.parse_flags(argv)
-    workdir, schemes = Path(options.workdir), options.schemes.split(",")
+    workdir, schemes = paths.here(options.workdir, "--workdir"), options.schemes.split(",")
     seeds, draws = comparison.numbers(options.seeds, "--seeds"), comparison.numbers(options.draws, "--draws")
     settings = {f"{scheme}-{k}": (scheme, k) for scheme in schemes for k in draws}
 

@@ -20,6 +20,7 @@ import numpy as np
 from elbo_kto_jax import cli
 from elbo_kto_jax.data import capitals
 from elbo_kto_jax.objectives import dpo, kto, sft
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from launch import comparison
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     flags.add_argument("--rates", type=str, default="1e-4", help="optimizer.learning_rate (default: %(default)s)")
     flags.add_argument("--betas", type=str, default="1.0", help="objective.beta of kto and dpo (default: %(default)s)")
     options = flags.parse_flags(argv)
-    workdir, seeds = Path(options.workdir), comparison.numbers(options.seeds, "--seeds")
+    workdir, seeds = paths.here(options.workdir, "--workdir"), comparison.numbers(options.seeds, "--seeds")
     settings = {
         f"{name}-rate-{rate}" + ("" if name == "sft" else f"-beta-{beta}"): (name, rate, beta)
         for name in OBJECTIVES

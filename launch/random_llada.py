@@ -3,13 +3,12 @@
 Any architecture (models/), of a small size or of a published one. The name is from when there was LLaDA alone.
 """
 
-from pathlib import Path
-
 from elbo_kto_jax import cli
 from elbo_kto_jax.checkpoints import huggingface, random_folder
 from elbo_kto_jax.checkpoints.conversion import shard_size
 from elbo_kto_jax.checkpoints.folders import check_destination
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.runtime import paths
 
 
 def main(argv: list[str]) -> dict:
@@ -30,13 +29,13 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the published checkpoint at --out")
     flags = parser.parse_flags(argv)
-    out = Path(flags.out)
+    out = paths.here(flags.out, "--out")
     check_destination(out, flags.overwrite, huggingface.is_published)
     dimensions = random_folder.dimensions(flags.size, flags.architecture)
     dimensions |= {"n_layers": flags.layers} if flags.layers else {}
     written = random_folder.write(
         out,
-        Path(flags.tokenizer),
+        paths.here(flags.tokenizer, "--tokenizer"),
         dimensions,
         architecture=flags.architecture,
         dtype=flags.dtype,

@@ -27,7 +27,7 @@ from elbo_kto_jax.checkpoints import huggingface, tiny
 from elbo_kto_jax.data import capitals
 from elbo_kto_jax.evaluation.judges.verifiable import Expected
 from elbo_kto_jax.evaluation.prompts import read_prompts
-from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime import paths, terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 from elbo_kto_jax.runtime.flags import load_config_file
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--workdir", default="runs/sampler_table", help="working folder (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=HELD_OUT, help="prompts per model (default: %(default)s)")
     flags = parser.parse_flags(argv)
-    workdir, small = Path(flags.workdir), Path(flags.quickstart)
+    workdir, small = paths.here(flags.workdir, "--workdir"), paths.here(flags.quickstart, "--quickstart")
     subjects = [
         Subject(f"{LENGTH} letters", train_bigger(workdir), str(workdir / "data" / "prompts.jsonl"), LENGTH + 1, 16),
         Subject("quickstart", str(small / "aligned"), str(small / "data" / "prompts.jsonl"), 16, 8),

@@ -70,11 +70,15 @@ def flags(settings: Mapping[str, Any], *more: str, config: str | Path = CONFIG) 
 
 def grid(file: Path, sweep: Mapping[str, Any]) -> Path:
     """A config file of `sweep`: configs/tiny.py with these lists."""
-    file.write_text(
+    file.write_text(grid_text(sweep))
+    return file
+
+
+def grid_text(sweep: Mapping[str, Any]) -> str:
+    return (
         f"import runpy\ndef get_config():\n    config = runpy.run_path({str(CONFIG)!r})['get_config']()\n"
         f"    config.sweep = {dict(sweep)!r}\n    return config\n"
     )
-    return file
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ PACKAGE = "elbo_kto_jax"
 TIERS = {
     "": 0,  # the package itself: its version
     "runtime": 0,
+    "runtime.lease": 1,
     "runtime.lock": 1,
     "runtime.processes": 1,
     "runtime.provenance": 1,

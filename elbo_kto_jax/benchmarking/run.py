@@ -13,7 +13,7 @@ from elbo_kto_jax.benchmarking.tables import as_text, write_report
 from elbo_kto_jax.checkpoints import huggingface, random_folder
 from elbo_kto_jax.objectives.kto import Kto
 from elbo_kto_jax.planning.fit import layers_that_fit
-from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime import paths, terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
@@ -99,9 +99,8 @@ def _with_random_model(config: Config, request: Request, folder: Path) -> Config
         dimensions, request.max_length, config.model.param_dtype, config.optimizer.moments_dtype
     )
     log.info("writing %d layers of random weights, size %s", layers, request.size)
-    random_folder.write(
-        folder, Path(config.model.path), dimensions | {"n_layers": layers}, dtype=config.model.param_dtype
-    )
+    base = paths.here(config.model.path, "--config.model.path")
+    random_folder.write(folder, base, dimensions | {"n_layers": layers}, dtype=config.model.param_dtype)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
 
 
@@ -124,6 +123,6 @@ def _check_peer(config: Config) -> None:
     for name in ("desirable_weight", "undesirable_weight"):
         if getattr(config.objective, name) != 1.0:
             raise UserError(f"config.objective.{name}: the peer's is 1; set it to 1.0, {alone}")
-    if not huggingface.is_published(Path(config.model.path)):
+    if not huggingface.is_published(paths.here(config.model.path, "--config.model.path")):
         path = config.model.path
         raise UserError(f"--config.model.path={path}: the peer reads a Hugging Face folder; give one, {alone}")

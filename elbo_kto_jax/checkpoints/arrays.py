@@ -16,9 +16,10 @@ import tensorstore
 from etils import epath
 
 from elbo_kto_jax.checkpoints.digest import params_digest
-from elbo_kto_jax.checkpoints.folders import SIZES_FILE, files_in
+from elbo_kto_jax.checkpoints.folders import SIZES_FILE, absolute, files_in
 from elbo_kto_jax.checkpoints.manifest import REMEDY, StoredTree
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import bucket_errors, paths
 from elbo_kto_jax.runtime.errors import UserError, shown
 from elbo_kto_jax.runtime.files import from_json
 
@@ -30,8 +31,8 @@ class ListsSizes(ocp.CheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        sizes = {str(file.relative_to(directory)): file.stat().length for file in files_in(directory)}
-        (directory / SIZES_FILE).write_bytes(json.dumps(sizes).encode())
+        directory = absolute(directory)
+        (directory / SIZES_FILE).write_bytes(json.dumps(_sizes(directory)).encode())
 
 
 class _TreeHandler(ListsSizes, ocp.StandardCheckpointHandler):
@@ -100,9 +101,12 @@ def check_files(tree: epath.Path) -> None:
             raise ValueError("no sizes of files")
     except (OSError, ValueError) as error:
         raise UserError(f"{sizes_file}: missing or damaged; {REMEDY}") from error
+    remote = _sizes(tree) if paths.is_remote(tree) else {}  # one request, not two for each file
     for name, size in sizes.items():
         file = tree / name
-        found = file.stat().length if file.is_file() else "no file"
+        found = remote.get(name, "no file")
+        if not paths.is_remote(tree) and file.is_file():
+            found = file.stat().length
         if found != size:
             raise UserError(f"{file}: expected {shown(size)} bytes, got {found}; {REMEDY}")
     # Listing the store checks its index: one error here, where Orbax would have one for each array.
@@ -112,11 +116,22 @@ def check_files(tree: epath.Path) -> None:
         raise unreadable(tree, error) from error
 
 
+def _sizes(tree: epath.Path) -> dict[str, int]:
+    """The bytes of every file below a folder, by its name there."""
+    if paths.is_remote(tree):
+        return absolute(tree).sizes()
+    return {str(file.relative_to(tree)): file.stat().length for file in files_in(tree)}
+
+
 def kvstore(tree: epath.Path, array: str = "") -> dict:
     """TensorStore's name for the files of a stored tree, or of an array in it."""
+    base = {"driver": "file", "path": f"{tree}/"}
+    if paths.is_remote(tree):
+        bucket, _, name = str(tree).partition("://")[2].partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
     return {
         "driver": "ocdbt",
-        "base": {"driver": "file", "path": f"{tree}/"},
+        "base": base,
         **({"path": f"{array}/"} if array else {}),
     }
 
@@ -134,6 +149,8 @@ def damaged(where: str) -> UserError:
 def unreadable(tree: epath.Path, error: Exception) -> UserError:
     """The error for a stored tree that cannot be read because of `error`."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if paths.is_remote(tree) and (trouble := bucket_errors.trouble(error)):
+        return UserError(f"{tree}: {trouble}")
     return UserError(f"{tree}: cannot be read ({reason[:200]}); {REMEDY}")
 
 

@@ -13,6 +13,7 @@ import jax
 
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.registry import read_config
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import from_json
 
@@ -71,6 +72,8 @@ def check_link(file: Path, folder: Path) -> None:
     Raises:
       UserError: it is one.
     """
+    if paths.is_remote(file):
+        return
     target, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs"
     if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.parent == blobs):

@@ -7,6 +7,7 @@ from etils import epath
 from tqdm import tqdm
 
 from elbo_kto_jax.checkpoints.folders import files_in
+from elbo_kto_jax.runtime import paths
 
 
 def content_of(folder: epath.Path) -> str:
@@ -16,7 +17,7 @@ def content_of(folder: epath.Path) -> str:
     shown = sorted(name for name in files if not any(part.startswith(".") for part in Path(name).parts))
     for name in tqdm(shown, desc="checking files", unit="file", disable=None, leave=False):
         part = hashlib.blake2b(digest_size=16)
-        with files[name].open("rb") as file:
+        with paths.at(files[name]).open("rb") as file:
             while block := file.read(2**22):
                 part.update(block)
         total.update(f"{name}\0{part.hexdigest()}\n".encode(errors="surrogateescape"))

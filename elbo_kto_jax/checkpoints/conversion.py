@@ -30,7 +30,7 @@ from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.checkpoints.publish import replacing, write_folder
 from elbo_kto_jax.checkpoints.safetensors_file import header_of
 from elbo_kto_jax.checkpoints.save import save_model
-from elbo_kto_jax.runtime import lock, terminal
+from elbo_kto_jax.runtime import lock, paths, terminal
 from elbo_kto_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def from_published(source: str, out: str, *, dtype: str | None, overwrite: bool)
       UserError: `source` is no published model, or `out` cannot be written.
     """
     started = time.monotonic()
+    paths.refuse_checkpoints(out, "--out")
     check_destination(out, overwrite, is_checkpoint)  # before minutes of reading
     with lock.beside(out, "--out"):
         opened = open_source(source, dtype=dtype, flag="--source")
@@ -234,7 +235,7 @@ def compare(source: str, checkpoint: str) -> dict:
     folder = locate(source, "--source", weights=True)
     if is_checkpoint(folder):
         raise UserError(f"--source={source}: a converted checkpoint; expected a published one (safetensors)")
-    published, converted = huggingface.open_folder(Path(folder)), open_source(checkpoint, flag="--checkpoint")
+    published, converted = huggingface.open_folder(paths.at(folder)), open_source(checkpoint, flag="--checkpoint")
     theirs, ours = names.published_tensors(published.config), names.published_tensors(converted.config)
     every = [*theirs, *(ours.keys() - theirs.keys())]
     buffers, different = converted.buffers(1, published=True), 0

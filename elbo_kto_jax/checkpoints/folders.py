@@ -9,7 +9,8 @@ A checkpoint is one Orbax step folder, the same for a converted model and for a 
     progress/     training only: JSON, where training stands
 
 It refers to nothing outside, so it can be moved; only adapters refer to their base. Orbax writes it under a temporary
-name and renames it when complete. Beside these there are published folders (huggingface.py) and names on the hub.
+name and renames it when complete; in a bucket, which renames nothing, it writes commit_success.txt into the folder
+last. Beside these there are published folders (huggingface.py) and names on the hub.
 """
 
 import glob
@@ -24,9 +25,10 @@ from etils import epath
 from etils.epath import stat_utils
 
 from elbo_kto_jax.checkpoints import hub
-from elbo_kto_jax.runtime import lock
+from elbo_kto_jax.runtime import lock, paths
+from elbo_kto_jax.runtime.buckets import COMMIT
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import check_writable, from_json
+from elbo_kto_jax.runtime.files import check_writable, from_json, is_unfinished
 
 log = logging.getLogger(__name__)
 MANIFEST_FILE = "manifest.json"
@@ -54,6 +56,8 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
     folder = absolute(path)
     if means_best(folder):
         return _best(folder.parent, f"{flag}={path}")
+    if paths.is_remote(folder):
+        return _locate_remote(folder, flag)
     if ocp.utils.is_tmp_checkpoint(folder):
         raise UserError(f"{flag}={path}: an incomplete checkpoint of an interrupted save; choose a finished one")
     if folder.is_dir():
@@ -69,6 +73,34 @@ def locate(path: str | os.PathLike, flag: str, weights: bool) -> epath.Path:
     return absolute(hub.download(str(path), flag, weights))
 
 
+def _locate_remote(folder: epath.Path, flag: str) -> epath.Path:
+    """`locate` of an address in a bucket."""
+    if folder.is_file():
+        raise UserError(f"{flag}={folder}: a file; expected the folder that holds config.json and the weights")
+    if not folder.is_dir():
+        raise UserError(f"{flag}={folder}: no such folder; expected a Hugging Face folder or a checkpoint")
+    if (folder / STEPS_FOLDER).is_dir() and not any(folder.glob("*.safetensors")):
+        return _latest(folder / STEPS_FOLDER, f"{flag}={folder}")
+    of_orbax = folder.parent.name == STEPS_FOLDER or (folder / "params").is_dir()
+    if is_unfinished(folder) or (of_orbax and not is_complete(folder)):
+        raise UserError(f"{flag}={folder}: incomplete: its writer was interrupted, or is still at work; write it again")
+    if of_orbax:
+        paths.refuse_checkpoints(folder, flag)
+    return folder
+
+
+def is_complete(folder: epath.Path) -> bool:
+    """Whether the folder of a checkpoint, which is there, was written to its end."""
+    return not paths.is_remote(folder) or (folder / COMMIT).is_file()
+
+
+def remove_incomplete(steps: epath.Path) -> None:
+    """Removes what interrupted saves left among the steps in a bucket."""
+    for folder in list(steps.iterdir()) if steps.is_dir() else []:
+        if folder.is_dir() and not is_complete(folder):
+            folder.rmtree()
+
+
 def _latest(steps: epath.Path, said: str) -> epath.Path:
     """The last finished step. Until this process ends, a run that is still going on does not remove it."""
     while True:
@@ -82,7 +114,8 @@ def _latest(steps: epath.Path, said: str) -> epath.Path:
 
 def finished_steps(steps: epath.Path) -> list[epath.Path]:
     """The steps of a run that are complete, in no particular order."""
-    return [step for step in steps.iterdir() if step.name.isdecimal()] if steps.is_dir() else []
+    found = steps.iterdir() if steps.is_dir() else []
+    return [step for step in found if step.name.isdecimal() and is_complete(step)]
 
 
 def means_best(folder: str | os.PathLike) -> bool:
@@ -143,7 +176,11 @@ def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Calla
     """
     folder = absolute(path)
     check_writable(folder, "--out")
+    if paths.is_remote(folder) and len(folder.parts) == 3:
+        raise UserError(f"{path}: a bucket; name a folder in it")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if is_unfinished(folder):  # by a command that was killed
         return
     if not overwrite:
         raise UserError(f"{path}: exists already; name another folder or pass --overwrite to replace it")
@@ -153,6 +190,9 @@ def check_destination(path: str | os.PathLike, overwrite: bool, same_kind: Calla
 
 def files_in(directory: epath.Path) -> Iterator[epath.Path]:
     """Every file below `directory`, in no particular order."""
+    if paths.is_remote(directory):
+        yield from absolute(directory).files()
+        return
     for child in directory.iterdir():
         if child.is_dir():
             yield from files_in(child)
@@ -182,4 +222,4 @@ class _LocalPath(_Path):
 
 def absolute(path: str | os.PathLike) -> epath.Path:
     """`path` in the form that Orbax wants."""
-    return _LocalPath(os.path.abspath(path))
+    return paths.at(path) if paths.is_remote(path) else _LocalPath(os.path.abspath(path))

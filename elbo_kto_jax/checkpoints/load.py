@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves, whole_config
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import paths
 
 
 def load_config(path: str | os.PathLike, flag: str = "--config.model.path") -> tuple[ModelConfig, dict[str, bytes]]:
@@ -81,7 +81,7 @@ def load_model(
         params = load_merged(adapters, dtype, sharding_of)
         return Model(adapters.config, params, adapters.assets, str(folder))
     if not is_checkpoint(folder):
-        published = open_folder(Path(folder))
+        published = open_folder(paths.at(folder))
         params = load_params(published, dtype, sharding_of)
         return Model(published.config, params, read_assets(published.path), str(folder))
 

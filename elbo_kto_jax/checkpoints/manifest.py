@@ -25,6 +25,7 @@ from elbo_kto_jax.checkpoints.folders import MANIFEST_FILE
 from elbo_kto_jax.checkpoints.safetensors_file import DTYPE_NAMES
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError, shown
 from elbo_kto_jax.runtime.files import from_json
 
@@ -186,7 +187,7 @@ def stored_assets(folder: epath.Path, manifest: Manifest) -> tuple[ModelConfig, 
         file = folder / "assets" / name
         if not file.is_file():
             raise UserError(f"{file}: missing; {REMEDY}")
-        if "://" not in str(folder):
+        if not paths.is_remote(folder):
             check_link(Path(file), Path(folder))
         assets[name] = file.read_bytes()
         if checksum not in (None, checksum_of(assets[name])):

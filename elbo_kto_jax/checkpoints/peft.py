@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from elbo_kto_jax.checkpoints.safetensors_file import DTYPES, damaged, data_offs
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig, Reader
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError, shown
 from elbo_kto_jax.runtime.files import from_json
 
@@ -122,7 +122,7 @@ def _base(said: Mapping[str, Any], where: str) -> str:
     base, revision = said.get(BASE_KEY), said.get("revision")
     if not isinstance(base, str) or not base or "\0" in base:
         raise UserError(f"{where}: `{BASE_KEY}`: expected the folder or hub id of the base, got {shown(base)}")
-    is_pinned = isinstance(revision, str) and revision and not Path(base).exists()
+    is_pinned = isinstance(revision, str) and revision and not paths.at(base).exists()
     return f"{base}@{revision}" if is_pinned else base
 
 
@@ -156,7 +156,7 @@ def _metadata(weights: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: the file is damaged, or it says what we never write.
     """
-    with open_file(Path(weights)) as file:
+    with open_file(paths.at(weights)) as file:
         text = (file.metadata() or {}).get(_METADATA)
     if text is None:
         return {}
@@ -192,7 +192,7 @@ def find_tensors(folder: epath.Path, config: ModelConfig, rank: int) -> dict[Tre
       UserError: a tensor is of no matrix that can have an adapter, is missing, or has another shape or dtype.
     """
     file, known, rows = folder / WEIGHTS_FILE, slots(config), registry.parameters(config)
-    with open_file(Path(file)) as opened:
+    with open_file(paths.at(file)) as opened:
         found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dictionary
         headers = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in found.items()}
     for name in headers:
@@ -233,7 +233,7 @@ def read_tensors(folder: epath.Path, config: ModelConfig, leaves: Mapping[TreePa
       UserError: the file has become shorter.
     """
     stacked, file = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}, folder / WEIGHTS_FILE
-    offsets = data_offsets(Path(file))
+    offsets = data_offsets(paths.at(file))
     with file.open("rb") as opened:
         for name, (matrix, leaf, layer) in slots(config).items():
             if ("blocks", matrix, leaf) in stacked:
@@ -241,7 +241,7 @@ def read_tensors(folder: epath.Path, config: ModelConfig, leaves: Mapping[TreePa
                 opened.seek(offsets[name])
                 content = opened.read(to.nbytes)
                 if len(content) != to.nbytes:
-                    raise damaged(Path(file), ValueError(f"it ends within tensor {name}"))
+                    raise damaged(paths.at(file), ValueError(f"it ends within tensor {name}"))
                 to[...] = np.frombuffer(content, to.dtype).reshape(to.shape[::-1]).T
     return stacked
 
@@ -253,7 +253,7 @@ def config_text(config: ModelConfig, adaptation: Adaptation, matrices: Collectio
     instead by which class AutoPeftModel loads the base.
     """
     name, _, revision = base.partition("@")
-    is_pinned = bool(revision) and not Path(base).exists()
+    is_pinned = bool(revision) and not paths.at(base).exists()
     alpha = adaptation.alpha
     said = {
         "peft_type": "LORA",

@@ -7,7 +7,6 @@ import contextlib
 import glob
 import json
 import secrets
-import shutil
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elbo_kto_jax.checkpoints.safetensors_file import INDEX_FILE, SINGLE_FILE, header_of
-from elbo_kto_jax.runtime.files import ahead, writing
+from elbo_kto_jax.runtime.files import ahead, remove_tree, replace_folder, writing
 
 
 def write_folder(
@@ -47,17 +46,15 @@ def write_folder(
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, which takes the place of `out` at the end of the block; an error undoes it."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by one that was killed
-        shutil.rmtree(left, ignore_errors=True)  # not what a link points to
+        remove_tree(left, ignore_errors=True)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")  # mkdir makes it: nobody can have put a link
     try:
         with writing(out):
             partial.mkdir(parents=True)
             yield partial
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
+            replace_folder(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial, ignore_errors=True)
 
 
 def write_shards(

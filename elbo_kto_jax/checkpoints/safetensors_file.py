@@ -4,6 +4,7 @@ The library opens and checks a file; where the bytes of a tensor start, and the 
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import ml_dtypes  # importing it makes numpy and safetensors know bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 
+_MOST_HEADER_BYTES = 10**8  # the library reads no longer ones
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -28,7 +31,13 @@ def open_file(file: Path) -> safe_open:
       UserError: it is missing or damaged.
     """
     try:
-        return safe_open(file, framework="numpy")
+        if not paths.is_remote(file):
+            return safe_open(file, framework="numpy")
+        with tempfile.NamedTemporaryFile(prefix="elbo_kto_jax_") as stand_in:
+            stand_in.write(_header(file))  # and a hole in the place of the data
+            stand_in.truncate(file.stat().st_size)
+            stand_in.flush()
+            return safe_open(stand_in.name, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise damaged(file, error) from error
 
@@ -43,10 +52,16 @@ def data_offsets(file: Path) -> dict[str, int]:
 
     The library tells neither this nor lets one read into memory that is there already.
     """
+    content = _header(file)
+    header = json.loads(content[8:])
+    return {name: len(content) + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _header(file: Path) -> bytes:
+    """The length of the JSON object, and the object; the end of the file, where that comes first."""
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"}
+        length = opened.read(8)
+        return length + opened.read(min(int.from_bytes(length, "little"), _MOST_HEADER_BYTES))
 
 
 def header_of(tensors: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -11,6 +11,7 @@ import glob
 import math
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ from elbo_kto_jax.checkpoints.manifest import AssetsSave, StoredTree, unsaid_mas
 from elbo_kto_jax.checkpoints.model import Model, Source
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.table import TreePath
-from elbo_kto_jax.runtime.files import ahead, writing
+from elbo_kto_jax.runtime import paths
+from elbo_kto_jax.runtime.files import ahead, atomic_write, is_unfinished, unfinished_mark, writing
 
 _SETTLED = 0.2  # seconds without a new file after which an interrupted save is over
 _PATIENCE = 10.0  # seconds after which it is not waited for any longer
@@ -48,6 +50,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
       UserError: `path` exists and may not be replaced.
     """
     folder = absolute(path)
+    paths.refuse_checkpoints(folder, "--out")
     check_destination(folder, overwrite, is_checkpoint)
     source = Source.of(model) if isinstance(model, Model) else model
     digest = Digest(source.leaves)
@@ -66,6 +69,7 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
     _remove_unfinished(folder)  # of a save that was killed
     try:
         with (
+            _marked(folder),
             writing(folder),
             bar,
             contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as checkpointer,
@@ -76,7 +80,25 @@ def save_model(path: str | os.PathLike, model: Model | Source, overwrite: bool =
         raise
 
 
+@contextlib.contextmanager
+def _marked(folder: epath.Path) -> Iterator[None]:
+    """Within it, a folder in a bucket is marked as not whole; Orbax writes it where it will stay."""
+    if not paths.is_remote(folder):
+        yield
+        return
+    mark = unfinished_mark(folder)
+    atomic_write(mark, "this folder is not whole: run again the command that writes it\n")
+    folder.rmtree(missing_ok=True)  # what --overwrite replaces, or an earlier try left
+    yield
+    mark.unlink()
+
+
 def _remove_unfinished(folder: epath.Path) -> None:
+    if paths.is_remote(folder):
+        if is_unfinished(folder):
+            folder.rmtree(missing_ok=True)
+            unfinished_mark(folder).unlink()
+        return
     for left in _unfinished(folder):
         if os.path.islink(left):
             os.unlink(left)

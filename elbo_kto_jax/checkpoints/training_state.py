@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from elbo_kto_jax.checkpoints.arrays import TreeSave, by_path, check_arrays, restore_tree, save_args
 from elbo_kto_jax.checkpoints.digest import params_digest
 from elbo_kto_jax.checkpoints.finite import check_finite
-from elbo_kto_jax.checkpoints.folders import absolute, remove_step
+from elbo_kto_jax.checkpoints.folders import absolute, is_complete, remove_incomplete, remove_step
 from elbo_kto_jax.checkpoints.manifest import (
     REMEDY,
     Adaptation,
@@ -27,7 +27,7 @@ from elbo_kto_jax.checkpoints.manifest import (
     unsaid_mask,
 )
 from elbo_kto_jax.models.config import ModelConfig
-from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime import paths, processes
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import from_json, writing
 
@@ -60,8 +60,11 @@ class TrainingCheckpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True, save_root_metadata=False, enable_async_checkpointing=True
         )
+        folder = absolute(directory)
         with writing(directory):
-            self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+            if paths.is_remote(folder):
+                processes.first(lambda: remove_incomplete(folder))
+            self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, state: TrainingState, assets: Mapping[str, bytes]) -> None:
         """Starts to save a step; returns when the arrays may be donated or changed, before they are on disk.
@@ -171,7 +174,8 @@ class TrainingCheckpoints:
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of a step is there, complete."""
-        return (self._manager.directory / str(step)).is_dir()
+        folder = self._manager.directory / str(step)
+        return folder.is_dir() and is_complete(folder)
 
     def latest_step(self) -> int | None:
         """The last step whose checkpoint is complete; None if there is none."""

@@ -1,7 +1,6 @@
 """A whole model, of ours or published: its config, and opening it to read it piece by piece or leaf by leaf."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from elbo_kto_jax.checkpoints.model import Source
 from elbo_kto_jax.models import registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
+from elbo_kto_jax.runtime import paths
 
 
 def whole_config(folder: epath.Path) -> tuple[ModelConfig, dict[str, bytes]]:
@@ -32,7 +32,7 @@ def whole_config(folder: epath.Path) -> tuple[ModelConfig, dict[str, bytes]]:
     """
     if is_checkpoint(folder):
         return stored_assets(folder, read_manifest(folder))
-    assets = read_assets(Path(folder))
+    assets = read_assets(paths.at(folder))
     return parse_config(assets, str(folder / CONFIG_FILE)), assets
 
 
@@ -51,7 +51,7 @@ def open_whole(folder: epath.Path, dtype: DTypeLike | None = None) -> Source:
 
 
 def _open_published(folder: epath.Path, dtype: DTypeLike | None) -> Source:
-    published = open_folder(Path(folder))
+    published = open_folder(paths.at(folder))
     leaves = registry.parameters(published.config)
     stored = {
         path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or stored_dtype(published, leaf)))

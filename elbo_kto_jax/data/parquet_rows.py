@@ -3,6 +3,7 @@
 Columns that hold times are read as integers, for no field is one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,7 @@ from typing import Any
 from elbo_kto_jax.data.bad_records import BadRecordError, Decode, shorten
 from elbo_kto_jax.data.records import FIELDS
 from elbo_kto_jax.data.unfold import most_unfolded, unfolds_to_too_much
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 
 _ROWS = 512  # of Parquet, read at once
@@ -54,13 +56,12 @@ def batches(file: Path) -> Iterator[Batch]:
       UserError: it cannot be read, has a column twice, or unfolds to too much.
     """
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with _opened(file) as table:
             leaves = [table.schema.column(i).path for i in range(len(table.schema.names))]
         # As dictionaries, texts that repeat take their memory once until it is known how much they are.
-        with pyarrow.parquet.ParquetFile(file, read_dictionary=leaves) as table:
+        with _opened(file, read_dictionary=leaves) as table:
             names = table.schema_arrow.names
             twice = [name for name in FIELDS if names.count(name) > 1]
             if twice:
@@ -87,6 +88,16 @@ def batches(file: Path) -> Iterator[Batch]:
     except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: not a readable Parquet file: {reason[:200]}") from None
+
+
+@contextlib.contextmanager
+def _opened(file: Path, **options: Any) -> Iterator[Any]:
+    """The file as a table, of which parts are read as they are asked for."""
+    import pyarrow.parquet
+
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(file.open("rb")) if paths.is_remote(file) else file
+        yield stack.enter_context(pyarrow.parquet.ParquetFile(source, **options))
 
 
 def _claimed_bytes(metadata: Any, read: list[str]) -> int:

@@ -27,6 +27,7 @@ from elbo_kto_jax.data.reading import Notes, bad_record, no_record, read_records
 from elbo_kto_jax.data.rows import blocks
 from elbo_kto_jax.data.settle import settle
 from elbo_kto_jax.data.workers import Placed, convert_all, cores
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _first_records(request: Request, tokenizer: TextTokenizer) -> Prepared:
     refusals: list[tuple[int, str]] = []
     for start in range(0, len(found.records), _BATCH):
         records = found.records[start : start + _BATCH]
-        files = [found.files.index(Path(record.where.rpartition(":")[0])) for record in records]
+        files = [found.files.index(paths.at(record.where.rpartition(":")[0])) for record in records]
         rows = [int(record.where.rpartition(":")[2]) for record in records]
         part = convert_records(records, rows, 0, tokenizer, request.text)
         sink.add({**part.columns, "file": np.array(files, part.columns["file"].dtype)})

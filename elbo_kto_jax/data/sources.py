@@ -13,7 +13,9 @@ from types import MappingProxyType
 from elbo_kto_jax.data.forms import EXPECTED, FORMS, LINES, form, plain_name, stem
 from elbo_kto_jax.data.json_rows import layout
 from elbo_kto_jax.data.unfold import open_bounded
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
+from elbo_kto_jax.runtime.files import files_below
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +50,18 @@ def find_files(source: str, flag: str, revisions: Mapping[str, str] = MappingPro
     """
     if not source:
         raise UserError(f"{flag}: no data set is given; name a JSONL or Parquet file, a folder or a hub data set id")
-    path = Path(source)
+    path = paths.at(source)
     if path.is_file():
         if not form(path):
             raise UserError(f"{flag}: {path}: expected {EXPECTED}")
         return Source([path], [])
-    name, _, split = (source, "", "") if path.is_dir() else source.partition(":")
-    if Path(name).is_dir():
-        return _select_split(Path(name), name, split, flag)
-    if not _HUB_ID.fullmatch(name) or form(Path(name)):
+    scheme, mark, rest = source.rpartition("://") if paths.is_remote(source) else ("", "", source)
+    name, _, split = (rest, "", "") if path.is_dir() else rest.partition(":")
+    name = f"{scheme}{mark}{name}"
+    folder = paths.at(name)
+    if folder.is_dir():
+        return _select_split(folder, name, split, flag)
+    if not _HUB_ID.fullmatch(name) or form(folder):
         raise UserError(f"{flag}: no file or folder {source}; check the path")
     folder = _download(name, flag, revisions.get(name, ""))
     # The cache of the Hub names its folders after commits.
@@ -133,8 +138,9 @@ def _list(folder: Path) -> tuple[list[Path], list[Path]]:
     """(files of records, other files) below a folder, sorted; none that is hidden or in a hidden folder."""
     files = sorted(
         file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        for file in files_below(folder)
+        if (paths.is_remote(file) or file.is_file())
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     records = [file for file in files if form(file) and _has_rows(file)]
     return records, [file for file in files if file not in records]

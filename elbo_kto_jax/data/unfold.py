@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elbo_kto_jax.data.forms import COMPRESSED
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 
 MOST_UNFOLDED_BYTES = 2**28
@@ -31,7 +32,8 @@ class _Bounded(io.RawIOBase):
         import pyarrow
 
         super().__init__()
-        self._file, self._content = file, pyarrow.input_stream(str(file), compression=compression)
+        source = file.open("rb") if paths.is_remote(file) else str(file)
+        self._file, self._content = file, pyarrow.input_stream(source, compression=compression)
         self._left = most_unfolded(file)
 
     def readable(self) -> bool:

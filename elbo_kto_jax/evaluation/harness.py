@@ -28,6 +28,7 @@ from tqdm import tqdm
 from elbo_kto_jax.data import chat
 from elbo_kto_jax.data.packing import Layout
 from elbo_kto_jax.data.records import Record
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config, Task
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write
@@ -65,7 +66,7 @@ def load_benchmarks(names: Sequence[str], table: dict[str, Task], *, allow_code:
     Raises:
       UserError: a task is unknown, executes code without `allow_code`, or its data cannot be loaded.
     """
-    rows = [table.get(Path(name).stem, _UNLISTED) for name in names]
+    rows = [table.get(paths.here(name, flag).stem, _UNLISTED) for name in names]
     if allow_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     for name, row in zip(names, rows, strict=True):
@@ -133,8 +134,7 @@ def run(
     settings = benchmark.settings
     config = config.with_sampler(settings.sampler, f"task {benchmark.name}")
     model = DiffusionLM(checkpoint, config, settings.draws)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as scratch:
+    with tempfile.TemporaryDirectory(prefix="elbo_kto_jax_task_") as scratch:
         tracker = EvaluationTracker(output_path=scratch)
         results = simple_evaluate(
             model=model,
@@ -158,7 +158,7 @@ def run(
         rows = [{"task": task, **row} for task, of_task in samples.items() for row in of_task]
         lines = (json.dumps(row, default=str, ensure_ascii=False) for row in rows)
         atomic_write(out.with_suffix(".samples.jsonl"), "".join(f"{line}\n" for line in lines))
-        os.replace(written, out)
+        atomic_write(out, written.read_bytes())
     return _metrics(results, benchmark.name)
 
 

@@ -1,12 +1,12 @@
 """The prompts of a win rate."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.data.records import Message, Record
 from elbo_kto_jax.evaluation.kept import digest
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.messages import one_line
 
@@ -28,7 +28,7 @@ def read_prompts(path: str, flag: str = "--prompts", limit: int = 0) -> Prompts:
     if not path.endswith(".jsonl"):
         raise UserError(f"{flag}={one_line(path, 200)}: expected a file that ends in .jsonl")
     records = read_records(path, needs=("prompt",), flag=flag, limit=limit).records
-    content = Path(path).read_bytes()
+    content = paths.at(path).read_bytes()
     lines = content.split(b"\n")
     rows = [json.loads(lines[int(record.where.rpartition(":")[2]) - 1]) for record in records]
     return Prompts(records, rows, digest(content + (f"\0the first {limit}".encode() if limit else b"")))

@@ -15,7 +15,7 @@ from elbo_kto_jax.planning import search as searching
 from elbo_kto_jax.planning.chips import Topology
 from elbo_kto_jax.planning.programs import DoesNotFit, versions
 from elbo_kto_jax.reports.plan import as_text, write_plan_report
-from elbo_kto_jax.runtime import terminal
+from elbo_kto_jax.runtime import paths, terminal
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
@@ -107,7 +107,7 @@ def _found(request: Request, config: Config, model: ModelConfig, examples: int, 
 
 def _model(config: Config):
     """The architecture, and the tokenizer where there is one."""
-    path = Path(config.model.path)
+    path = paths.at(config.model.path)
     if not path.exists():
         return _published(config.model.path), None
     model, assets = load_config(path)
@@ -159,7 +159,7 @@ def _data(config: Config, tokenizer, examples: int | None, tokens: float | None)
 
 def _is_here(sources: str | list[str]) -> bool:
     """Whether data sets can be read without a network."""
-    return all(Path(source).exists() for source in ([sources] if isinstance(sources, str) else sources))
+    return all(paths.at(source).exists() for source in ([sources] if isinstance(sources, str) else sources))
 
 
 def _does_not_fit(

@@ -16,6 +16,7 @@ from elbo_kto_jax.checkpoints.folders import STEPS_FOLDER, is_checkpoint, locate
 from elbo_kto_jax.checkpoints.load import load_config
 from elbo_kto_jax.checkpoints.manifest import read_manifest
 from elbo_kto_jax.models import registry
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import from_json
 from elbo_kto_jax.runtime.workdir import CONFIG, read_metrics
@@ -75,7 +76,7 @@ def gather(source: str, *, evaluation: str | None = None, base: str | None = Non
     model, assets = load_config(source, "--source")
     found = locate(source, "--source", weights=False)
     manifest = read_manifest(found) if is_checkpoint(found) else None
-    folder = Path(found)
+    folder = paths.at(found)
     workdir = folder.parent.parent
     record = _read(workdir / CONFIG) if folder.parent.name == STEPS_FOLDER else {}
     record = record if isinstance(record.get("config"), dict) else {}
@@ -128,7 +129,7 @@ def licence(path: str, kind: str) -> str:
 
 def _evaluation(named: str | None, checkpoint: Path, workdir: Path | None) -> Mapping[str, Any]:
     if named is not None:
-        if not (found := _read(Path(named) / RESULTS)):
+        if not (found := _read(paths.at(named) / RESULTS)):
             raise UserError(f"--evaluation={named}: no {RESULTS}; name the folder that `evaluate` wrote (--out)")
         return found
     places = [] if workdir is None else [workdir, workdir / "evaluation", workdir.parent / "evaluation"]

@@ -21,7 +21,7 @@ import ml_collections
 from elbo_kto_jax.runtime import paths, recipes, settings
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import check_writable
+from elbo_kto_jax.runtime.files import check_writable, is_taken
 from elbo_kto_jax.runtime.older_configs import with_later_keys
 
 _LARGEST = 2**31 - 1  # of counts and seeds on the command line
@@ -161,7 +161,7 @@ class Flags(argparse.ArgumentParser):
         for key, text in overrides.items():
             _override(config, key, text)
         if hasattr(flags, "workdir") and not flags.workdir:
-            flags.workdir = os.path.join("runs", Path(flags.config.partition(":")[0]).stem)
+            flags.workdir = os.path.join("runs", Path(flags.config.rpartition("://")[2].partition(":")[0]).stem)
         try:
             return flags, self._kind.from_mapping(config.to_dict())
         except UserError as error:
@@ -213,8 +213,10 @@ def load_config_file(spec: str, flag: str = "--config") -> ml_collections.Config
     Raises:
       UserError: the file is missing, is not Python, fails, or has no get_config.
     """
-    name, _, argument = (spec, "", "") if os.path.isfile(spec) else spec.partition(":")
-    path = Path(name) if os.path.isfile(name) else recipes.find(name)
+    scheme, mark, rest = spec.rpartition("://")  # whose colon begins no argument
+    name, _, argument = (rest, "", "") if os.path.isfile(spec) else rest.partition(":")
+    name = f"{scheme}{mark}{name}"
+    path = paths.at(name) if paths.at(name).is_file() else recipes.find(name)
     if path is None:
         raise UserError(f"{flag}={spec}: there is no file {name}, nor a recipe; recipes: {', '.join(recipes.names())}")
     try:
@@ -263,7 +265,7 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool, flag: str = "--out
       UserError: it exists and --overwrite was not given, it is a folder, or nothing can be written there.
     """
     check_writable(path, flag)
-    if Path(path).is_dir():
+    if paths.at(path).is_dir():
         raise UserError(f"{flag}={path}: a folder; name a file")
-    if os.path.lexists(path) and not overwrite:
+    if is_taken(path) and not overwrite:
         raise UserError(f"{flag}={path} exists already; choose another name or pass --overwrite")

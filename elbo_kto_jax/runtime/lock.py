@@ -3,6 +3,7 @@
 The lock is `flock` on a small file, which says who holds it. Folders that are only read are held by many at once
 (`read`), with `flock` on the folder itself. Linux passes it on to NFS servers, so it holds between
 machines as well; where a file system knows no locks, only a living process on the same machine is recognised.
+In a bucket it is a lease that its holder renews (lease.py).
 """
 
 import contextlib
@@ -18,9 +19,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime import lease, paths, processes
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import check_writable, writing
+from elbo_kto_jax.runtime.files import check_writable, remove_tree, writing
 
 log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"  # in a folder that stays
@@ -39,6 +40,10 @@ def inside(folder: str | os.PathLike, flag: str) -> Iterator[None]:
       UserError: another command holds it, who says the message; or it cannot be taken.
     """
     folder = _usable(folder, flag)
+    if paths.is_remote(folder):
+        with lease.hold(folder / LOCK_FILE, f"{flag}={folder}"):
+            yield
+        return
     with _hold(folder / LOCK_FILE, f"{flag}={folder}"):
         yield
 
@@ -51,6 +56,9 @@ def check_free(folder: str | os.PathLike, flag: str) -> None:
     """
     folder = _usable(folder, flag)
     file = folder / LOCK_FILE
+    if paths.is_remote(folder):
+        lease.check_free(file, f"{flag}={folder}")
+        return
     try:
         opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -68,7 +76,7 @@ def check_free(folder: str | os.PathLike, flag: str) -> None:
 
 def _usable(folder: str | os.PathLike, flag: str) -> Path:
     """Raises UserError where there can be no folder of that name in which a command keeps its work."""
-    folder = Path(folder)
+    folder = paths.at(folder)
     check_writable(folder, flag)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag}={folder}: a file, not a folder; choose another name")
@@ -78,8 +86,12 @@ def _usable(folder: str | os.PathLike, flag: str) -> Path:
 @contextlib.contextmanager
 def beside(path: str | os.PathLike, flag: str) -> Iterator[None]:
     """The same for a file or folder that appears when it is whole: the lock stands beside it."""
-    path = Path(path).expanduser().absolute()
+    path = paths.at(path).expanduser().absolute()
     check_writable(path, flag)
+    if paths.is_remote(path):
+        with lease.hold(path.with_name(f".{path.name}{LOCK_FILE}"), f"{flag}={path}"):
+            yield
+        return
     with _hold(path.with_name(f".{path.name}{LOCK_FILE}"), f"{flag}={path}"):
         yield
 
@@ -145,7 +157,7 @@ def _refusal(error: OSError, holder: dict, file: Path, place: str) -> UserError 
         return None
     remedy = "" if has_locks else f", or remove {file} if it has ended"
     return UserError(
-        f"{place}: in use by {_describe(holder)}; wait until it has ended, or choose another place{remedy}"
+        f"{place}: in use by {lease.describe(holder)}; wait until it has ended, or choose another place{remedy}"
     )
 
 
@@ -173,15 +185,6 @@ def _read_holder(opened: int) -> dict:
         return dict(json.loads(os.pread(opened, 1000, 0)))
     except (OSError, ValueError, TypeError):  # taken a moment ago
         return {}
-
-
-def _describe(holder: dict) -> str:
-    """Who holds a lock, in words; the file may say anything."""
-    if not isinstance(holder.get("pid"), int):
-        return "another process"
-    host, since = (str(holder.get(key))[:100] for key in ("host", "since"))
-    words = f"process {holder['pid'] % 2**32} on {host} since {since}"
-    return "".join(char for char in words if char.isprintable())
 
 
 def _is_alive(holder: dict) -> bool:
@@ -224,7 +227,12 @@ def waiting(file: Path, what: str) -> Iterator[bool]:
 
 
 def read(folder: str | os.PathLike) -> bool:
-    """Holds a folder until this process ends, so that no other removes it with `remove`; False: it is gone."""
+    """Holds a folder until this process ends, so that no other removes it with `remove`; False: it is gone.
+
+    In a bucket nothing is held: what is removed while it is read does not have the sizes and digests that it must have.
+    """
+    if paths.is_remote(folder):
+        return paths.at(folder).is_dir()
     name = os.path.realpath(folder)
     if name in _read and _is_at(_read[name], name):
         return True
@@ -247,6 +255,9 @@ def remove(folder: str | os.PathLike, under: str | os.PathLike) -> bool:
     Raises:
       OSError: it cannot be renamed. What then cannot be deleted is left at `under`.
     """
+    if paths.is_remote(folder):  # what is left of it when this is killed is an unfinished save (BucketPath.rmtree)
+        remove_tree(paths.at(folder))
+        return True
     _close_read(os.path.realpath(folder))
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

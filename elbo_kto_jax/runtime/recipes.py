@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from elbo_kto_jax.runtime import paths
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "recipes"
@@ -43,9 +46,13 @@ def get_config_of(file: str | os.PathLike) -> Callable[..., ConfigDict]:
       AttributeError: it has no get_config.
       Exception: whatever the file raises.
     """
-    spec = importlib.util.spec_from_file_location(f"config_{Path(file).stem}", file)
-    if spec is None or spec.loader is None:
-        raise ImportError("expected a Python file (*.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config
+    with tempfile.TemporaryDirectory(prefix="elbo_kto_jax_config_") as folder:
+        if paths.is_remote(file):
+            content, file = paths.at(file).read_bytes(), Path(folder, Path(file).name)
+            file.write_bytes(content)
+        spec = importlib.util.spec_from_file_location(f"config_{Path(file).stem}", file)
+        if spec is None or spec.loader is None:
+            raise ImportError("expected a Python file (*.py)")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config

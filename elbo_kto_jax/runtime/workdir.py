@@ -17,8 +17,6 @@ import contextlib
 import datetime
 import json
 import logging
-import os
-import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +29,11 @@ import elbo_kto_jax
 from elbo_kto_jax.runtime import lock, processes, provenance
 from elbo_kto_jax.runtime.config import Config, differences
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json, writing
+from elbo_kto_jax.runtime.files import atomic_write, files_below, is_leftover, is_taken, remove_tree, to_json, writing
 from elbo_kto_jax.runtime.going_on import MAY_CHANGE, changes_of_a_run, longer
 from elbo_kto_jax.runtime.older_configs import as_written_now
 from elbo_kto_jax.runtime.runlog import LOG, RunLog, recording
+from elbo_kto_jax.runtime.spool import Spool, spooling
 
 log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -58,10 +57,10 @@ def open_workdir(workdir: Path, config: Config, overwrite: bool, command: str) -
         or something else; or the processes of this job have different folders of that name.
     """
     processes.first(lambda: _refuse_foreign(workdir))
-    with lock.inside(workdir, "--workdir"), recording() as run_log:
+    with lock.inside(workdir, "--workdir"), spooling(workdir) as spool, recording() as run_log:
         found: list[dict | None] = [None]
         processes.first(lambda: found.append(_read(workdir, config, overwrite, command)))
-        yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]), run_log)
+        yield Workdir(workdir, config, overwrite, command, processes.json_of_first(found[-1]), run_log, spool)
 
 
 def look_into(workdir: Path, config: Config, overwrite: bool, command: str) -> tuple[dict | None, datetime.datetime]:
@@ -93,12 +92,22 @@ class Workdir:
       path: the folder.
       moment: when the run began: what chat templates are told that ask for the time.
       revisions: data set of the Hub, as the config names it -> the commit with which the run began.
+      spool: where its files are that grow.
       inputs: config key -> what the run's result depends on there -> its digest (training/inputs.py).
     """
 
-    def __init__(self, path: Path, config: Config, overwrite: bool, command: str, found: dict | None, run_log: RunLog):
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        overwrite: bool,
+        command: str,
+        found: dict | None,
+        run_log: RunLog,
+        spool: Spool,
+    ):
         """`found`: what config.json says of the run that goes on; None: a new one begins."""
-        self.path, self._log = path, run_log
+        self.path, self._log, self.spool = path, run_log, spool
         self._found, self._mark = found, {"unfinished": command} if overwrite else {}
         self.moment = _moment(found)
         moment = self.moment.isoformat()
@@ -153,7 +162,7 @@ class Workdir:
                 f"--workdir={self.path}: process 0 has made it, process {jax.process_index()} does not see it; "
                 "name a folder on a file system that all machines share"
             )
-        processes.first(lambda: self._log.begin(self.path / LOG, f"start: {provenance.in_words(self._start)}"))
+        processes.first(lambda: self._log.begin(self.spool.local(LOG), f"start: {provenance.in_words(self._start)}"))
 
     def go_on(self) -> None:
         """Says in config.json with what a run goes on, once nothing can refuse that any more."""
@@ -198,7 +207,7 @@ class Workdir:
             keep = [file, self.path / lock.LOCK_FILE, *([] if self._mark else [self.path / LOG])]
             for child in sorted(self.path.iterdir()):
                 if child not in keep:
-                    shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+                    remove_tree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     def _write(self) -> None:
         text = json.dumps(self._record, indent=2) + "\n"
@@ -235,7 +244,7 @@ def _check_kinds(workdir: Path) -> None:
     """Raises UserError where a file stands in the place of a folder of a run, or the other way round."""
     for name in (*_FILES, *_FOLDERS):
         found = workdir / name
-        if os.path.lexists(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
+        if is_taken(found) and not (found.is_dir() if name in _FOLDERS else found.is_file()):
             kind = "folder" if name in _FOLDERS else "file"
             raise UserError(f"{found}: not a {kind}; remove it or choose another --workdir")
 
@@ -248,8 +257,8 @@ def _moment(found: Mapping | None) -> datetime.datetime:
 
 def _has_results(workdir: Path) -> bool:
     """Whether anything but the description of a run stands in its folder: until then its inputs may change."""
-    files = (path for path in workdir.rglob("*") if not path.is_dir())
-    return any(not is_leftover(file) and file.name not in (CONFIG, LOG, lock.LOCK_FILE) for file in files)
+    ours = (CONFIG, LOG, lock.LOCK_FILE)
+    return any(not is_leftover(file) and file.name not in ours for file in files_below(workdir))
 
 
 def refuse_other_inputs(
@@ -309,7 +318,8 @@ class MetricsLog:
     Processes other than the first write nothing.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, first_step: int, spool: Spool):
+        self._spool = spool
         self._writes = processes.is_first()
         if not self._writes:
             return
@@ -317,8 +327,10 @@ class MetricsLog:
         for left in filter(is_leftover, workdir.iterdir()):
             left.unlink()
         kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
-        atomic_write(self._path, "".join(to_json(row) + "\n" for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        file = spool.local(METRICS)
+        atomic_write(file, "".join(to_json(row) + "\n" for row in kept))
+        self._file = file.open("a", encoding="utf-8")
+        spool.save()
 
     def write(self, row: dict) -> None:
         if not self._writes:
@@ -326,11 +338,18 @@ class MetricsLog:
         with writing(self._path):
             self._file.write(to_json(row) + "\n")
             self._file.flush()
+        self._spool.grown()
+
+    def save(self) -> None:
+        """What was written is where a restart will look for it."""
+        if self._writes:
+            self._spool.save()
 
     def close(self) -> None:
         if self._writes:
             with writing(self._path):
                 self._file.close()
+            self._spool.save()
 
 
 def read_metrics(workdir: Path) -> list[dict]:

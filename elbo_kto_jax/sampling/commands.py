@@ -1,11 +1,10 @@
 """What a line of a conversation may be beside a message: a command, which begins with a slash."""
 
 import logging
-import os
 
 from elbo_kto_jax.runtime import paths, processes, terminal
 from elbo_kto_jax.runtime.errors import UserError, shown
-from elbo_kto_jax.runtime.files import atomic_write, check_writable, to_json
+from elbo_kto_jax.runtime.files import atomic_write, check_writable, is_taken, to_json
 from elbo_kto_jax.sampling.conversation import Conversation
 
 log = logging.getLogger(__name__)
@@ -53,9 +52,9 @@ def _save(argument: str, talk: Conversation) -> None:
     if not path:
         raise UserError("/save: name a file: /save FILE")
     check_writable(path, "/save")
-    if os.path.isdir(path):
+    if paths.at(path).is_dir():
         raise UserError(f"/save: {path} is a folder; name a file")
-    if os.path.lexists(path) and not overwrite:
+    if is_taken(path) and not overwrite:
         raise UserError(f"/save: {path} exists already; choose another name, or write /save {_OVERWRITE} FILE")
     if not talk.messages:
         raise UserError("/save: nothing was said yet")

@@ -10,7 +10,7 @@ from typing import Any
 from elbo_kto_jax.checkpoints.folders import means_best
 from elbo_kto_jax.checkpoints.load import load_config
 from elbo_kto_jax.models.registry import architecture
-from elbo_kto_jax.runtime import recipes
+from elbo_kto_jax.runtime import paths, recipes
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.older_configs import as_written_now
@@ -52,9 +52,11 @@ def settings_of(source: str, flag: str, recipe: str = "") -> dict[str, Any]:
 
 def _config_of_run(source: str) -> tuple[Path, Mapping[str, Any]] | None:
     """The config.json of the training run to whose working folder `source` belongs, and the config in it."""
-    if not os.path.exists(source) and not means_best(source):  # a name on the hub
+    if not paths.at(source).exists() and not means_best(source):  # a name on the hub
         return None
-    places = [Path(os.path.abspath(source)), Path(os.path.realpath(source))]
+    places = [paths.at(paths.place(source))]
+    if not paths.is_remote(source):
+        places.insert(0, Path(os.path.abspath(source)))
     for folder in dict.fromkeys(folder for place in places for folder in (place, *place.parents)):
         file = folder / _RUN_CONFIG
         try:

@@ -10,17 +10,16 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import elbo_kto_jax
 from elbo_kto_jax.data.records import Record
-from elbo_kto_jax.runtime import processes
+from elbo_kto_jax.runtime import paths, processes
 from elbo_kto_jax.runtime.config import Config, differences
 from elbo_kto_jax.runtime.errors import UserError
-from elbo_kto_jax.runtime.files import atomic_write, is_leftover, to_json
+from elbo_kto_jax.runtime.files import atomic_write, is_leftover, remove_tree, to_json
 
 log = logging.getLogger(__name__)
 _SETTINGS = "settings.json"
@@ -45,7 +44,7 @@ def settings_of_answers(content: str, records: Sequence[Record], infill: bool, c
 
 
 def folder_of(out: str) -> Path:
-    return Path(f"{out}.unfinished")
+    return paths.at(f"{out}.unfinished")
 
 
 class Unfinished:
@@ -76,7 +75,7 @@ class Unfinished:
     def finish(self) -> None:
         """The output is written."""
         if processes.is_first():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_tree(self._folder, ignore_errors=True)
 
     def _open(self, settings: Mapping[str, Any], overwrite: bool) -> None:
         before = _read(self._folder / _SETTINGS)
@@ -88,7 +87,7 @@ class Unfinished:
             return
         if self._folder.is_dir() and any(not is_leftover(child) for child in self._folder.iterdir()):
             self._refuse_other(before, settings, overwrite)
-            shutil.rmtree(self._folder)
+            remove_tree(self._folder)
         atomic_write(self._folder / _SETTINGS, f"{to_json(settings)}\n")
 
     def _refuse_other(self, before: dict[str, Any] | None, settings: Mapping[str, Any], overwrite: bool) -> None:

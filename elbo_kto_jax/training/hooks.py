@@ -276,6 +276,9 @@ class Journal(Hook):
         self._log.write(row)
         self._tracking.metrics(row)
 
+    def rest(self, step: Step, state: TrainState) -> None:
+        self._log.save()  # before the checkpoint: a run that goes on from it lacks no line
+
     def close(self) -> None:
         self._log.close()
 

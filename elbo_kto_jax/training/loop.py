@@ -13,6 +13,7 @@ from pathlib import Path
 from jaxtyping import Array, Bool
 
 from elbo_kto_jax.checkpoints.training_state import TrainingCheckpoints
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import Interrupted
 from elbo_kto_jax.runtime.workdir import MetricsLog, Workdir, open_workdir, read_metrics, stop_on_signal
@@ -38,6 +39,7 @@ def train(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool) -> 
     """
     check_held_out(config)
     tracking.check(config.trackers)
+    paths.refuse_checkpoints(workdir, "--workdir")
     with open_workdir(workdir, config, overwrite, "train") as folder:
         setup = inputs.prepare_in(config, folder, skip_bad=skip_bad)
         with stop_on_signal() as stop_requested:
@@ -54,7 +56,12 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
     )
     state, progress = trainer.start(weights, checkpoints)
     told = Tracking(
-        setup.config.trackers, folder.path, setup.config.to_dict(), progress.step, read_metrics(folder.path)
+        setup.config.trackers,
+        folder.path,
+        setup.config.to_dict(),
+        progress.step,
+        read_metrics(folder.path),
+        folder.spool.root,
     )
     samples = Samples(setup, folder.path / "samples.json", told)
     if progress.step < setup.total_steps and not progress.is_out_of(setup.config.train.patience):
@@ -62,7 +69,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
 
     def finished(interrupted: bool) -> dict:
         summary = finish(setup, folder.path, progress, samples.found, checkpoints, interrupted=interrupted)
-        told.report(progress.step, Path(summary["report"]))
+        told.report(progress.step, paths.at(summary["report"]))
         return summary
 
     summary = None
@@ -73,7 +80,7 @@ def run(setup: Setup, folder: Workdir, stop_requested: Callable[[], bool]) -> di
         )
         weights.verify(inputs.MODEL)
         folder.go_on()
-        journal = hooks.Journal(setup, MetricsLog(folder.path, progress.step), told)
+        journal = hooks.Journal(setup, MetricsLog(folder.path, progress.step, folder.spool), told)
         watching = hooks_of(trainer, folder.path, journal, checkpoints, references.held_out, progress, stop_requested)
         state = take_steps(trainer, state, references.training, watching, progress)
         samples.take("after", trainer.policy(state.params), progress.step)

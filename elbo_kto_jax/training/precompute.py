@@ -6,6 +6,7 @@ from pathlib import Path
 
 from elbo_kto_jax import objectives
 from elbo_kto_jax.checkpoints.digest import params_digest
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.workdir import Workdir, open_workdir, stop_on_signal
@@ -26,6 +27,7 @@ def precompute(config: Config, workdir: Path, *, overwrite: bool, skip_bad: bool
     if not objectives.build(config.objective).needs.reference:
         raise UserError(f"config.objective.name: {config.objective.name!r} has no reference to precompute")
     check_held_out(config)  # as `train` does, for which this is
+    paths.refuse_checkpoints(workdir, "--workdir")
     with open_workdir(workdir, config, overwrite, "precompute") as folder:
         setup = inputs.prepare_in(config, folder, skip_bad=skip_bad)
         summary = _precompute(setup, folder)

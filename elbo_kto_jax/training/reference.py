@@ -133,7 +133,7 @@ class ReferenceCache:
         try:
             if match is None:
                 raise ValueError("its name is not one of these")
-            values: Float32[np.ndarray, "steps bk"] = np.load(part, allow_pickle=False)
+            values: Float32[np.ndarray, "steps bk"] = np.load(io.BytesIO(part.read_bytes()), allow_pickle=False)
             first, last = int(match[2]), int(match[3])
             if values.shape != (last - first + 1, self.elbo_ref.shape[1]) or values.dtype != np.float32:
                 raise ValueError(f"shape {values.shape}")

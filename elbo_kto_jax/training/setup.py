@@ -25,6 +25,7 @@ from elbo_kto_jax.diffusion import masks
 from elbo_kto_jax.models import axes, lora
 from elbo_kto_jax.models.network import MaskPredictor, Params
 from elbo_kto_jax.objectives.protocol import Objective
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.config import Config
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.sampling.generate import check_options
@@ -149,10 +150,16 @@ def tokenizer_digest(assets: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def cache_of(config: Config, workdir: Path) -> Cache:
-    """Where a run in `workdir` keeps what its data are prepared to."""
+def cache_of(config: Config, workdir: Path) -> Cache | None:
+    """Where a run in `workdir` keeps what its data are prepared to: on this machine, which maps it into memory.
+
+    Raises:
+      UserError: the config names a bucket.
+    """
     if config.data.cache:
-        return Cache(Path(config.data.cache), is_shared=True)
+        return Cache(paths.here(config.data.cache, "config.data.cache"), is_shared=True)
+    if paths.is_remote(workdir):
+        return None
     beside = workdir.absolute()
     return Cache(beside.with_name(f"{beside.name}.data"), is_shared=False)
 

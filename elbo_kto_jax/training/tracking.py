@@ -58,9 +58,23 @@ class Tracking:
     """
 
     def __init__(
-        self, names: Sequence[str], folder: Path, config: Mapping[str, Any], first_step: int, rows: Sequence[Row]
+        self,
+        names: Sequence[str],
+        folder: Path,
+        config: Mapping[str, Any],
+        first_step: int,
+        rows: Sequence[Row],
+        growing: Path | None = None,
     ):
-        """`first_step`: after which this start goes on; `rows`: of metrics.jsonl as they were found.
+        """See the class.
+
+        Args:
+          names: config.trackers.
+          folder: of the run, for trackers.json.
+          config: of the run.
+          first_step: after which this start goes on.
+          rows: of metrics.jsonl as they were found.
+          growing: where files are written that grow; None: in `folder`.
 
         Raises:
           UserError: trackers.json is damaged.
@@ -75,7 +89,7 @@ class Tracking:
         for name in dict.fromkeys(names):
             mark = marks.found.get(name)
             sent = -1 if mark is None else mark.get("step", last)
-            run = Run(folder, copy.deepcopy(config), first_step, (mark or {}).get("key", ""), sent)
+            run = Run(growing or folder, copy.deepcopy(config), first_step, (mark or {}).get("key", ""), sent)
             lacks = sent < last or (mark is not None and "step" not in mark)
             self._workers.append(_Worker(name, run, rows, marks, lacks=lacks))
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pwd
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_what_is_not_changed(path):
     assert paths.resolve(path, "--out") == path
 
 
+@pytest.mark.parametrize("path", ["gs://b", "s3://b/x y", "gs://b/x:test", "https://host/x.jsonl", "hf://datasets/a/b"])
+def test_addresses(path):
+    assert paths.resolve(path, "--out") == path
+    assert paths.resolve(f"{path}/", "--out") == path
+    assert str(paths.at(path)) == path
+    assert isinstance(paths.at(path) / "x", Path)
+    assert str((paths.at(path) / "x/y").relative_to(path)) == "x/y"
+
+
 @pytest.mark.parametrize("path", ["./~", "./~/x", ".//~root", "././~x"])
 def test_a_folder_whose_name_starts_with_a_tilde(path, home, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -69,10 +79,14 @@ def test_a_folder_whose_name_starts_with_a_tilde(path, home, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("path", "named"),
     [
-        ("gs://bucket/run", "gs://"),
-        ("GS://bucket/run", "GS://"),
+        ("GS://bucket/run", "gs://"),
         (" s3://bucket", "s3://"),
-        ("hf://datasets/a/b", "hf://"),
+        ("gs://", "gs://BUCKET/NAME"),
+        ("gs://bucket/../run", "without"),
+        ("gs://bucket//run", "without"),
+        ("gs://bucket/a\tb", "control characters"),
+        ("gs://bucket/a\\b", "rename"),
+        ("memory://x", "memory://"),
         ("file:///tmp/x", "file://"),
         ("abfs+tls.1-x://b", "abfs+tls.1-x://"),
         ("~nobody-of-this-name/x", "~nobody-of-this-name"),
@@ -151,8 +165,9 @@ def test_every_flag_that_names_files_is_resolved(command, monkeypatch, home):
         if action.type is None:
             others = [word for word in needed if not word.startswith(f"{flag}=") and flag != "--prompts"]
             others += [f"{a.option_strings[0]}=x" for a in named if a.required and flag == "--prompts"]
-            with pytest.raises(UserError, match=f"^{flag}=gs://b: gs:// addresses"):
-                parser.parse_args([*others, f"{flag}=gs://b"])
+            with pytest.raises(UserError, match=f"^{flag}=file://b: file:// addresses"):
+                parser.parse_args([*others, f"{flag}=file://b"])
+            assert getattr(parser.parse_args([*others, f"{flag}=gs://b/"]), action.dest) == "gs://b"
             assert getattr(parser.parse_args([*others, f"{flag}=~/x"]), action.dest) == f"{home}/x"
             checked += 1
     assert checked
@@ -205,8 +220,8 @@ def test_config_keys(key, home):
     resolved = config.Config.from_mapping(mapping)
     assert getattr(getattr(resolved, group) if group else resolved, name) == f"{home}/x.yaml"
     assert config.Config.from_mapping(resolved.to_dict()) == resolved
-    (mapping[group] if group else mapping)[name] = "gs://b/x"
-    with pytest.raises(UserError, match=f"^config.{key}=gs://b/x: gs:// addresses"):
+    (mapping[group] if group else mapping)[name] = "file://b/x"
+    with pytest.raises(UserError, match=f"^config.{key}=file://b/x: file:// addresses"):
         config.Config.from_mapping(mapping)
     (mapping[group] if group else mapping)[name] = "\ud800"
     with pytest.raises(UserError, match=f"config.{key}: not UTF-8"):

@@ -13,7 +13,7 @@ from elbo_kto_jax.evaluation.kept import digest
 from elbo_kto_jax.evaluation.prompts import Prompts, prompt_text
 from elbo_kto_jax.evaluation.verdicts import read_verdict, without_reasoning
 from elbo_kto_jax.evaluation.winrate import Opinion, Verdict
-from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime import config, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.extras import import_extra
 from elbo_kto_jax.runtime.messages import one_line
@@ -40,7 +40,7 @@ def describe(options: config.Judge) -> dict[str, Any]:
 def _template(options: config.Judge) -> str:
     path = options.prompt or str(_PROMPT)
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = paths.at(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
         raise UserError(f"--judge-prompt={one_line(path, 200)}: cannot be read ({reason})") from error
