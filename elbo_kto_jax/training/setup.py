@@ -216,8 +216,6 @@ def prepare(
     fractions = config.data.desirable_fraction, config.data.undesirable_fraction
     data = read(config.data.train, data_flag, *fractions, weights=config.data.weights)
     eval_data = read(config.data.eval, "--config.data.eval", 1.0, 1.0) if config.data.eval else None
-    if cache is not None:
-        cache.remove_others()
     residuals = _residuals(config, model, mesh, objective, data)
     setup = Setup(config, model, opened.assets, opened.tokenizer, mesh, objective, data, eval_data, residuals)
     if setup.total_steps > _MOST_STEPS:
@@ -263,9 +261,10 @@ def _read(
         cache=cache,
         revisions=revisions,
     )
-    log.info("%s: %s", path, examples.report)
+    name = path if isinstance(path, str) else ", ".join(path)
+    log.info("%s: %s", name, examples.report)
     if loss := examples.counts.warning(config.data.max_length):
-        log.warning("%s: %s", path, loss)
+        log.warning("%s: %s", name, loss)
     return TrainingData(
         examples,
         layout,

@@ -286,25 +286,23 @@ def test_what_changes_nothing_is_no_difference(folder, stop_at):
     assert train.main([*argv, f"--workdir={folder / 'elsewhere'}"])["steps"] == STEPS
 
 
-def test_a_mixture_that_is_prepared_in_files_goes_on_with_the_same_bits(folder, stop_at, monkeypatch):
-    """As it has them where everything is in memory; what was prepared is found again beside the working folder."""
+def test_a_mixture_that_was_prepared_is_found_beside_the_working_folder(folder, stop_at, monkeypatch):
     more = runs.write_jsonl(folder / "more.jsonl", runs.records(3, first=20))
     mixture = {"data.train": [str(folder / "train.jsonl"), str(more)], "data.weights": [0.4, 0.6]}
-    train.main(flags(folder, f"--workdir={folder / 'whole'}", **mixture))
-    assert not (folder / "whole.data").exists()
-
     monkeypatch.setattr(prepare, "LARGE", 0)
     monkeypatch.setattr(prepare, "cores", lambda: 1)
     argv = stopped(folder, stop_at, **mixture)
     prepared = sorted((folder / "run.data").glob("*/description.json"))
     assert len(prepared) == 2
-    monkeypatch.setattr(prepare, "convert_all", lambda *_: pytest.fail("it is prepared again"))
-    assert train.main(argv)["steps"] == STEPS
-    whole, run = (workdir.read_metrics(folder / name) for name in ("whole", "run"))
-    assert [row["loss"] for row in run] == [row["loss"] for row in whole]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "convert_all", lambda *_: pytest.fail("it is prepared again"))
+        assert train.main(argv)["steps"] == STEPS
     refused = refusal([word for word in argv if "weights" not in word])
     assert "config.data.weights: [0.4, 0.6] -> []" in refused
     assert sorted((folder / "run.data").glob("*/description.json")) == prepared
+    edit(folder)
+    assert "config.data.train: texts" in refusal(argv)
+    assert set((folder / "run.data").glob("*/description.json")) > set(prepared)
 
 
 def test_inputs_may_change_until_there_are_results(folder, monkeypatch):
