@@ -55,6 +55,7 @@ LONGEST = (
     "runtime/test_workdir.py",
     "robustness/test_cases.py",
     "robustness/test_kills.py",
+    "buckets/test_kills.py",
     "sampling/test_decode.py",
     "training/test_loop.py",
     "sampling/test_families.py",

@@ -484,7 +484,7 @@ def test_a_run_that_is_half_deleted_is_not_gone_on_with(folder, stop_at, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "shutil", types.SimpleNamespace(rmtree=killed))
+        patch.setattr(workdir, "remove_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             train.main([*argv, "--overwrite"])
     assert "--overwrite" in refusal(argv)
