@@ -123,8 +123,9 @@ def _processes(request: Request, source: sources.Source) -> int:
 
 
 def _stamps(files: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """Size and times of files; in a bucket, where an object is replaced as a whole, the size."""
     stats = [file.stat() for file in files]
-    return [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+    return [(stat.st_size, getattr(stat, "st_mtime_ns", 0), getattr(stat, "st_ctime_ns", 0)) for stat in stats]
 
 
 def _refuse_changes(files: Sequence[Path], before: list[tuple[int, int, int]], digests: Digests) -> None:

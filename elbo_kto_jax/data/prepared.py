@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from elbo_kto_jax.data.columns import DTYPES, Columns
-from elbo_kto_jax.runtime import lock
+from elbo_kto_jax.runtime import lock, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, writing
 
@@ -251,4 +251,4 @@ def _open(place: Path) -> Prepared | None:
         return None
     columns = {name: mapped(place / name, dtype) for name, dtype in _DTYPES.items()}
     log.info("prepared records are read from %s", place)
-    return Prepared(columns, tuple(map(Path, content["files"])), content["skipped"], content["notes"], digests)
+    return Prepared(columns, tuple(map(paths.at, content["files"])), content["skipped"], content["notes"], digests)

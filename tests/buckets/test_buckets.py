@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.checkpoints import publish
+from elbo_kto_jax.checkpoints.assets import read_assets
+from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
+from elbo_kto_jax.data import prepare
+from elbo_kto_jax.data.examples import load_examples
+from elbo_kto_jax.data.prepared import Cache
 from elbo_kto_jax.data.reading import read_records
 from elbo_kto_jax.runtime import bucket_errors, files, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import load_config_file, refuse_existing
 from tests import runs
 from tests.buckets.gcs_server import Fault
+from tests.data.test_examples import DEFAULTS
 
 
 @pytest.fixture
@@ -169,6 +175,24 @@ def test_other_forms_of_records(bucket, end, tmp_path):
     file = paths.at(f"gs://{bucket}/x.{end}")
     files.atomic_write(file, (tmp_path / "x").read_bytes())
     assert [record.prompt for record in read_records(str(file)).records] == ["0", "1", "2", "3"]
+
+
+def test_many_records_are_prepared_from_a_bucket(bucket, tmp_path, monkeypatch, tiny_checkpoint):
+    """By as many processes as there are cores, and kept on this machine."""
+    monkeypatch.setattr(prepare, "LARGE", 0)
+    runs.write_jsonl(tmp_path / "here.jsonl", runs.records(40))
+    address = f"gs://{bucket}/records.jsonl"
+    paths.at(address).write_bytes((tmp_path / "here.jsonl").read_bytes())
+    options = {**DEFAULTS, "cache": Cache(tmp_path / "cache", is_shared=False), "processes": 2}
+    tokenizer = build_tokenizer(read_assets(tiny_checkpoint), "tokenizer")
+
+    def prepared(path):
+        return load_examples(path, tokenizer, **options)
+
+    here, first, again = prepared(str(tmp_path / "here.jsonl")), prepared(address), prepared(address)
+    for found in (first, again):
+        np.testing.assert_array_equal(found.tokens, here.tokens)
+        assert [str(file) for file in found.files] == [address]
 
 
 def test_nothing_is_overwritten_unasked(place):
