@@ -42,7 +42,8 @@ def prepare_in(config: Config, folder: Workdir, *, skip_bad: bool) -> Setup:
     sets = [data.examples.revisions for data in (setup.data, setup.eval_data) if data is not None]
     revisions = {name: commit for found in sets for name, commit in found.items()}
     folder.claim(of_setup(setup), files_of(setup), revisions)
-    cache.remove_others()  # not before: a start that is refused leaves what the run has
+    if cache is not None:
+        cache.remove_others()  # not before: a start that is refused leaves what the run has
     return setup
 
 
