@@ -234,7 +234,7 @@ class _Walk:
             names += re.findall(r"(?:true|false)_computation=%([^\s,)}]+)", attributes)
             return self._sum(sorted(names, key=lambda branch: self.cost(branch)[0])[-1:])
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
-            return self._kernel_flops(instruction.name), []
+            return self._kernel_flops(instruction), []
         if opcode in ("fusion", "call", "async-start"):
             return self._sum(re.findall(r"(?:calls|to_apply)=%([^\s,)}]+)", attributes))
         return 0.0, []
@@ -245,11 +245,13 @@ class _Walk:
         found = [dataclasses.replace(c, times=c.times * times) for _, inner in costs for c in inner]
         return times * sum(flops for flops, _ in costs), found
 
-    def _kernel_flops(self, name: str) -> float:
+    def _kernel_flops(self, instruction: _Instruction) -> float:
+        """By the name of the instruction; in a loop over rows it has another, and op_name has that of the kernel."""
+        op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
         for prefix, flops in self.kernels.items():
-            if name.startswith(prefix):
+            if instruction.name.startswith(prefix) or (op_name and f"/{prefix}" in op_name[1]):
                 return flops
-        raise ValueError(f"kernels: expected an entry for {name}, got {list(self.kernels)}")
+        raise ValueError(f"kernels: expected an entry for {instruction.name}, got {list(self.kernels)}")
 
     def _collective(self, kind, instruction, by_name, computation) -> Collective:
         group = group_size(instruction.attributes, self.chips)
@@ -333,6 +335,10 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
             entry = current if line.startswith("ENTRY") else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             computations[current].append(_instruction(*found.groups()))
+        elif current is not None and computations[current] and line != "}":
+            # The metadata of a kernel have line breaks, and its name may stand after them.
+            last = computations[current][-1]
+            computations[current][-1] = last._replace(attributes=f"{last.attributes}\n{line}")
     return computations, entry
 
 

@@ -200,6 +200,15 @@ def test_the_fusion_that_keeps_a_part_of_a_sum_is_a_reduce_scatter():
     assert cost(module=module).sent(["reduce-scatter"]) == 7 * 256 * 3 / 4
 
 
+def test_a_kernel_in_a_loop_over_rows_is_called_by_its_metadata():
+    """As libtpu prints it: the attributes of the call have line breaks, and its name is that of the loop's body."""
+    call = '%kernel.1 = f32[8,16]{1,0} custom-call(%p.1), custom_call_target="tpu_custom_call"'
+    told = ', frontend_attributes={kernel_metadata={\n"block": "512"\n}}, metadata={op_name="jit(f)/kernel_fwd/while"}'
+    module = MODULE.replace(call, call.replace("%kernel.1", "%closed_call.1") + told)
+    assert module != MODULE
+    assert cost(module=module, kernels=(("other", 1.0), ("kernel", 100.0))) == cost()
+
+
 def test_an_unknown_kernel_is_an_error():
     with pytest.raises(ValueError, match=r"kernel\.1"):
         cost(kernels=())
