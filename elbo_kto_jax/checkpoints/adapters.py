@@ -11,7 +11,6 @@ import functools
 import os
 import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ from elbo_kto_jax.checkpoints.whole import open_whole, read_leaves, whole_config
 from elbo_kto_jax.models import lora, registry
 from elbo_kto_jax.models.config import ModelConfig
 from elbo_kto_jax.models.table import TreePath
-from elbo_kto_jax.runtime import config
+from elbo_kto_jax.runtime import config, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import command_line
 
@@ -196,7 +195,7 @@ def _of_peft(folder: epath.Path) -> StoredAdapters:
 
         return names.unflatten({path: placed(path, leaf) for path, leaf in by_path(abstract).items()})
 
-    assets = with_tokenizer(assets, read_assets(Path(folder)))
+    assets = with_tokenizer(assets, read_assets(paths.at(folder)))
     return StoredAdapters(folder, config, assets, adaptation, said, leaves, read)
 
 

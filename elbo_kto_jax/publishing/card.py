@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from elbo_kto_jax import __version__
-from elbo_kto_jax.publishing.facts import Facts, is_hub_id
+from elbo_kto_jax.publishing.facts import Facts, hub_name, is_hub_id
 from elbo_kto_jax.reports.formatting import format_number
 from elbo_kto_jax.reports.page import svg
 from elbo_kto_jax.reports.training import curves, in_step_order, mean_of_end
@@ -91,9 +91,9 @@ def _header(facts: Facts, licence: str | None) -> list[str]:
     objective = facts.config.get("objective", {}).get("name")
     said: dict[str, Any] = {
         "license": licence,
-        "base_model": facts.base.partition("@")[0] if is_hub_id(facts.base) else None,
+        "base_model": hub_name(facts.base) if is_hub_id(facts.base) else None,
         "base_model_relation": ("adapter" if facts.alone else "finetune") if is_hub_id(facts.base) else None,
-        "datasets": [facts.data.partition("@")[0]] if is_hub_id(facts.data) else None,
+        "datasets": [hub_name(name) for name in facts.data if is_hub_id(name)],
         "library_name": "peft" if facts.alone else "transformers" if facts.needs_code else "elbo_kto_jax",
         "pipeline_tag": "text-generation",
         "tags": ["elbo_kto_jax", "masked-diffusion", facts.family, *([objective] if objective else [])],
@@ -110,7 +110,7 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     steps = progress.get("step")
     rows = {
         "base": facts.base and _linked(facts.base, "") + licences.get("base", ""),
-        "data": facts.data and _linked(facts.data, "datasets/") + licences.get("data", ""),
+        "data": ", ".join(_linked(name, "datasets/") for name in facts.data) + licences.get("data", ""),
         "objective": _code(objective.get("name")),
         "beta (1/nats)": objective.get("beta"),
         "masks per example (K)": config.get("estimator", {}).get("draws"),
@@ -179,7 +179,7 @@ def _linked(name: str, kind: str) -> str:
     """A model or data set: a link to the hub where it is from there."""
     if not is_hub_id(name):
         return _code(name)
-    return f"[{_code(name)}](https://huggingface.co/{kind}{name.partition('@')[0]})"
+    return f"[{_code(name)}](https://huggingface.co/{kind}{hub_name(name)})"
 
 
 def _code(value: Any) -> str:

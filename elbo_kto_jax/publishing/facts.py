@@ -35,7 +35,8 @@ class Facts:
     Attributes:
       family: of the architecture, such as "llada".
       needs_code: transformers needs the code that lies beside the weights.
-      base, data: hub id or name of what the run began with, and of its records; "": not known.
+      base: hub id or name of what the run began with; "": not known.
+      data: the same of the data sets that it was trained on.
       licences: "base" and "data" -> licence, where their own cards say it.
       record: config.json of the run's working folder; {}: the checkpoint is not of a run.
       progress: the totals of the run at this checkpoint.
@@ -48,7 +49,7 @@ class Facts:
     family: str
     needs_code: bool
     base: str
-    data: str
+    data: Sequence[str]
     licences: Mapping[str, str]
     record: Mapping[str, Any]
     progress: Mapping[str, Any]
@@ -83,13 +84,14 @@ def gather(source: str, *, evaluation: str | None = None, base: str | None = Non
     progress = (manifest and manifest.progress) or {}
     last = progress.get("step", 0)
     config = record.get("config", {})
-    began, data = (str(config.get(group, {}).get(key, "")) for group, key in (("model", "path"), ("data", "train")))
-    licences = {"base": licence(base or began, "model"), "data": licence(data, "dataset")}
+    began, data = str(config.get("model", {}).get("path", "")), config.get("data", {}).get("train", "")
+    sets = [str(name) for name in (data if isinstance(data, list) else [data]) if name]
+    licences = {"base": licence(base or began, "model"), "data": licence(sets[0], "dataset") if len(sets) == 1 else ""}
     return Facts(
         family=registry.architecture(model).name,
         needs_code="auto_map" in from_json(assets["config.json"]),
         base=base or public_name(began),
-        data=public_name(data),
+        data=[public_name(name) for name in sets],
         licences={key: said for key, said in licences.items() if said},
         record=record,
         progress=progress,
@@ -105,7 +107,12 @@ def public_name(path: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    return HUB_ID.fullmatch(path.partition("@")[0]) is not None and not os.path.exists(path)
+    return HUB_ID.fullmatch(hub_name(path)) is not None and not os.path.exists(path)
+
+
+def hub_name(path: str) -> str:
+    """A hub id without its revision and its split (ORG/NAME@REVISION:SPLIT)."""
+    return re.split("[@:]", path, maxsplit=1)[0]
 
 
 def licence(path: str, kind: str) -> str:
@@ -116,8 +123,8 @@ def licence(path: str, kind: str) -> str:
     if is_hub_id(path):
         from huggingface_hub import try_to_load_from_cache  # here: it takes a second
 
-        name, _, revision = path.partition("@")
-        card = try_to_load_from_cache(name, "README.md", repo_type=kind, revision=revision or None)
+        revision = path.partition("@")[2].partition(":")[0]
+        card = try_to_load_from_cache(hub_name(path), "README.md", repo_type=kind, revision=revision or None)
     try:
         text = Path(card).read_text(encoding="utf-8", errors="replace") if isinstance(card, (str, Path)) else ""
     except OSError:  # there is none

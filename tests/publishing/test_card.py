@@ -43,13 +43,13 @@ EVALUATION = {
 
 def facts(**known) -> Facts:
     nothing = {"licences": {}, "record": {}, "progress": {}, "adapters": {}, "metrics": [], "evaluation": {}}
-    return Facts(**{"family": "llada", "needs_code": True, "base": "", "data": "", **nothing, **known})
+    return Facts(**{"family": "llada", "needs_code": True, "base": "", "data": [], **nothing, **known})
 
 
 def whole() -> Facts:
     return facts(
         base="GSAI-ML/LLaDA-8B-Instruct@abc",
-        data="trl-lib/kto-mix-14k",
+        data=["trl-lib/kto-mix-14k"],
         licences={"base": "mit", "data": "apache-2.0"},
         record={"config": RUN, "provenance": [START, START]},
         progress={"step": 20, "examples": 13_500},
@@ -111,10 +111,17 @@ def test_what_is_not_known_is_left_out():
 
 
 def test_a_local_base_is_called_by_its_name_and_a_licence_can_be_given():
-    header, text = card_of(facts(base="llada-8b", data="feedback.jsonl", record={"config": RUN}), licence="cc-by-4.0")
+    header, text = card_of(facts(base="llada-8b", data=["feedback.jsonl"], record={"config": RUN}), licence="cc-by-4.0")
     assert not {"base_model", "datasets"} & header.keys()
     assert header["license"] == "cc-by-4.0"
     assert "| base | `llada-8b` |\n| data | `feedback.jsonl` |" in text
+
+
+def test_several_data_sets():
+    header, text = card_of(facts(data=["trl-lib/kto-mix-14k@v1:train", "feedback.jsonl"], record={"config": RUN}))
+    assert header["datasets"] == ["trl-lib/kto-mix-14k"]
+    link = f"[`trl-lib/kto-mix-14k@v1:train`]({HUB}/datasets/trl-lib/kto-mix-14k)"
+    assert f"\n| data | {link}, `feedback.jsonl` |\n" in text
 
 
 def test_foreign_text_stays_in_its_place():
@@ -202,7 +209,7 @@ def results(folder: Path, checkpoint: Path) -> None:
 
 def test_a_step_of_a_run(workdir):
     found = gather(str(workdir / "checkpoints" / "10"))
-    assert (found.base, found.data) == ("GSAI-ML/LLaDA-8B-Instruct@abc", "trl-lib/kto-mix-14k")
+    assert (found.base, found.data) == ("GSAI-ML/LLaDA-8B-Instruct@abc", ["trl-lib/kto-mix-14k"])
     assert (found.family, found.progress["examples"], found.metrics) == ("llada", 320, METRICS[:10])
     assert found.evaluation == {}
 
