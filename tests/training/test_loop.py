@@ -412,7 +412,7 @@ def test_a_dry_run_of_a_run_that_goes_on(whole, settings, caplog, monkeypatch):
 
 def test_a_tracker_that_cannot_work_is_refused_before_anything_is_loaded(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    monkeypatch.setattr(loop, "prepare", lambda *_, **__: pytest.fail("the data were read"))
+    monkeypatch.setattr(inputs, "prepare", lambda *_, **__: pytest.fail("the data were read"))
     for name, message in (("mlflow", r"pip install 'elbo_kto_jax\[mlflow\]'"), ("mlfow", "expected names out of 'ml")):
         with pytest.raises(UserError, match=rf"^config\.trackers: .*{message}"):
             train.main(runs.flags(settings, f"--workdir={tmp_path / 'run'}", f"--config.trackers=('{name}',)"))
