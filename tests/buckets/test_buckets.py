@@ -17,7 +17,7 @@ from elbo_kto_jax.data import prepare
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.prepared import Cache
 from elbo_kto_jax.data.reading import read_records
-from elbo_kto_jax.runtime import bucket_errors, files, paths
+from elbo_kto_jax.runtime import bucket_errors, buckets, files, paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.flags import load_config_file, refuse_existing
 from tests import runs
@@ -242,6 +242,33 @@ def test_a_server_that_fails_for_a_while(server, bucket, fault, impatient):
             with pytest.raises(UserError, match=r"^gs://.*: the server of the bucket cannot be reached or fails"):
                 action()
     assert file.read_bytes() == b"content" * 1000
+
+
+def test_a_server_that_is_slow(server, bucket, impatient, monkeypatch):
+    """It is waited for; what stays silent for too long is asked again, and is an error of one line in the end."""
+    monkeypatch.setattr(buckets, "_SECONDS_OF_SILENCE", 0.2)
+    buckets.filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    file = paths.at(f"gs://{bucket}/x")
+    with server.failing(lambda asked: Fault(delay=0.05)):
+        files.atomic_write(file, "content")
+        assert file.read_text() == "content"
+    silent = [2]
+
+    def twice(_):
+        silent[0] -= 1
+        return Fault(delay=0.5) if silent[0] >= 0 else None
+
+    with server.failing(twice):
+        assert file.read_text() == "content"
+    assert silent[0] < 0
+    with (
+        server.failing(lambda asked: Fault(delay=0.5)),
+        pytest.raises(UserError, match=r"^gs://.*: the server of the bucket cannot be reached or fails"),
+    ):
+        file.read_bytes()
+    buckets.filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def test_an_answer_that_is_lost(server, bucket, impatient):
