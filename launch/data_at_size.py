@@ -35,6 +35,7 @@ from elbo_kto_jax.checkpoints.assets import read_assets
 from elbo_kto_jax.checkpoints.tokenizer import build_tokenizer
 from elbo_kto_jax.data.examples import load_examples
 from elbo_kto_jax.data.prepared import Cache
+from elbo_kto_jax.runtime import paths
 from elbo_kto_jax.runtime.errors import UserError
 from elbo_kto_jax.runtime.files import atomic_write, to_json
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> dict:
     flags.add_argument("--keep", action="store_true", help="leave the records and what is prepared in --workdir")
     flags.add_argument("--measure", default="", help="the file of records to prepare in this process; for this command")
     options = flags.parse_flags(argv)
-    folder = Path(options.workdir)
+    folder = paths.here(options.workdir, "--workdir")
     if options.measure:
         return _prepare(folder, Path(options.measure), options.processes)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def open_file(file: Path) -> safe_open:
     try:
         if not paths.is_remote(file):
             return safe_open(file, framework="numpy")
-        with tempfile.NamedTemporaryFile(prefix="elbo_kto_jax_") as stand_in:
+        with tempfile.NamedTemporaryFile("w+b", prefix="elbo_kto_jax_") as stand_in:
             stand_in.write(_header(file))  # and a hole in the place of the data
             stand_in.truncate(file.stat().st_size)
             stand_in.flush()

@@ -107,7 +107,7 @@ def public_name(path: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    return HUB_ID.fullmatch(hub_name(path)) is not None and not os.path.exists(path)
+    return HUB_ID.fullmatch(hub_name(path)) is not None and not paths.at(path).exists()
 
 
 def hub_name(path: str) -> str:

@@ -59,7 +59,7 @@ def test_who_makes_paths():
     more = {name: count for name, count in here.items() if count > KNOWN.get(name, 0)}
     assert more == {}, "a path that a user named is opened with paths.at; otherwise correct the table"
     of_scripts = {name for name in found if name.startswith("launch")}
-    assert of_scripts <= {"launch.settings_page", "launch.comparison"}
+    assert of_scripts <= {"launch.settings_page", "launch.comparison", "launch.data_at_size"}
 
 
 def test_who_asks_the_operating_system():
@@ -69,6 +69,8 @@ def test_who_asks_the_operating_system():
     ours = {name.removeprefix("elbo_kto_jax.") for name in found if name.startswith("elbo_kto_jax.")}
     known = {
         "checkpoints.folders",
+        "data.prepared",  # folders of this machine (setup.cache_of)
+        "runtime.paths",
         "runtime.files",
         "runtime.flags",
         "runtime.lock",

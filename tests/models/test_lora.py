@@ -90,7 +90,7 @@ def test_adapters_belong_to_the_matrices_of_the_blocks_and_start_at_nothing():
 
 def test_targets_choose_the_matrices():
     """Each adapter is the one that it is among all; the axes of a mesh and the plan know of no others."""
-    options = config.Lora(RANK, 1.0, "none", ["v_proj", "ff_out"])
+    options = config.Lora(RANK, 1.0, "none", ["v_proj", "ff_out"], "")
     abstract = train_state.abstract_trained(tiny.model(), options)
     assert abstract["blocks"].keys() == {"v_proj", "ff_out"}
     mesh = rules.make_mesh(config.Mesh(2, 2, 2), jax.devices()[:8])
@@ -100,7 +100,7 @@ def test_targets_choose_the_matrices():
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     assert memory.adapters(tiny.MODEL, RANK, options.targets) == size
     with pytest.raises(UserError, match=r"config\.lora\.targets: .*attn_out.*v_proj.*, got 'qproj'"):
-        train_state.abstract_trained(tiny.model(), config.Lora(RANK, 1.0, "none", ["q_proj", "qproj"]))
+        train_state.abstract_trained(tiny.model(), config.Lora(RANK, 1.0, "none", ["q_proj", "qproj"], ""))
 
 
 def test_new_adapters_do_not_depend_on_the_devices():
@@ -130,7 +130,7 @@ def test_int8_changes_the_model_little():
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_the_abstract_base_is_that_of_the_real_one(quantization):
-    options = config.Lora(RANK, 1.0, quantization, [])
+    options = config.Lora(RANK, 1.0, quantization, [], "")
     abstract = train_state.abstract_base(tiny.model("bfloat16"), options)
     real = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params(0))
     real = quantized(real) if quantization == "int8" else real

@@ -15,7 +15,15 @@ STYLE = STYLE_FILE.read_text()
 
 
 def _page(tmp_path, samples=(), **values):
-    values = {"checkpoint": None, "window": 1, "figures": [], "changed": 0, "numbers": None, "settings": []} | values
+    values = {
+        "checkpoint": None,
+        "best": None,
+        "window": 1,
+        "figures": [],
+        "changed": 0,
+        "numbers": None,
+        "settings": [],
+    } | values
     write_page(tmp_path / "page.html", "training.html.j2", samples=samples, **{"title": "a", "summary": "b"} | values)
     return Seen(tmp_path / "page.html")
 

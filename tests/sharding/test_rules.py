@@ -38,7 +38,7 @@ def test_every_parameter_has_exactly_one_line_and_every_line_a_parameter(abstrac
 
 
 def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
-    options, model = config.Lora(4, 1.0, "int8", []), MaskPredictor(tiny.MODEL)
+    options, model = config.Lora(4, 1.0, "int8", [], ""), MaskPredictor(tiny.MODEL)
     mesh, found = mesh_of(2, 2, 2), {}
     for tree in (train_state.abstract_base(model, options), train_state.abstract_trained(model, options)):
         names = leaves_by_name(tree)
@@ -56,7 +56,7 @@ def test_adapters_and_int8_matrices_lie_as_their_matrices_do(abstract):
 
 @pytest.mark.parametrize("missing", ["lora_a", "lora_b"])
 def test_an_adapter_without_its_other_half_is_an_error(abstract, missing):
-    tree = train_state.abstract_trained(MaskPredictor(tiny.MODEL), config.Lora(4, 1.0, "none", []))
+    tree = train_state.abstract_trained(MaskPredictor(tiny.MODEL), config.Lora(4, 1.0, "none", [], ""))
     del tree["blocks"]["attn_out"][missing]
     with pytest.raises(ValueError, match=f"attn_out/{missing}"):
         axes.param_shardings(tree, mesh_of(2, 2, 2), tiny.MODEL)
