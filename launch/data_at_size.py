@@ -124,13 +124,13 @@ def _watch(peaks: dict[str, float]) -> None:
         time.sleep(0.5)
         with contextlib.suppress(OSError):  # it has ended
             for file in Path("/proc/self/task").glob("*/children"):
-                found = [_peak_mib(pid) for pid in file.read_text().split()]
+                found = [_peak_mib(pid) for pid in file.read_text(encoding="ascii").split()]
                 peaks["mib_of_a_worker"] = max([peaks["mib_of_a_worker"], *found])
 
 
 def _peak_mib(pid: str) -> float:
     """The most memory that a process has had at once; `getrusage` begins with that of the program before it."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 

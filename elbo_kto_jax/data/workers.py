@@ -32,7 +32,7 @@ def cores() -> int:
     """The processor cores that this process may use: those that it is bound to, and as many as its container has."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max 100000"
-        quota, period = map(int, _QUOTA.read_text().split())
+        quota, period = map(int, _QUOTA.read_text(encoding="ascii").split())
         count = min(count, -(-quota // period))
     return count
 
