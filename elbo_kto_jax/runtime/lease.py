@@ -152,7 +152,10 @@ def _system() -> str:
     """A name of this start of the machine, and of the container in it: process numbers mean something within it."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(), os.readlink("/proc/self/ns/pid")]
+        names += [
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return " ".join(names)
 
 

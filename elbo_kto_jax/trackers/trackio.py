@@ -61,4 +61,4 @@ def _print_to_stderr() -> None:
 
 
 def _print(*values: Any, **options: Any) -> None:
-    print(*values, **{**options, "file": sys.stderr})
+    print(*values, file=sys.stderr, **{name: value for name, value in options.items() if name != "file"})

@@ -168,7 +168,9 @@ def test_text_files_name_their_encoding():
                 if name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile") and _owner(node) != "os":
                     modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                     binary = any("b" in mode for mode in modes)
-                    assert binary or "encoding" in words or _owner(node) in ("tensorstore", "KvStore", "_OPENER", "_files"), where
+                    assert (
+                        binary or "encoding" in words or _owner(node) in ("tensorstore", "KvStore", "_OPENER", "_files")
+                    ), where
 
 
 def _owner(call: ast.Call) -> str:
