@@ -173,13 +173,14 @@ def test_several_data_sets_on_the_command_line(tmp_path):
     found = parse("--config.data.train=['a,b.jsonl', 'org/name@main:train']", "--config.data.weights=[0.7, 0.3]")
     assert found.train == ["a,b.jsonl", "org/name@main:train"]
     assert found.weights == [0.7, 0.3]
+    assert parse("--config.data.train=['gs://b/x', 'a']").train == ["gs://b/x", "a"]
     assert parse("--config.data.train=('a.jsonl',)").train == "a.jsonl"
     assert parse("--config.data.train=a,b.jsonl").train == "a,b.jsonl"
     assert parse("--config.data.train=[draft] a.jsonl").train == "[draft] a.jsonl"
     for words, said in (
         (["train=['a', 3]"], "config.data.train: expected the name of a data set, or a list of such names, got"),
         (["train=[]"], "config.data.train: expected the name of a data set"),
-        (["train=['a', 'gs://b/x']"], "gs:// addresses"),
+        (["train=['a', 'xyz://b/x']"], "xyz:// addresses are not supported"),
         (["train=['a', 'b']", "weights=[1, 2, 3]"], "config.data.weights: 3 weights for 2 data sets"),
         (["train=a", "weights=[1]"], "config.data.weights: 1 weights for one data set, which needs none"),
         (["train=['a', 'b']", "weights=[1, 0]"], "config.data.weights[1]: expected a number more than 0"),
