@@ -110,8 +110,9 @@ def _take(file: Path, place: str) -> _Lease:
         if found:
             _wait_for_end(file, found, place)
             taking_over = True
-            with contextlib.suppress(FileNotFoundError):
-                file.unlink()
+            if _read(file) == found:  # not what another command that found it gone has put there meanwhile
+                with contextlib.suppress(FileNotFoundError):
+                    file.unlink()
 
 
 def _wait_for_end(file: Path, found: dict, place: str) -> None:
