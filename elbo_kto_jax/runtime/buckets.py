@@ -75,7 +75,7 @@ class _Address(_PosixGPath, pathlib.PosixPath):
         return self
 
     def rename(self, target: Any) -> Any:
-        raise NotImplementedError(f"{self}: a bucket renames nothing; see files.replace_folder")
+        raise io.UnsupportedOperation(f"{self}: a bucket renames nothing; see files.replace_folder")
 
     replace = rename
 
