@@ -54,7 +54,7 @@ class MLflow:
         self._client.log_text(self.key, json.dumps(list(map(dict, samples)), indent=1), "samples.json")
 
     def report(self, step: int, file: Path) -> None:
-        self._client.log_artifact(self.key, str(file))
+        self._client.log_text(self.key, file.read_text(encoding="utf-8"), file.name)  # which may be in a bucket
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self.key, "FINISHED" if finished else "KILLED")

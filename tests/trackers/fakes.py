@@ -139,7 +139,3 @@ class MLflow(types.ModuleType):
 
     def log_text(self, key: str, text: str, file: str) -> None:
         self.runs[key].files[file] = text
-
-    def log_artifact(self, key: str, file: str) -> None:
-        with open(file) as opened:
-            self.runs[key].files[file.rpartition("/")[2]] = opened.read()
