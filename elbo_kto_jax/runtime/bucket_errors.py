@@ -45,6 +45,7 @@ _SERVER = (
     "the server of the bucket cannot be reached or fails ({}), also after trying again for half a minute or more; run "
     "the same command again when it is back"
 )
+_STRANGE = "the server of the bucket does not answer as Google Cloud Storage does, which checkpoints need ({})"
 _NAMES = {
     **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"), _CREDENTIALS),
     **dict.fromkeys(
@@ -74,6 +75,8 @@ def _reason(error: BaseException) -> str:
         return _CREDENTIALS if re.search("anonymous|InvalidAccessKey|Signature|ExpiredToken", text, re.I) else _RIGHTS
     if status == 404 and "bucket" in text.lower():
         return _NO_BUCKET
+    if "Malformed StorageGeneration" in text:  # of an emulator without generations
+        return _STRANGE.format(first)
     return _SERVER.format(first) if status in (408, 429) or 500 <= status < 600 else ""
 
 

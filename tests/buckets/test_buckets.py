@@ -292,6 +292,7 @@ def test_errors_of_other_libraries():
         "UNAVAILABLE: CURL error": "cannot be reached",
         "Error reading: HTTP response code: 403": "do not have the right",
         "Project was not passed and could not be determined": "GOOGLE_CLOUD_PROJECT",
+        "Error opening: Error writing gs://b/x: Malformed StorageGeneration": "does not answer as Google",
         "shape (3,) does not fit": "",
     }
     for text, words in told.items():
