@@ -7,7 +7,6 @@ The forward pass keeps a running softmax over the tiles of keys; the backward pa
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from elbo_kto_jax.models.attention_plain import LOWEST, SAVED
 
 BLOCK = 256  # positions of a tile's side
-MOST_LOOPS = 8  # at once; each is compiled by itself
 
 
 def block_attention(
@@ -38,17 +36,9 @@ def block_attention(
 
     # Query heads that share a key-value head lie behind each other: [kv g e n].
     spans = _spans(segment_ids, block)
-    operands = flat(query * e**-0.5, kv, h // kv), flat(key, kv), flat(value, kv)
-    loops = zip(*(jnp.split(x, _loops(kv)) for x in operands), strict=True)
-    out = jnp.concatenate([_tiled_attention(*heads, spans, block) for heads in loops])
+    out = _tiled_attention(flat(query * e**-0.5, kv, h // kv), flat(key, kv), flat(value, kv), spans, block)
     out = jnp.moveaxis(out, -1, 0)[: b * s].reshape(b, s, h, e)
     return jnp.where((segment_ids > 0)[..., None, None], out, 0.0).astype(query.dtype)
-
-
-def _loops(heads: int) -> int:
-    """How many loops share the heads: a loop runs on one core, and loops that do not need each other side by side."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(loops for loops in range(1, min(cores, MOST_LOOPS) + 1) if heads % loops == 0)
 
 
 class _Spans(NamedTuple):
