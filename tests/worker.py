@@ -12,7 +12,7 @@ from elbo_kto_jax import cli, train
 from elbo_kto_jax.runtime import processes
 from elbo_kto_jax.training import loop
 
-LOST_AFTER = 30
+LOST_AFTER = 20
 
 if __name__ == "__main__":
     _, event, step, *sys.argv[1:] = sys.argv

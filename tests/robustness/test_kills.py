@@ -33,7 +33,7 @@ def test_the_driver_sees_a_difference(tmp_path, monkeypatch):
 
 def test_soak(tmp_path, request):
     """Memory at this length is noise; that nothing is compiled late and no file stays open is exact."""
-    steps = share(30, 2000)
+    steps = share(12, 2000)
     found = soak.soak(tmp_path, steps, warm=steps // 3 if steps < 600 else soak.WARM)
     assert found["steps"] == steps
     assert (found["late_compilations"], found["late_files"]) == (0, 0)
