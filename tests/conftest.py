@@ -52,7 +52,6 @@ install_import_hook(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-
 # A file runs in one process. The longest begin first, so that none is left over when the others are done.
 LONGEST = (
     "launch/test_quickstart.py",
