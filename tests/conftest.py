@@ -58,6 +58,7 @@ LONGEST = (
     "training/test_families.py",
     "training/test_lora.py",
     "runtime/test_processes.py",
+    "launch/test_plan.py",
     "runtime/test_workdir.py",
     "robustness/test_cases.py",
     "robustness/test_kills.py",
