@@ -1,7 +1,7 @@
 """Which segments share a row, and how long the rows of each micro-batch are (docs/method.md 5).
 
 Every micro-batch of a run has the same number of rows, and a step takes as few micro-batches as it needs with rows of
-the layout's length. What it takes may have shorter rows: where full rows leave more than a tenth of the positions
+the layout's length. What it takes may have shorter rows: where full rows leave more than a twentieth of the positions
 empty, all micro-batches but the last get one length and the last another, the shortest in which the segments fit. Each
 length that a run meets is one more shape for which its programs are compiled, so there are few of them, and the fewer
 are tried first.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_ENOUGH = 0.9  # of the positions hold text: no more lengths are tried
+_ENOUGH = 0.95  # of the positions hold text: no more lengths are tried
 # Of the longest row: in less than a quarter, the devices would wait for the weights.
 _SIXTEENTHS = ((4, 8, 12), (4, 6, 8, 10, 12, 14, 15))
 _UNIT = 128  # positions, of which attention on a TPU has tiles
