@@ -121,6 +121,7 @@ class Block(nn.Module):
             precision=matmul_precision(self.dtype),
             kernel_init=INITIALIZERS[kernel.init],
             bias_init=None if bias is None else INITIALIZERS[bias.init],
+            mesh=self.mesh,
             name=name,
         )
 

@@ -27,11 +27,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8
 
 from elbo_kto_jax.runtime.arrays import AnyArray
 from elbo_kto_jax.runtime.errors import UserError, shown
+from elbo_kto_jax.sharding import gather
 
 Params = Any  # a tree of arrays or of jax.ShapeDtypeStruct
 LARGEST = 127  # of an int8 value; -128 is not used, so that signs are symmetric
@@ -86,6 +88,7 @@ class Linear(nn.Module):
     precision: jax.lax.Precision | None
     kernel_init: Callable[..., Array]
     bias_init: Callable[..., Array] | None = None  # None: no bias
+    mesh: Mesh | None = None  # over which a kernel was gathered that comes with its part (sharding/gather.py)
 
     @nn.compact
     def __call__(self, x: Float[Array, "*positions in"]) -> Float[Array, "*positions out"]:
@@ -104,7 +107,10 @@ class Linear(nn.Module):
         # As one matrix: with two axes to sum over, XLA for CPUs transposes the operands of a weight's gradient, and
         # works out everything before them column by column.
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        out = times(rows, kernel)  # an int8 kernel is exact in every dtype, and scaled afterwards
+        if self.has_variable("params", "kernel_part"):
+            out = gather.product(rows, kernel.astype(self.dtype), given("kernel_part"), self.mesh, self.precision)
+        else:
+            out = times(rows, kernel)  # an int8 kernel is exact in every dtype, and scaled afterwards
         if self.has_variable("params", "kernel_scale"):
             out = scaled(out, given("kernel_scale"))
         if self.has_variable("params", "lora_a"):

@@ -58,8 +58,11 @@ class Scorer:
     def __init__(self, model: MaskPredictor, mesh: Mesh, *, size: int, residuals: Kept = "recompute"):
         self.mesh, self.size, self.residuals = mesh, size, residuals
         self._axes_of = functools.partial(axes.axes_of, model=model.config)
-        self._whole = functools.partial(gather.whole, mesh=mesh, dtype=model.dtype, axes_of=self._axes_of)
-        self._model = model.clone(mesh=mesh, gather=functools.partial(self._whole, prefix="blocks/"))
+        self._whole, layer = (
+            functools.partial(function, mesh=mesh, dtype=model.dtype, axes_of=self._axes_of)
+            for function in (gather.whole, gather.layer)
+        )
+        self._model = model.clone(mesh=mesh, gather=layer)
         self.everywhere = rules.replicated(mesh)
         self.score = jax.jit(self._score, donate_argnums=1, out_shardings=self.everywhere)
         self.forward = self._compiled_forward()

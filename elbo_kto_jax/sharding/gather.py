@@ -5,8 +5,9 @@ here a gradient is summed and split in one go. What travels has the dtype of the
 
 Where fsdp is two axes of the mesh, a layer is gathered along both at once, which keeps the links of both axes busy. Of
 a gradient, half goes along one axis and then along the other, and half the other way round: of a sum along both at once
-XLA would make an all-reduce, twice the traffic. It goes in single sends, which run beside the products of the backward
-pass. For a reduce-scatter a TPU v5e waits.
+XLA would make an all-reduce, twice the traffic. It goes in single sends, since for a reduce-scatter a TPU v5e waits.
+The gradient of a layer's matrix is a product, and is worked out in the pieces that are sent: while one travels, the
+next is computed (`product`).
 """
 
 import functools
@@ -79,6 +80,81 @@ def whole(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf, prefix: str = ""
     return jax.tree_util.tree_map_with_path(gathered, params)
 
 
+def layer(params: Any, mesh: Mesh, dtype: Any, axes_of: AxesOf) -> Any:
+    """One layer's parameters, gathered; where fsdp is two axes, each matrix with the device's own part beside it.
+
+    The gradient of such a matrix goes to the part, by `product`. It is then {kernel, kernel_part}.
+    """
+    gathered = whole(params, mesh, dtype, axes_of, "blocks/")
+    if len(_split_axes(mesh)) < 2:
+        return gathered
+
+    def with_part(name, leaves):
+        if "kernel" not in leaves or leaves["kernel"].dtype == jnp.int8:  # no gradient
+            return leaves
+        return {**leaves, "kernel": jax.lax.stop_gradient(leaves["kernel"]), "kernel_part": params[name]["kernel"]}
+
+    return {name: with_part(name, leaves) for name, leaves in gathered.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def product(
+    x: Float[Array, "t in"],
+    kernel: Float[Array, "in out"],
+    part: Float[Array, "part_in part_out"],
+    mesh: Mesh,
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "t out"]:
+    """x @ kernel, for a mesh with two fsdp axes.
+
+    The kernel has no gradient: that of `part`, this device's part of it, is summed over all devices instead.
+    """
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+def _product_forward(x, kernel, part, mesh, precision):
+    return product(x, kernel, part, mesh, precision), (x, kernel, part)
+
+
+def _product_backward(mesh, precision, residuals, d_out):
+    x, kernel, part = residuals
+    dimension = 0 if part.shape[0] < kernel.shape[0] else 1
+    d_part = summed_product(x, d_out, _split_axes(mesh), dimension, precision)
+    return jnp.matmul(d_out, kernel.T, precision=precision), None, d_part.astype(part.dtype)
+
+
+def summed_product(
+    x: Float[Array, "t in"],
+    d_out: Float[Array, "t out"],
+    axes: tuple[str, ...],
+    dimension: int,
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "part_in part_out"]:
+    """`sum_along_both` of x^T d_out, whose pieces are computed as they are sent."""
+    split, halved = (x, d_out) if dimension == 0 else (d_out, x)
+    split = split.reshape(len(split), *map(jax.lax.axis_size, axes), -1)
+    names = "tnp,tc->npc" if dimension == 0 else "tnp,tc->ncp"
+
+    def along(first: str, then: str, half: Float[Array, "t c"]) -> Array:
+        def piece(index, before):
+            chosen = jax.lax.dynamic_index_in_dim(split, index, 1 + axes.index(first), keepdims=False)
+            return jnp.einsum(names, chosen, _after(before, half), precision=precision)
+
+        return ring_reduce_scatter(ring_sum(piece, first), then, 0)
+
+    one, other = jnp.split(halved, [halved.shape[1] // 2], 1)
+    major, minor = axes
+    return jnp.concatenate([along(major, minor, one), along(minor, major, other)], 1 - dimension)
+
+
+def _after(before: Array | None, x: Array) -> Array:
+    """x, of which nothing is computed before `before` is there: XLA would compute all pieces first, then send them."""
+    return x if before is None else jax.lax.optimization_barrier((x, before))[0]
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(part: Shaped[Array, "..."], names: tuple[str, ...], dimension: int) -> Shaped[Array, "..."]:
     """The parts of all devices along these axes of the mesh, the major one first; see the module."""
@@ -110,23 +186,32 @@ def sum_along_both(whole: Float[Array, "..."], major: str, minor: str, dimension
 
 
 def ring_reduce_scatter(parts: Float[Array, "..."], name: str, dimension: int) -> Float[Array, "..."]:
-    """Each device's element along `dimension` of the sum over one axis, in as many sends as it has devices but one.
+    """Each device's element along `dimension` of the sum over one axis."""
+    return ring_sum(lambda index, _: jax.lax.dynamic_index_in_dim(parts, index, dimension, keepdims=False), name)
+
+
+def ring_sum(part_of: Callable[[Int[Array, ""], Array | None], Array], name: str) -> Float[Array, "..."]:
+    """Each device's part of the sum over one axis, in as many sends as it has devices but one.
 
     The ring goes up by the even devices and comes back by the odd ones, so that no send goes further than two devices:
     where an axis of a TPU is an open line, a send over more of them does not run in the background.
+
+    Args:
+      part_of: makes the part of the device with this index, given what is about to be sent (None: nothing yet).
+      name: of the axis.
     """
     devices = jax.lax.axis_size(name)
     order = [*range(0, devices, 2), *reversed(range(1, devices, 2))]
     onwards = list(zip(order, order[1:] + order[:1], strict=True))
     place = jnp.asarray(np.argsort(order))[jax.lax.axis_index(name)]
 
-    def part(at: Int[Array, ""]) -> Float[Array, "..."]:
-        index = jnp.asarray(order)[at % devices]
-        return jax.lax.dynamic_index_in_dim(parts, index, dimension, keepdims=False)
+    def device(step: int) -> Int[Array, ""]:
+        return jnp.asarray(order)[(place - step) % devices]
 
-    total = part(place - 1)
+    total = part_of(device(1), None)
     for step in range(2, devices + 1):
-        total = jax.lax.ppermute(total, name, onwards) + part(place - step)
+        part = part_of(device(step), total)
+        total = jax.lax.ppermute(total, name, onwards) + part
     return total
 
 

@@ -123,6 +123,25 @@ def test_half_a_gradient_goes_along_either_axis_first(sides, shape, dimension, c
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_product_is_summed_as_its_pieces_are_computed(sides, dimension, cpu_devices):
+    mesh = Mesh(np.asarray(cpu_devices).reshape(sides), ("fsdp_x", "fsdp_y"))
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(rng.normal(size=(8, 6, n)), jnp.float32) for n in ((16, 5), (5, 16))[dimension])
+
+    def summed(function):
+        of_each = lambda x, d_out: function(x[0], d_out[0])[None]  # noqa: E731
+        spec = jax.P(mesh.axis_names)
+        return jax.jit(jax.shard_map(of_each, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(x, d_out)
+
+    def plain(x, d_out):
+        return jax.lax.psum_scatter(x.T @ d_out, mesh.axis_names, scatter_dimension=dimension, tiled=True)
+
+    ours = summed(lambda x, d_out: gather.summed_product(x, d_out, mesh.axis_names, dimension, None))
+    np.testing.assert_allclose(ours, summed(plain), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("sides", "expected"),
     [

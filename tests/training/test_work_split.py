@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from elbo_kto_jax.runtime import config
+from elbo_kto_jax.sharding import rules
 from elbo_kto_jax.training import state as train_state
 from elbo_kto_jax.training import step
 from elbo_kto_jax.training.data import TrainingData
@@ -96,6 +97,15 @@ def test_trajectory_does_not_depend_on_the_micro_batches(whole, micro_batches, r
 )
 def test_trajectory_does_not_depend_on_the_mesh(whole, cpu_devices, sizes):
     metrics, update, _ = trajectory(sizes, rows=8, objective=whole[2])
+    np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
+    assert relative_distance(update, whole[1]) <= 1e-4
+
+
+@pytest.mark.parametrize("residuals", ["recompute", "device", "host"])
+def test_trajectory_does_not_depend_on_a_second_fsdp_axis(whole, cpu_devices, residuals, monkeypatch):
+    """As on a square of TPUs, where gradients of matrices are summed as they are computed (sharding/gather.py)."""
+    monkeypatch.setattr(rules, "_torus_side", lambda devices: 4 if len(devices) == 8 else 0)
+    metrics, update, _ = trajectory(config.Mesh(1, 8, 1), rows=8, residuals=residuals, objective=whole[2])
     np.testing.assert_allclose(metrics, whole[0], rtol=1e-5)
     assert relative_distance(update, whole[1]) <= 1e-4
 
