@@ -4,9 +4,10 @@ XLA's own cost analysis counts the body of a loop once and a Pallas kernel not a
 as the constant in its condition says. Loops that end by data (the output head's chunks) have no such constant; the
 caller says how often those run, and what a kernel's call costs.
 
-Async collectives are recognised in their three forms: `x-start` and `x-done`; `async-start` of a computation; and
-TPU's fusions, of which one begins the collective (AsyncCollectiveStart) and the others, which name it again, carry it
-on beside a matrix product. Everything else waits, and is exposed.
+Async collectives are recognised in their four forms: `x-start` and `x-done`; `async-start` of a computation;
+`call-start` of one, on a TPU's SparseCores; and TPU's fusions, of which one begins the collective
+(AsyncCollectiveStart) and the others, which name it again, carry it on beside a matrix product. Everything else waits,
+and is exposed.
 
 An async collective is hidden only as far as the products between its start and its end take that long: the text is in
 the order of the schedule, and the links serve what is under way in turn. The rest of it is exposed, too. Sends along
@@ -203,7 +204,7 @@ class _Walk:
         """What an instruction has to do with an async collective: "starts", "goes on", "ends" or ""."""
         opcode = instruction.opcode
         for ending, role in (("-start", "starts"), ("-done", "ends")):
-            if opcode.endswith(ending) and opcode.removesuffix(ending) in (*KINDS, "async"):
+            if opcode.endswith(ending) and opcode.removesuffix(ending) in (*KINDS, "async", "call"):
                 return role
         return self._role(_called_as("calls", instruction.attributes)) if opcode == "fusion" else ""
 
@@ -235,7 +236,7 @@ class _Walk:
             return self._sum(sorted(names, key=lambda branch: self.cost(branch)[0])[-1:])
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
             return self._kernel_flops(instruction), []
-        if opcode in ("fusion", "call", "async-start"):
+        if opcode in ("fusion", "call", "async-start", "call-start"):
             return self._sum(re.findall(r"(?:calls|to_apply)=%([^\s,)}]+)", attributes))
         return 0.0, []
 

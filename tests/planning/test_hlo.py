@@ -140,6 +140,27 @@ def test_start_and_done_hide_what_the_products_between_them_cover(starts, produc
     assert found.sent(["all-gather"], overlapped=True) == pytest.approx(hidden * starts * 7 * GATHERED)
 
 
+def test_a_collective_on_sparse_cores_is_hidden_by_what_stands_between():
+    module = MODULE.replace(
+        "%body.1 (arg.1",
+        """%called.1 (a.1: bf16[4,32]) -> bf16[16,32] {
+  %a.1 = bf16[4,32]{1,0} parameter(0)
+  ROOT %g.1 = bf16[16,32]{1,0} all-gather(%a.1), channel_id=1, replica_groups=GROUPS, dimensions={0}
+}
+
+%body.1 (arg.1""",
+    ).replace(
+        "  %all-gather.1 = bf16[16,32]{1,0} all-gather(%w.1), channel_id=1, replica_groups=GROUPS, dimensions={0}",
+        "  %v.1 = bf16[16,32]{1,0} constant({...})\n"
+        "  %s.1 = ((bf16[4,32]), bf16[16,32]) call-start(%w.1), to_apply=%called.1\n"
+        + BESIDE.replace("N", "1")
+        + "  %all-gather.1 = bf16[16,32]{1,0} call-done(%s.1)",
+    )
+    found = cost(module=module, per_byte=4 * PRODUCT / GATHERED)
+    assert found.sent(["all-gather"]) == pytest.approx(7 * GATHERED)
+    assert found.sent(["all-gather"], overlapped=True) == pytest.approx(7 * GATHERED / 4)
+
+
 def test_a_collective_that_nothing_ends_is_not_hidden_by_what_comes_later():
     module = split(1, "").replace("all-gather-done(%s.1)", "copy(%w.1)")
     found = cost(module=module, per_byte=2 * PRODUCT / GATHERED)
