@@ -129,11 +129,14 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+LONG_ROWS = {"data.max_length": 4096, "train.microbatch_tokens": 4096, "train.global_batch_size": 160}
+
+
 @pytest.fixture(scope="module")
 def two_passes(tmp_path_factory):
     """Where it is written, summary and plan of two passes on a slice whose chips form a square."""
     folder = tmp_path_factory.mktemp("two_passes")
-    return folder, *compiled(folder, "v5e:4x4", **{"train.residuals": "recompute", "train.global_batch_size": 8})
+    return folder, *compiled(folder, "v5e:4x4", **{"train.residuals": "recompute", **LONG_ROWS})
 
 
 @needs_libtpu
@@ -153,11 +156,13 @@ def test_a_small_model(two_passes):
 
 @needs_libtpu
 def test_gradients_are_summed_beside_products(two_passes):
-    """In single sends: this libtpu runs no reduce-scatter of a v5e in the background (sharding/gather.py)."""
+    """In single sends, since this libtpu runs no reduce-scatter of a v5e in the background: half of the bytes are
+    hidden; a tenth, where all of a layer's products come before the first send (sharding/gather.py)."""
     collectives = two_passes[2]["programs"]["grad"]["collectives"]
-    assert collectives["collective-permute"]["overlapped_bytes"] > 0
+    sends = collectives["collective-permute"]
+    assert sends["overlapped_bytes"] > sends["exposed_bytes"]
     sums = sum(collectives.get(kind, {}).get("exposed_bytes", 0) for kind in ("reduce-scatter", "all-reduce"))
-    assert sums < collectives["collective-permute"]["overlapped_bytes"]
+    assert sums < sends["overlapped_bytes"] / 10
 
 
 @needs_libtpu
@@ -178,9 +183,9 @@ def test_one_pass_of_a_small_model(tmp_path):
 @needs_libtpu
 def test_residuals_on_the_host_take_no_memory_of_the_device(two_passes, tmp_path):
     """One pass in the memory of two, with four fifths of their work."""
-    flags = {"train.residuals": "host", "train.global_batch_size": 8}
+    flags = {"train.residuals": "host", **LONG_ROWS}
     kept, again = compiled(tmp_path, "v5e:4x4", **flags)[1]["programs"], two_passes[2]["programs"]
-    inputs = 2 * 256 * 256 * 2  # of two layers: a row of 256 tokens, in bfloat16
+    inputs = 2 * 4096 * 256 * 2  # of two layers: a row of 4,096 tokens, in bfloat16
     assert kept["forward"]["transferred"] == kept["backward"]["transferred"] > inputs
     assert kept["forward"]["outputs"] - kept["forward"]["aliased"] < inputs / 8
     assert kept["forward"]["host"] > kept["forward"]["transferred"]  # of several micro-batches
