@@ -191,6 +191,7 @@ def result(
             "rows_at_once": work.rows_at_once,
             "row_lengths": list(work.row_lengths),
             "row_fill": work.row_fill,
+            "visited_blocks": work.visited_blocks,
             "model_flops_per_chip": useful,
             "text_flops_per_chip": of_text,
         },

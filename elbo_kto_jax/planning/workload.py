@@ -60,6 +60,14 @@ class Workload:
         """The part of a step's positions that holds text."""
         return self.tokens / (self.rows_at_once * sum(self.row_lengths))
 
+    @property
+    def visited_blocks(self) -> float:
+        """The part of a step's blocks of queries and keys that attention visits on a TPU."""
+        visited = dict(self.visited)
+        blocks = [(-(-length // splash_block(length))) ** 2 for length in self.row_lengths]
+        found = [visited.get(length, 1.0) * n for length, n in zip(self.row_lengths, blocks, strict=True)]
+        return sum(found) / sum(blocks)
+
 
 def workload(config: Config, shards: int, examples: int, mean_tokens: float) -> Workload:
     """The steps of a run over so many examples of that length, for a mesh that splits rows into `shards`.

@@ -92,7 +92,8 @@ def as_text(plan: Mapping) -> str:
         lines += [terminal.table(header, rows), ""]
     lines += [
         f"A step: {step['rows']} rows of text in {step['micro_batches']} micro-batches of {step['rows_at_once']} rows "
-        f"of {_row_lengths(step['row_lengths'])} tokens ({step['row_fill']:.0%} of them text), "
+        f"of {_row_lengths(step['row_lengths'])} tokens ({step['row_fill']:.0%} of them text, "
+        f"{step['visited_blocks']:.0%} of attention's blocks visited), "
         f"{step['model_flops_per_chip'] / 1e12:.0f} TFLOP of the model per chip, "
         f"{step['text_flops_per_chip'] / 1e12:.0f} of them for text, {step['seconds']:.3g} s.",
         f"A run: {data['steps']} steps, {data['examples']} examples of {data['mean_tokens']:.0f} tokens on average; "

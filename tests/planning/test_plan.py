@@ -119,6 +119,15 @@ def test_the_blocks_that_attention_visits():
     assert workload.visited_fraction([1000], 1000) == 1  # 1,024 positions
 
 
+def test_the_blocks_of_a_step_are_those_of_its_micro_batches(config):
+    work = workload.workload(config, shards=4, examples=14000, mean_tokens=700)
+    of_two = dataclasses.replace(work, row_lengths=(4096, 1024), visited=((4096, 0.25), (1024, 0.5)))
+    assert of_two.visited_blocks == (64 * 0.25 + 4 * 0.5) / 68
+    assert dataclasses.replace(of_two, visited=()).visited_blocks == 1  # padded rows
+    # 1,490 records of kto-mix with their lengths scaled to that mean: 48% (batches of 32, 8 draws).
+    assert work.visited_blocks == pytest.approx(0.48, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("flops", "hbm", "overlapped", "exposed", "expected"),
     [
