@@ -355,22 +355,23 @@ def test_what_would_fit_is_named(config):
     assert "--topology=v5e:4x4" in words
 
 
-def test_advice_needs_less_than_what_the_compiler_refused(config, monkeypatch):
+def test_advice_needs_less_than_what_the_compiler_refused(config):
     """The estimate takes iLLaDA-8B for small enough as the recipe asks, and with three rows at once as well."""
     illada = next(iter(registry.architectures()["illada"].sizes.values()))
     words = search.would_fit(config, illada, parse_topology("v5e:4x4"), 14000, 700)
-    flags = re.findall(r"--config\.(\S+)=(\S+)", words)
-    assert flags
-    assert ("mesh.fsdp", "16") not in flags
-    options = search.candidates(config, illada, parse_topology("v5e:4x4"), 14000, 700)
-    own = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=16))
-    advised = next(o for o in options if set(search.changes(own, o)) == {f"--config.{k}={v}" for k, v in flags})
-
-    def needed(option):
-        mesh = workload.mesh_sizes(option, 16)
-        return memory.step_bytes(option, illada, mesh, 0)
-
-    assert needed(advised) < needed(keeping(own, "recompute"))
+    flags = dict(re.findall(r"--config\.(\S+)=(\S+)", words))
+    tokens, remat = config.train.microbatch_tokens, config.model.remat
+    asked = search.with_settings(keeping(config, "recompute"), (1, 16, 1), tokens, remat, ("float32", "float32"))
+    advised = search.with_settings(
+        asked,
+        (int(flags.pop("mesh.data", 1)), int(flags.pop("mesh.fsdp", 16)), int(flags.pop("mesh.tensor", 1))),
+        int(flags.pop("train.microbatch_tokens", tokens)),
+        flags.pop("model.remat", remat),
+        ("float32", "float32"),
+    )
+    assert flags == {}
+    needed = [memory.step_bytes(option, illada, workload.mesh_sizes(option, 16), 0) for option in (asked, advised)]
+    assert needed[1] < needed[0] < parse_topology("v5e:4x4").chip.usable_bytes
 
 
 def test_a_mesh_that_does_not_use_the_slice_is_refused(config):
