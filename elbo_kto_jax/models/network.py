@@ -41,14 +41,14 @@ Params = Any  # the tree above
 # and of attention, and computes what lies between them again. "most" is "dots" without up_proj: three quarters of the
 # memory, and a quarter of the work that "full" does again. "none" keeps everything, weights that were gathered or
 # changed in dtype among it.
+_KEPT: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": (SAVED,),
+    "most": (SAVED, *KEPT_PRODUCTS),
+    "dots": (SAVED, *KEPT_PRODUCTS, "up_proj"),
+}
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "most": jax.checkpoint_policies.save_only_these_names(SAVED, *KEPT_PRODUCTS),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-    ),
+    **{remat: jax.checkpoint_policies.save_only_these_names(*names) for remat, names in _KEPT.items()},
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
@@ -60,20 +60,12 @@ def remat_policy(remat: str, on_host: bool) -> Callable[..., Any]:
     """
     if not on_host:
         return REMAT_POLICIES[remat]
-    offloaded = {"full": (LAYER_INPUT,), "most": (LAYER_INPUT, SAVED, *KEPT_PRODUCTS)}
-    names = jax.checkpoint_policies.save_and_offload_only_these_names(
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
-        names_which_can_be_offloaded=offloaded.get(remat, (LAYER_INPUT, SAVED)),
+        names_which_can_be_offloaded=(LAYER_INPUT, *_KEPT.get(remat, _KEPT["dots"])),
         offload_src="device",
         offload_dst="pinned_host",
     )
-    products = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-
-    def dots(primitive, *operands, **parameters):
-        policy = products if primitive.name == "dot_general" else names
-        return policy(primitive, *operands, **parameters)
-
-    return names if remat in ("full", "attention", "most") else dots
 
 
 class MaskPredictor(nn.Module):

@@ -91,6 +91,20 @@ def test_what_a_step_returns_lies_where_the_table_says(compiled):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
+@pytest.mark.parametrize("remat", ["full", "attention", "most", "dots"])
+def test_a_second_fsdp_axis_keeps_what_one_keeps(remat, cpu_devices, monkeypatch):
+    """Residuals between forward and backward pass, in bytes; on a square of TPUs products are functions of our own."""
+
+    def kept(side: int) -> int:
+        monkeypatch.setattr(rules, "_torus_side", lambda devices: side)
+        found = Compiled(config.Mesh(1, 8, 1))
+        scorer = Scorer(MaskPredictor(MODEL, jnp.float32, jnp.float32, remat), found.mesh, size=8, residuals="device")
+        _, residuals = scorer.forward.eval_shape(found.params, scorer.no_estimates(), found.rows)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+    assert kept(4) == kept(0)
+
+
 def test_rows_are_split_over_data_and_fsdp(compiled):
     parts = compiled.mesh.shape["data"] * compiled.mesh.shape["fsdp"]
     for leaf in compiled.rows:
