@@ -216,7 +216,7 @@ def check_writable(path: str | os.PathLike, flag: str) -> None:
         above = next(folder for folder in (path, *path.parents) if folder.exists())
     except OSError as error:
         raise UserError(f"{flag}={path}: {error.strerror}; choose another name") from None
-    if above != path and not above.is_dir():
+    if above != path and above.is_file():
         raise UserError(f"{flag}={path}: {above} is a file, not a folder; choose another name")
     above = above if above.is_dir() else above.parent  # a file is replaced, not written to
     if not os.access(above, os.W_OK):

@@ -78,7 +78,7 @@ def _usable(folder: str | os.PathLike, flag: str) -> Path:
     """Raises UserError where there can be no folder of that name in which a command keeps its work."""
     folder = paths.at(folder)
     check_writable(folder, flag)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():  # asked once: another command may be removing the folder
         raise UserError(f"{flag}={folder}: a file, not a folder; choose another name")
     return folder
 
